@@ -1,0 +1,1 @@
+"""Images and labels: TensorFlow Datasets builders, read at random positions through Grain."""

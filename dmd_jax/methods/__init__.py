@@ -1,0 +1,1 @@
+"""One file a method: which losses it takes, at which times, on which rollout."""

@@ -1,0 +1,1 @@
+"""Network families. They import jax, flax and the infrastructure below, and nothing above them."""

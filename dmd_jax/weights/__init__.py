@@ -1,0 +1,1 @@
+"""Checkpoint files of ours and of others, to and from our trees."""

@@ -1,0 +1,39 @@
+"""Packaging. `pip install -e .` for the library, `[test]` for its tests, `[cuda]` or `[tpu]` for those devices."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dmd_jax",
+    version="0.1.0",
+    description="Distribution Matching Distillation in JAX: slow diffusion teachers, few-step students",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dmd_jax", "dmd_jax.*"]),
+    include_package_data=True,
+    package_data={"dmd_jax": ["py.typed", "assets/*", "data/*.npz", "data/*.md"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "einops>=0.8",
+        "ml_collections>=1.1",
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8",
+        "grain>=0.2.18",
+        "clu>=0.0.12",
+        # clu's TensorBoard writers need both and declare neither.
+        "tensorboard>=2.21",
+        "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
+        "safetensors>=0.8",
+        "scipy>=1.17",
+        "pillow>=12",
+        "matplotlib>=3.10",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "test": ["pytest>=9", "ruff>=0.17"],
+    },
+)
