@@ -1,11 +1,11 @@
-"""Packaging. `pip install -e .` for the library, `[test]` for its tests, `[cuda]` or `[tpu]` for those devices."""
+"""Packaging: the library; `[test]` adds its tests, `[cuda]` and `[tpu]` those devices."""
 
 from setuptools import find_packages, setup
 
 setup(
     name="dmd_jax",
     version="0.1.0",
-    description="Distribution Matching Distillation in JAX: slow diffusion teachers, few-step students",
+    description="Distribution Matching Distillation in JAX: few-step students of diffusion",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dmd_jax", "dmd_jax.*"]),
