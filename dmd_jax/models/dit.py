@@ -6,6 +6,8 @@ all layers to which each adds a learned offset (PixArt's adaLN-single, which Wan
 layers are stacked and scanned. Imports jax, flax and the infrastructure room.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -25,7 +27,7 @@ SHARDING_RULES = (
 )
 
 
-def _linear(inputs, outputs, *, dtype, rngs, zero=False):
+def _linear(inputs, outputs, *, dtype=jnp.float32, rngs, zero=False):
     init = nnx.initializers.zeros_init() if zero else nnx.initializers.xavier_uniform()
     return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
 
@@ -50,9 +52,9 @@ def timestep_embedding(t, dim):
 class MLP(nnx.Module):
     """Linear, SiLU, Linear: [B, inputs] -> [B, dim]."""
 
-    def __init__(self, inputs, dim, *, dtype, rngs):
-        self.up = _linear(inputs, dim, dtype=dtype, rngs=rngs)
-        self.down = _linear(dim, dim, dtype=dtype, rngs=rngs)
+    def __init__(self, inputs, dim, *, rngs):
+        self.up = _linear(inputs, dim, rngs=rngs)
+        self.down = _linear(dim, dim, rngs=rngs)
 
     def __call__(self, x):
         return self.down(jax.nn.silu(self.up(x)))
@@ -88,89 +90,109 @@ class Block(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-class DiT(nnx.Module):
-    """Class-conditional image transformer.
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """A class-conditional image transformer in plain values.
 
-    Args:
+    Attributes:
         image_size: height and width of the (square) image or latent.
         channels: its channels.
         num_classes: classes; label `num_classes` is the null label of classifier-free guidance.
         patch: side of a patch.
         dim, depth, heads: width, layers, attention heads.
-        hidden: width of the SwiGLU; if None 8/3 dim, which has the weights of a plain MLP of 4 dim.
+        hidden: width of the SwiGLU; if 0, 8/3 dim, which has the weights of a plain MLP of 4 dim.
         dtype: what the layers compute in; weights, norms and modulation stay float32.
         remat: what the backward pass keeps of a layer: "none" recomputes nothing, "full"
             everything, any other name is one of `jax.checkpoint_policies`.
         unroll: how many layers a turn of the scan holds; all of them compile slower and run faster.
-        rngs: nnx.Rngs for the weights.
 
     Raises:
         ValueError: the patch does not divide the image, the heads do not divide the width, or the
             policy is unknown.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size,
-        channels,
-        num_classes,
-        patch,
-        dim,
-        depth,
-        heads,
-        hidden=None,
-        dtype=jnp.float32,
-        remat="none",
-        unroll=1,
-        rngs,
-    ):
-        if image_size % patch:
-            raise ValueError(f"patch={patch} does not divide image_size={image_size}")
-        if dim % heads:
-            raise ValueError(f"heads={heads} does not divide dim={dim}")
-        if remat not in ("none", "full") and not hasattr(jax.checkpoint_policies, remat):
-            raise ValueError(
-                f"remat={remat!r}: use 'none', 'full' or a name of jax.checkpoint_policies"
-            )
-        self.patch_size, self.num_classes, self.dtype = patch, num_classes, jnp.dtype(dtype)
-        self.grid, self.remat, self.unroll = image_size // patch, remat, unroll
-        hidden = hidden or 32 * round(dim / 12)
-        pixels = patch * patch * channels
+    image_size: int
+    channels: int
+    num_classes: int
+    patch: int
+    dim: int
+    depth: int
+    heads: int
+    hidden: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
 
-        self.patch = _linear(pixels, dim, dtype=dtype, rngs=rngs)
-        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (self.grid**2, dim)))
-        self.label = nnx.Embed(
-            num_classes + 1, dim, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
-        )
-        self.time_mlp = MLP(256, dim, dtype=jnp.float32, rngs=rngs)
-        self.modulation = _linear(dim, 6 * dim, dtype=jnp.float32, rngs=rngs, zero=True)
-        make = lambda key: Block(dim, heads, hidden, dtype=dtype, rngs=nnx.Rngs(key))  # noqa: E731
-        self.blocks = jax.vmap(make)(jax.random.split(rngs.params(), depth))
-        self.head_modulation = _linear(dim, 2 * dim, dtype=jnp.float32, rngs=rngs, zero=True)
-        self.head = _linear(dim, pixels, dtype=jnp.float32, rngs=rngs, zero=True)
+    def __post_init__(self):
+        if self.image_size % self.patch:
+            raise ValueError(f"patch={self.patch} does not divide image_size={self.image_size}")
+        if self.dim % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        if self.remat not in ("none", "full") and not hasattr(jax.checkpoint_policies, self.remat):
+            raise ValueError(
+                f"remat={self.remat!r}: use 'none', 'full' or a name of jax.checkpoint_policies"
+            )
+
+    @property
+    def sample_shape(self):
+        """(H, W, C)."""
+        return (self.image_size, self.image_size, self.channels)
+
+    @property
+    def uncond(self):
+        """The condition that stands for none."""
+        return self.num_classes
+
+
+class DiT(nnx.Module):
+    """The network of a `DiTConfig`."""
+
+    def __init__(self, config, *, rngs):
+        self.config = config
+        c = config
+        pixels, tokens = c.patch**2 * c.channels, (c.image_size // c.patch) ** 2
+        hidden = c.hidden or 32 * round(c.dim / 12)
+        dtype = jnp.dtype(c.dtype)
+
+        def block(key):
+            return Block(c.dim, c.heads, hidden, dtype=dtype, rngs=nnx.Rngs(key))
+
+        self.patch = _linear(pixels, c.dim, dtype=dtype, rngs=rngs)
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, c.dim)))
+        init = nnx.initializers.normal(0.02)
+        self.label = nnx.Embed(c.num_classes + 1, c.dim, embedding_init=init, rngs=rngs)
+        self.time_mlp = MLP(256, c.dim, rngs=rngs)
+        self.modulation = _linear(c.dim, 6 * c.dim, rngs=rngs, zero=True)
+        self.blocks = jax.vmap(block)(jax.random.split(rngs.params(), c.depth))
+        self.head_modulation = _linear(c.dim, 2 * c.dim, rngs=rngs, zero=True)
+        self.head = _linear(c.dim, pixels, rngs=rngs, zero=True)
 
     def __call__(self, x, t, label):
         """x [B, H, W, C], t [B] in 0..1000, label int32 [B] -> [B, H, W, C]."""
-        p = self.patch_size
+        p = self.config.patch
         tokens = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-        tokens = sharding.shard_tokens(self.patch(tokens.astype(self.dtype)) + self.position[...])
+        tokens = self.patch(tokens) + self.position[...]
         condition = jax.nn.silu(self.time_mlp(timestep_embedding(t, 256)) + self.label(label))
-        tokens = self._layers(
-            tokens, rearrange(self.modulation(condition), "b (six d) -> b six d", six=6)
-        )
+        modulation = rearrange(self.modulation(condition), "b (six d) -> b six d", six=6)
+        tokens = self._layers(sharding.shard_tokens(tokens), modulation)
         shift, scale = jnp.split(self.head_modulation(condition)[:, None], 2, axis=-1)
         out = self.head(_plain_norm(tokens) * (1 + scale) + shift)
         return rearrange(
-            out, "b (h w) (p q c) -> b (h p) (w q) c", h=self.grid, p=p, q=p, c=x.shape[-1]
+            out, "b (h w) (p q c) -> b (h p) (w q) c", h=x.shape[1] // p, p=p, q=p, c=x.shape[-1]
         )
 
     def _layers(self, tokens, modulation):
-        def layer(tokens, block):
-            tokens = sharding.gather(block, SHARDING_RULES)(tokens, modulation)
-            return sharding.shard_tokens(tokens.astype(self.dtype)), None
+        """The scan over stacked layers; tokens [B, L, D] stay in the compute dtype."""
 
-        if self.remat != "none":
-            keep = None if self.remat == "full" else getattr(jax.checkpoint_policies, self.remat)
+        def layer(tokens, block):
+            out = sharding.gather(block, SHARDING_RULES)(tokens, modulation)
+            return sharding.shard_tokens(out.astype(tokens.dtype)), None
+
+        config = self.config
+        if config.remat != "none":
+            keep = (
+                None if config.remat == "full" else getattr(jax.checkpoint_policies, config.remat)
+            )
             layer = jax.checkpoint(layer, policy=keep)
-        return jax.lax.scan(layer, tokens.astype(self.dtype), self.blocks, unroll=self.unroll)[0]
+        tokens = tokens.astype(config.dtype)
+        return jax.lax.scan(layer, tokens, self.blocks, unroll=config.unroll)[0]

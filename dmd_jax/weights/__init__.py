@@ -1,1 +1,174 @@
-"""Checkpoint files of ours and of others, to and from our trees."""
+"""Checkpoint files, to and from our trees. Imports the denoiser and the network families.
+
+Our own files are safetensors: one tensor a weight, named by its path, and a header that holds the
+family's name and plain numbers. The tables below resolve the names; nothing read from a file is ever
+imported or executed.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
+from dmd_jax.models.dit import DiT, DiTConfig
+from dmd_jax.schedule import EDM, VP, FlowMatching
+from dmd_jax.sharding import path_name
+
+FAMILIES = {"dit": (DiTConfig, DiT)}
+SCHEDULES = {"flow_matching": FlowMatching, "edm": EDM, "vp": VP}
+PREDICTIONS = {
+    "velocity": Velocity,
+    "epsilon": Epsilon,
+    "x0": X0,
+    "edm_preconditioned": EDMPreconditioned,
+}
+ASSETS = Path(__file__).parent.parent / "assets"
+HEADER = "dmd_jax"
+
+
+def build(config, *, seed=0):
+    """A freshly initialised network of the family whose config this is."""
+    for family_config, family in FAMILIES.values():
+        if isinstance(config, family_config):
+            return family(config, rngs=nnx.Rngs(seed))
+    known = [family_config.__name__ for family_config, _ in FAMILIES.values()]
+    raise ValueError(f"no network family has the config {config!r}; known are {known}")
+
+
+def find(path):
+    """The file at `path`, or the shipped one of that name ("mnist_teacher").
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    for candidate in (Path(path).expanduser(), ASSETS / f"{path}.safetensors"):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(file.stem for file in ASSETS.glob("*.safetensors"))
+    raise FileNotFoundError(f"no checkpoint file at {path!r}; shipped are {shipped}")
+
+
+def save(path, denoiser, **notes):
+    """Writes a denoiser as safetensors, whole or not at all.
+
+    Args:
+        path: the file.
+        denoiser: a Denoiser whose network is of a known family.
+        **notes: JSON values kept in the header, such as the `times` and `shift` of a student.
+    """
+    config = denoiser.net.config
+    header = {
+        "family": _name(FAMILIES, lambda entry: isinstance(config, entry[0]), config),
+        "model": dataclasses.asdict(config),
+        "schedule": _plain(SCHEDULES, denoiser.schedule),
+        "prediction": _plain(PREDICTIONS, denoiser.prediction),
+        "notes": notes,
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(denoiser.net)
+    tensors = {path_name(path): jax.device_get(leaf) for path, leaf in leaves}
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, {HEADER: json.dumps(header)})
+    partial.replace(path)
+
+
+def notes(path):
+    """What `save` was told to note in the file at `path`; {} if nothing."""
+    return _read(path)[0]["notes"]
+
+
+def abstract(path, **overrides):
+    """The Denoiser at `path` with jax.ShapeDtypeStructs for weights: the header is read, no tensor."""
+    header, _ = _read(path)
+    try:
+        family_config, family = FAMILIES[header["family"]]
+        config = family_config(**(header["model"] | overrides))
+        schedule = _made(SCHEDULES, header["schedule"])
+        prediction = _made(PREDICTIONS, header["prediction"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: its header is not of this version of dmd_jax: {error}"
+        ) from error
+    net = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
+    return Denoiser(net, schedule, prediction)
+
+
+def load(path, **overrides):
+    """The Denoiser in a file that `save` wrote.
+
+    Args:
+        path: a file, or the name of a shipped one.
+        **overrides: fields of the network's config that say how it runs (dtype, remat, unroll).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another program, or its tensors differ from its header; every
+            differing path is named with both shapes.
+    """
+    path = find(path)
+    denoiser = abstract(path, **overrides)
+    _, tensors = _read(path, tensors=True)
+    wanted = {
+        path_name(p): tuple(leaf.shape)
+        for p, leaf in jax.tree_util.tree_leaves_with_path(denoiser.net)
+    }
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if differences := differing(wanted, found):
+        raise ValueError(f"{path} does not hold the network of its header:\n" + differences)
+    net = jax.tree_util.tree_map_with_path(
+        lambda p, leaf: jnp.asarray(tensors[path_name(p)], leaf.dtype), denoiser.net
+    )
+    return dataclasses.replace(denoiser, net=net)
+
+
+def differing(wanted, found):
+    """One line for every path whose shape differs between two {path: shape}; '' if none does."""
+    lines = []
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            lines.append(
+                f"  {name}: expected {wanted.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
+            )
+    return "\n".join(lines)
+
+
+def _read(path, *, tensors=False):
+    path = find(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = (file.metadata() or {}).get(HEADER)
+            if header is None:
+                some = ", ".join(sorted(file.keys())[:3])
+                raise ValueError(
+                    f"{path} is a safetensors file, but not one that dmd_jax wrote (it holds {some}, "
+                    "...): see `dmd_jax.weights` for the families that can be read"
+                )
+            arrays = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}): fetch it again"
+        ) from None
+    return json.loads(header), arrays
+
+
+def _name(table, fits, value):
+    for name, entry in table.items():
+        if fits(entry):
+            return name
+    raise ValueError(f"{value!r} has no name in {sorted(table)}: add it to the table in weights/")
+
+
+def _plain(table, value):
+    name = _name(table, lambda cls: type(value) is cls, value)
+    return {"name": name, **dataclasses.asdict(value)}
+
+
+def _made(table, plain):
+    plain = dict(plain)
+    return table[plain.pop("name")](**plain)
