@@ -1,8 +1,8 @@
 """Checkpoint files, to and from our trees. Imports the denoiser and the network families.
 
 Our own files are safetensors: one tensor a weight, named by its path, and a header that holds the
-family's name and plain numbers. The tables below resolve the names; nothing read from a file is ever
-imported or executed.
+family's name and plain numbers. The tables below resolve the names; nothing read from a file is
+ever imported or executed.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def notes(path):
 
 
 def abstract(path, **overrides):
-    """The Denoiser at `path` with jax.ShapeDtypeStructs for weights: the header is read, no tensor."""
+    """The Denoiser at `path` with jax.ShapeDtypeStructs for weights: reads the header alone."""
     header, _ = _read(path)
     try:
         family_config, family = FAMILIES[header["family"]]
@@ -131,10 +131,9 @@ def differing(wanted, found):
     """One line for every path whose shape differs between two {path: shape}; '' if none does."""
     lines = []
     for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            lines.append(
-                f"  {name}: expected {wanted.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
-            )
+        a, b = wanted.get(name, "nothing"), found.get(name, "nothing")
+        if a != b:
+            lines.append(f"  {name}: expected {a}, found {b}")
     return "\n".join(lines)
 
 
@@ -142,18 +141,17 @@ def _read(path, *, tensors=False):
     path = find(path)
     try:
         with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
             header = (file.metadata() or {}).get(HEADER)
             if header is None:
-                some = ", ".join(sorted(file.keys())[:3])
+                some = ", ".join(sorted(names)[:3])
                 raise ValueError(
-                    f"{path} is a safetensors file, but not one that dmd_jax wrote (it holds {some}, "
-                    "...): see `dmd_jax.weights` for the families that can be read"
+                    f"{path} is a safetensors file, but not one that dmd_jax wrote (it holds "
+                    f"{some}, ...): see dmd_jax.weights for the families that can be read"
                 )
-            arrays = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
+            arrays = {name: file.get_tensor(name) for name in names} if tensors else {}
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or no safetensors file ({error}): fetch it again"
-        ) from None
+        raise ValueError(f"{path} is damaged or not safetensors ({error})") from None
     return json.loads(header), arrays
 
 
