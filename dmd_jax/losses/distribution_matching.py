@@ -1,9 +1,8 @@
 """Distribution Matching Distillation (DMD, Yin et al. 2023): gradient, loss, critic's regression.
 
 Values in, values out: nothing in this file calls a network, so every function can be checked by
-    hand.
-Shapes: predictions are [B, ...] or [B, F, ...]; a mask is boolean and aligned with the leading
-    axes.
+hand. Shapes: predictions are [B, ...] or [B, F, ...]; a mask is boolean and aligned with the
+leading axes.
 """
 
 import jax
@@ -88,8 +87,7 @@ def dmd_loss(x0, grad, mask=None):
 
     N counts the elements that the mask keeps. This is 0.5 MSE(x0, stop_gradient(x0 - grad)) without
     its cancellation: x0 - stop_gradient(x0) is exactly zero in every dtype, so that `grad` is
-        rounded
-    once, to the dtype of x0, and no float64 is needed (docs/mathematics.md).
+    rounded once, to the dtype of x0, and no float64 is needed (docs/mathematics.md).
 
     Args:
         x0: the generator's samples, float32 or bfloat16 [B, ...].
