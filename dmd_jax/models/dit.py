@@ -1,8 +1,7 @@
 """DiT: a transformer over image patches, conditioned on time and class (Peebles and Xie 2022).
 
 Modern in its parts: RMS norms, normalised queries and keys, SwiGLU, and one time projection shared
-    by
-all layers to which each adds a learned offset (PixArt's adaLN-single, which Wan uses too). The
+by all layers to which each adds a learned offset (PixArt's adaLN-single, which Wan uses too). The
 layers are stacked and scanned. Imports jax, flax and the infrastructure room.
 """
 
