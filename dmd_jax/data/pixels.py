@@ -1,0 +1,38 @@
+"""Pixels as bytes and pixels as floats: the one place where [0, 255] and [-1, 1] meet.
+
+Files, pictures and metrics hold bytes; networks see floats. This file imports numpy alone.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def to_float(pixels: np.ndarray) -> np.ndarray:
+    """Maps bytes to floats, 0 to -1 and 255 to 1: `pixels / 127.5 - 1`.
+
+    Args:
+        pixels: uint8, any shape.
+
+    Returns:
+        float32 in [-1, 1], the same shape.
+
+    Raises:
+        ValueError: `pixels` are not uint8. Floats were most likely converted before, and a second
+            time would squeeze them into a grey that no later check notices.
+    """
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"to_float takes uint8 pixels in [0, 255], not {pixels.dtype}")
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(pixels: ArrayLike) -> np.ndarray:
+    """Maps floats to the nearest byte, the inverse of `to_float`; what lies outside is clipped.
+
+    Args:
+        pixels: floats of any precision, NumPy or JAX, finite, nominally in [-1, 1], any shape.
+
+    Returns:
+        uint8 in [0, 255], the same shape.
+    """
+    levels = (np.asarray(pixels, dtype=np.float32) + 1) * np.float32(127.5)
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
