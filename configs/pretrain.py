@@ -42,7 +42,7 @@ def get_config():
             clip=1.0,
             warmup=500,
             decay="cosine",
-        ),  # fmt: skip
+        ),
     )
     config.ema = dict(decay=0.999, start=1_000)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)

@@ -1,7 +1,7 @@
 """Configs as programs: made complete, turned into objects, stored and compared.
 
-A config names a class and its numbers, `dict(cls=DMD, guidance=1.5)`, so that a reader can jump from
-the config to the mathematics. Only the programs of the top floors see configs.
+A config names a class and its numbers, `dict(cls=DMD, guidance=1.5)`, so that a reader can jump
+from the config to the mathematics. Only the programs of the top floors see configs.
 """
 
 import dataclasses

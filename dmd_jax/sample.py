@@ -8,13 +8,14 @@ import dataclasses
 import time
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from dmd_jax import randomness, rollout, weights
+from dmd_jax import randomness, report, rollout, weights
 from dmd_jax.data import to_uint8
 from dmd_jax.denoiser import guided
 from dmd_jax.schedule import step_times
@@ -22,21 +23,37 @@ from dmd_jax.schedule import step_times
 BATCH = 250  # samples per call of the compiled sampler
 
 
+class Sampler:
+    """How samples are made: a static value, whose `steps` and `name` name it in tables."""
+
+    @property
+    def title(self):
+        """As "student, 4 steps"."""
+        return f"{self.name}, {self.steps} step{'s' if self.steps > 1 else ''}"
+
+
 @dataclasses.dataclass(frozen=True)
-class FewStep:
-    """A student's sampler: a network call, fresh noise, the next call (`rollout.backward_simulation`).
+class FewStep(Sampler):
+    """A student's sampler: a call, fresh noise, the next call (`rollout.backward_simulation`).
 
     Attributes:
         times: times of the calls before the shift, descending from 1.
         shift: time shift.
     """
 
+    name: ClassVar = "student"
+
     times: tuple[float, ...]
     shift: float = 1.0
 
     @property
-    def calls(self):
+    def steps(self):
         return len(self.times)
+
+    @property
+    def calls(self):
+        """Network calls for one sample."""
+        return self.steps
 
     def __call__(self, denoiser, noise, cond, key, index):
         return rollout.backward_simulation(
@@ -47,7 +64,7 @@ class FewStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class ManyStep:
+class ManyStep(Sampler):
     """A teacher's sampler: Euler steps along the guided ODE (`rollout.ode`).
 
     Attributes:
@@ -56,12 +73,15 @@ class ManyStep:
         shift: time shift.
     """
 
+    name: ClassVar = "teacher"
+
     steps: int
     guidance: float = 1.0
     shift: float = 1.0
 
     @property
     def calls(self):
+        """Network calls for one sample; guidance takes two a step."""
         return self.steps * (1 if self.guidance == 1 else 2)
 
     def __call__(self, denoiser, noise, cond, key, index):
@@ -164,9 +184,7 @@ def main(argv):
     if out.suffix == ".npz":
         np.savez_compressed(out, images=images, labels=labels)
     else:
-        from dmd_jax.report import save_grid
-
-        save_grid(out, images, denoiser.net.config.num_classes)
+        report.save_grid(out, images, denoiser.net.config.num_classes)
     logging.info("%d samples, %s, %.1f s: %s", len(images), sampler, time.time() - start, out)
 
 

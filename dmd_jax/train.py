@@ -8,10 +8,8 @@ Imports every room below. Configs stop here.
 
 import dataclasses
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dmd_jax import checkpoint, data, evaluate, health, optimizer, sample, sharding, weights
+from dmd_jax import checkpoint, data, evaluate, health, optimizer, report, sample, sharding, weights
 from dmd_jax.configuration import construct, differences, flatten, unknown
 from dmd_jax.denoiser import Denoiser
 from dmd_jax.step import EMA, init_state, train_step
@@ -29,7 +27,7 @@ KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
     *("data", "method", "ema", "mesh", "log", "checkpoint", "evaluate"),
 )
-STUDENT = "student.safetensors"
+EXPORT = "generator.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +73,14 @@ class Run:
         placed = _placed(self.frozen, self.frozen, self.mesh)
         loaded = {role: _load(self.config, role, net) for role, net in self.frozen.items()}
         return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), loaded, placed)
+
+    def samplers(self):
+        """What the trained network is judged under, the run's own first."""
+        spec = self.config.evaluate
+        if hasattr(self.method, "times"):
+            times, shift = self.method.times, self.method.shift
+            return [sample.FewStep(sample.fewer(times, n), shift) for n in spec.steps]
+        return [sample.ManyStep(n, spec.guidance) for n in spec.steps]
 
     def batches(self, step):
         """This host's batches from `step` on: {"cond", "uncond"} and what the method wants."""
@@ -216,9 +222,8 @@ def describe(run):
         # Two moments beside the weights, and the average of the generator.
         copies = 1 if role in run.frozen else 4 if role == "generator" else 3
         config = denoiser.net.config
-        lines.append(
-            f"{role:<12}{count:>14,}{size / 2**20:>9.1f} MiB{copies * size / 2**20:>12.1f} MiB  {config}"
-        )
+        size /= 2**20
+        lines.append(f"{role:<12}{count:>14,}{size:>8.1f} MiB{copies * size:>12.1f} MiB  {config}")
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     lines.append(
         f"training state, one checkpoint: {total / 2**20:.1f} MiB over {run.mesh.size} devices"
@@ -246,3 +251,139 @@ def _compile(run, state, frozen, batch, key):
     lowered = [jitted.lower(state, frozen, batch, key, update_generator=kind) for kind in kinds]
     with ThreadPoolExecutor(len(kinds)) as pool:
         return dict(zip(kinds, pool.map(lambda low: low.compile(), lowered), strict=True))
+
+
+def train(run, workdir):
+    """Starts or resumes the run in `workdir`, sees it to its end and writes its report.
+
+    Args:
+        run: from `build`; the mesh is in force.
+        workdir: a Path, made if need be: config.json, metrics.jsonl, checkpoints/, best/, images/,
+            generator.safetensors, report.md and report.png.
+
+    Returns:
+        The path of the report; None where a signal stopped the run before its end.
+
+    Raises:
+        ValueError: the directory holds another run, cannot be written or is too small.
+        health.Diverged: the run went bad; its last good checkpoint stays.
+    """
+    checkpoint.check_writable(workdir)
+    _claim(run.config, workdir)
+    shape = run.state_shape()
+    with (
+        checkpoint.Preemption() as preemption,
+        checkpoint.Checkpointer(workdir, keep=run.config.checkpoint.keep) as checkpoints,
+        Writer(workdir, tensorboard=run.config.log.tensorboard) as writer,
+    ):
+        checkpoints.check_space(shape, shape.ema)
+        restored = checkpoints.restore_latest(shape)
+        finished = workdir / evaluate.REPORT
+        if restored is not None and restored[1] >= run.config.steps and finished.exists():
+            logging.info("this run is finished; its report again, from %s", finished)
+            print(finished.read_text())
+            return finished
+        state, frozen = (restored[0], run.load_frozen()) if restored else run.start()
+        writer.rewind(int(state.step))
+        state = _loop(run, state, frozen, checkpoints, writer, preemption)
+        if int(state.step) < run.config.steps:
+            logging.info("stopped and saved at step %d; the same command goes on", int(state.step))
+            return None
+        report_path = _report(run, _export(run, state, workdir), workdir)
+        writer.texts(run.config.steps, "report", report_path.read_text())
+        return report_path
+
+
+def _claim(config, workdir):
+    """Writes the resolved config, or refuses a directory that holds another run."""
+    path, now = workdir / "config.json", flatten(config)
+    if path.exists():
+        stored = json.loads(path.read_text())
+        if lines := differences(stored, now):
+            raise ValueError(
+                f"{workdir} holds a run with another config; choose another --workdir, or "
+                f"take back the difference:\n{lines}"
+            )
+    if jax.process_index() == 0:
+        partial_file = path.with_suffix(".partial")
+        partial_file.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+        partial_file.replace(path)
+
+
+def _loop(run, state, frozen, checkpoints, writer, preemption):
+    """Steps from `state.step` to the end, or to a signal; returns the last state, saved."""
+    config, first = run.config, int(state.step)
+    if first == config.steps:
+        return state
+    root = jax.random.key(config.seed, impl="threefry2x32")
+    judge = evaluate.data_judge(config.data.name, config.data.data_dir)
+    window, monitor, progress = health.Window(), health.Monitor(), None
+    batches, compiled = run.batches(first), None
+    for step in range(first, config.steps):
+        batch = next(batches)
+        if compiled is None:
+            compiled = _compile(run, state, frozen, batch, root)
+        state, metrics = compiled[run.updates_generator(step)](state, frozen, batch, root)
+        window.add(metrics)
+        done = step + 1
+        last = done == config.steps or preemption.requested(done)
+        if done == first + 1 or done % config.log.every == 0 or last:
+            scalars = window.means()
+            progress = progress or health.Progress(first, config.steps, config.batch_size)
+            writer.scalars(done, scalars | progress(done, scalars))
+            monitor(done, scalars)
+        if done % config.evaluate.every == 0 and not last:
+            _judge(run, state, done, judge, checkpoints, writer)
+        if done % config.checkpoint.every == 0 or last:
+            checkpoints.save(done, state)
+        if last:
+            break
+    checkpoints.wait()
+    return state
+
+
+def _judge(run, state, step, judge, checkpoints, writer):
+    """Judges the average on a few samples, shows some, and keeps the best."""
+    sampler, *_ = run.samplers()
+    num_classes = run.source.num_classes
+    labels = sample.balanced(run.config.evaluate.samples, num_classes)
+    images = sample.draw(state.ema, sampler, labels)
+    numbers = {f"quality/{key}": value for key, value in judge(images, labels).items()}
+    writer.scalars(step, numbers)
+    writer.images(step, sampler.name, report.grid(images[: 8 * num_classes], num_classes))
+    checkpoints.save_best(step, state.ema, numbers["quality/fd"])
+
+
+def _export(run, state, workdir):
+    """Writes the averaged network for everybody's use; returns its path."""
+    path = workdir / EXPORT
+    notes = {"step": int(state.step), "method": type(run.method).__name__.lower()}
+    if hasattr(run.method, "times"):
+        notes |= {"times": run.method.times, "shift": run.method.shift}
+    weights.save(path, state.ema, **notes)
+    return path
+
+
+def _report(run, trained, workdir):
+    """Judges the exported network beside real images and its teacher, and writes the report."""
+    spec, name, data_dir = run.config.evaluate, run.config.data.name, run.config.data.data_dir
+    num_classes, seed = run.source.num_classes, evaluate.SEED
+    judge, denoiser = evaluate.data_judge(name, data_dir), weights.load(trained)
+    labels = np.sort(sample.balanced(2 * num_classes, num_classes))
+    test, test_labels = data.arrays(data.load(name, "test", data_dir))
+    rows = np.concatenate([np.flatnonzero(test_labels == k)[:2] for k in range(num_classes)])
+    table, pictures = [evaluate.real_row(judge, spec.num)], {"real": test[rows]}
+    if "teacher" in run.frozen:
+        path = run.config.teacher.weights
+        teachers = [sample.ManyStep(n, spec.teacher_guidance) for n in spec.teacher_steps]
+        kept = workdir / "teacher.rows.json"
+        table += evaluate.teacher_rows(path, teachers, judge, spec.num, store=kept)
+        many = teachers[0]
+        pictures[many.title] = sample.draw(weights.load(path), many, labels, seed)
+    table += evaluate.rows(denoiser, run.samplers(), judge, spec.num)
+    for sampler in run.samplers():
+        pictures[sampler.title] = sample.draw(denoiser, sampler, labels, seed)
+    title = f"{type(run.method).__name__} on {name}, {run.config.steps:,} steps"
+    path = evaluate.write_report(workdir, title, table, pictures, labels, judge.name)
+    print(path.read_text())
+    return path
