@@ -137,16 +137,33 @@ def _crc(body: Mapping[str, Any]) -> int:
 
 
 def _read_item(path: epath.Path, **item: ocp.args.CheckpointArgs) -> Any:
-    """One Orbax item; whatever goes wrong in the files is `DamagedCheckpoint`."""
+    """One Orbax item; whatever goes wrong in the files is `DamagedCheckpoint`, on every host."""
     _mute_abandoned_io()
     (name,) = item
+    # Every host reads for itself: one that fails must not leave the others at Orbax's barrier.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    reason = None
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            return reader.restore(path, args=ocp.args.Composite(**item))[name]
+        with ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
+        ) as reader:
+            content = reader.restore(path, args=ocp.args.Composite(**item))[name]
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # this machine's trouble, not the checkpoint's
     except Exception as error:  # Orbax raises a dozen types, bare Exception among them
-        raise DamagedCheckpoint(f"{name} cannot be read: {_first_line(error)}") from error
+        reason = error
+    # A cut file may hold the shards of one host only; all must fall back, or none.
+    if _any_host(reason is not None):
+        detail = _first_line(reason) if reason else "another host cannot read its part"
+        raise DamagedCheckpoint(f"{name} cannot be read: {detail}") from reason
+    return content
+
+
+def _any_host(flag: bool) -> bool:
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
@@ -158,7 +175,7 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
 
 
 def read(path: epath.PathLike, abstract: Any) -> tuple[Any, dict[str, Any]]:
-    """Reads and verifies one checkpoint directory, and changes nothing in it.
+    """Reads and verifies one checkpoint directory, and changes nothing in it. Every host calls it.
 
     Args:
         path: a directory `.../checkpoints/<step>`.
@@ -230,6 +247,10 @@ class _Series:
                 # Otherwise a full disk leaves threads that wait for a directory, and with them
                 # the exit of the process, for five minutes.
                 async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+                # Two managers write at once, and hosts meet at barriers that have names.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    barrier_sync_key_prefix=directory.name
+                ),
             ),
         )
         self._writing: int | None = None
@@ -285,7 +306,7 @@ class _Series:
         damaged: dict[int, str] = {}
         for step in steps:
             try:
-                tree, extra = self._read_together(step, abstract)
+                tree, extra = read(self.path(step), abstract)
             except DamagedCheckpoint as error:
                 damaged[step] = f"{self.path(step)} is damaged: {error}"
                 log.warning("%s. Falling back to the one before it.", damaged[step])
@@ -301,19 +322,6 @@ class _Series:
             )
         return None
 
-    def _read_together(self, step: int, abstract: Any) -> tuple[Any, dict]:
-        """All hosts take this step, or none does: a cut file may hold the shards of one only."""
-        error = None
-        try:
-            result = read(self.path(step), abstract)
-        except DamagedCheckpoint as e:
-            error = e
-        if _any_host(error is not None):
-            error = error or DamagedCheckpoint("another host cannot read its part")
-        if error:
-            raise error
-        return result
-
     def set_aside(self, step: int) -> None:
         """Moves a checkpoint out of the way of a later save at the same step."""
         aside = self.directory.parent / "damaged" / f"{self.directory.name}_{step}"
@@ -326,12 +334,6 @@ class _Series:
             multihost_utils.sync_global_devices(f"set_aside_{step}")
         self._manager.reload()
         log.warning("%s was moved to %s.", self.path(step), aside)
-
-
-def _any_host(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 class Checkpointer:
@@ -399,6 +401,7 @@ class Checkpointer:
             CheckpointError: there are checkpoints and all are damaged.
             MismatchedCheckpoint: the newest whole one is of another state.
         """
+        self.wait()
         return self._newest.restore(reversed(self._newest.steps()), abstract_state)
 
     def save_best(
@@ -425,7 +428,7 @@ class Checkpointer:
 
     def restore_best(self, abstract: Any) -> tuple[Any, int, dict[str, Any]] | None:
         """(tree, step, extra) of the lowest metric so far, or None; raises as `restore_latest`."""
-        self._best.wait()
+        self.wait()
         metrics = self._best_metrics()
         return self._best.restore(sorted(metrics, key=metrics.get), abstract)
 
@@ -452,8 +455,10 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits, and frees the threads. Raises as `wait`."""
-        self._best.close()
-        self._newest.close()
+        try:
+            self._best.close()
+        finally:
+            self._newest.close()
 
     def check_space(self, abstract_state: Any, abstract_best: Any = ()) -> None:
         """Refuses to start a run whose checkpoints the disk cannot hold.
@@ -566,7 +571,7 @@ def _disk_bytes(*directories: epath.Path) -> int:
     )
 
 
-def _first_line(error: BaseException, limit: int = 300) -> str:
+def _first_line(error: BaseException, limit: int = 140) -> str:
     """TensorStore's messages run over pages; the cause is in the first words, or it is ENOSPC."""
     if "No space left" in str(error):
         return "no space left on device"

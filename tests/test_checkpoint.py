@@ -1,14 +1,18 @@
 """What a checkpoint promises, broken on purpose in every way a disk and a scheduler know."""
 
 import contextlib
+import functools
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -495,3 +499,75 @@ def test_second_interrupt_interrupts():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# Many hosts
+
+HOST = """
+    import logging, os, signal, sys, time
+    from pathlib import Path
+    import jax
+    host, port, workdir = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", 2, host)
+    import numpy as np
+    from jax.experimental.multihost_utils import sync_global_devices
+    from jax.sharding import AxisType, NamedSharding
+    from dmd_jax.checkpoint import Checkpointer, Preemption
+
+    logging.basicConfig(level=logging.WARNING)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, jax.P("fsdp"))
+
+    def draw(seed):
+        x = np.random.default_rng(seed).normal(size=(1024, 64)).astype(np.float32)
+        return {"x": jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])}
+
+    def assert_same(a, b):
+        for mine, other in zip(a["x"].addressable_shards, b["x"].addressable_shards, strict=True):
+            np.testing.assert_array_equal(mine.data, other.data)
+
+    checkpointer = Checkpointer(workdir)
+    for step in (1, 2, 3):
+        checkpointer.save_best(step, draw(step), 1.0 / step)
+        checkpointer.save(step, draw(step), {"at": step})
+    state, step, extra = checkpointer.restore_latest(draw(0))
+    assert (step, extra) == (3, {"at": 3})
+    assert_same(state, draw(3))
+
+    sync_global_devices("about to damage")
+    if host == 0:  # the part that only host 1 reads
+        files = (workdir / "checkpoints" / "3" / "state" / "ocdbt.process_1" / "d").iterdir()
+        os.truncate(max(files, key=lambda p: p.stat().st_size), 100)
+    sync_global_devices("damaged")
+    state, step, extra = checkpointer.restore_latest(draw(0))
+    assert step == 2
+    assert_same(state, draw(2))
+    checkpointer.save(3, draw(3))
+    assert checkpointer.restore_best(draw(0))[1] == 3
+    checkpointer.close()
+
+    with Preemption() as preemption:
+        for step in range(1, 1000):
+            time.sleep(0.002 + 0.01 * host)  # the hosts are never at the same step
+            if host == 1 and step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if preemption.requested(step):
+                print("stopped at", step)
+                break
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_save_fall_back_and_stop_together(tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    with ThreadPoolExecutor() as pool:
+        run = functools.partial(in_child, HOST, devices=2)
+        hosts = list(pool.map(run, (0, 1), (port, port), (tmp_path, tmp_path)))
+    for host in hosts:
+        assert host.returncode == 0, host.stderr[-3000:]
+    assert "another host cannot read its part" in hosts[0].stderr
+    stops = {re.search(r"stopped at \d+", host.stdout)[0] for host in hosts}
+    assert len(stops) == 1
