@@ -1,9 +1,8 @@
 """Distribution Matching Distillation (DMD, Yin et al. 2023): gradient, loss, critic's regression.
 
 Values in, values out: nothing in this file calls a network, so every function can be checked by
-    hand.
-Shapes: predictions are [B, ...] or [B, F, ...]; a mask is boolean and aligned with the leading
-    axes.
+hand. Shapes: predictions are [B, ...] or [B, F, ...]; a mask is boolean and aligned with the
+leading axes.
 """
 
 import jax
@@ -35,7 +34,7 @@ def teacher_error(x0, real_x0, *, mask=None, frames_per_block=None):
             (LongLive 2.0).
 
     Returns:
-        float32, of the rank of x0 and broadcastable against it.
+        float32, of the rank of x0 and broadcastable against it; 1 where the mask keeps nothing.
 
     Raises:
         ValueError: the frames do not divide into blocks.
@@ -51,7 +50,9 @@ def teacher_error(x0, real_x0, *, mask=None, frames_per_block=None):
         blocks = (shape[0], shape[1] // frames_per_block, frames_per_block, *shape[2:])
         error, kept = error.reshape(blocks), kept.reshape(blocks)
     axes = tuple(range(1 if frames_per_block is None else 2, error.ndim))
-    mean = jnp.sum(error * kept, axes, keepdims=True) / jnp.sum(kept, axes, keepdims=True)
+    count = jnp.sum(kept, axes, keepdims=True)
+    # A block that is masked whole has no error. 0/0 there would discard the sample's other blocks.
+    mean = jnp.where(count > 0, jnp.sum(error * kept, axes, keepdims=True) / count, 1.0)
     if frames_per_block is not None:
         mean = jnp.repeat(mean[:, :, 0], frames_per_block, axis=1)
     return mean
@@ -88,8 +89,7 @@ def dmd_loss(x0, grad, mask=None):
 
     N counts the elements that the mask keeps. This is 0.5 MSE(x0, stop_gradient(x0 - grad)) without
     its cancellation: x0 - stop_gradient(x0) is exactly zero in every dtype, so that `grad` is
-        rounded
-    once, to the dtype of x0, and no float64 is needed (docs/mathematics.md).
+    rounded once, to the dtype of x0, and no float64 is needed (docs/mathematics.md).
 
     Args:
         x0: the generator's samples, float32 or bfloat16 [B, ...].

@@ -5,6 +5,7 @@ numbers.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,10 @@ class DMD:
         regression: what the fake score's squared error is measured in; what it predicts, if None.
         batched_guidance: guide with one doubled pass, or with two passes in half the memory.
     """
+
+    trainable: ClassVar = ("generator", "fake_score")
+    frozen: ClassVar = ("teacher",)
+    uses_data: ClassVar = False
 
     sample_shape: tuple[int, ...]
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)

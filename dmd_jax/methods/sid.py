@@ -18,4 +18,7 @@ class SiD(DMD):
     alpha: float = 1.0
 
     def distance(self, made, real, fake):
-        return sid_loss(made.x0, real, fake, alpha=self.alpha, mask=made.mask)
+        return sid_loss(
+            made.x0, real, fake, alpha=self.alpha,
+            normalize=self.normalize, mask=made.mask, frames_per_block=self.frames_per_block,
+        )  # fmt: skip

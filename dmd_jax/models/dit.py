@@ -1,8 +1,7 @@
 """DiT: a transformer over image patches, conditioned on time and class (Peebles and Xie 2022).
 
 Modern in its parts: RMS norms, normalised queries and keys, SwiGLU, and one time projection shared
-    by
-all layers to which each adds a learned offset (PixArt's adaLN-single, which Wan uses too). The
+by all layers to which each adds a learned offset (PixArt's adaLN-single, which Wan uses too). The
 layers are stacked and scanned. Imports jax, flax and the infrastructure room.
 """
 
@@ -158,8 +157,9 @@ class DiT(nnx.Module):
             return Block(c.dim, c.heads, hidden, dtype=dtype, rngs=nnx.Rngs(key))
 
         self.patch = _linear(pixels, c.dim, dtype=dtype, rngs=rngs)
-        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, c.dim)))
-        init = nnx.initializers.normal(0.02)
+        # As large as what they are added to: embeddings that start small take long to be heard.
+        init = nnx.initializers.normal(0.5)
+        self.position = nnx.Param(init(rngs.params(), (tokens, c.dim)))
         self.label = nnx.Embed(c.num_classes + 1, c.dim, embedding_init=init, rngs=rngs)
         self.time_mlp = MLP(256, c.dim, rngs=rngs)
         self.modulation = _linear(c.dim, 6 * c.dim, rngs=rngs, zero=True)

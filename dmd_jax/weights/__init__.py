@@ -1,8 +1,8 @@
 """Checkpoint files, to and from our trees. Imports the denoiser and the network families.
 
 Our own files are safetensors: one tensor a weight, named by its path, and a header that holds the
-family's name and plain numbers. The tables below resolve the names; nothing read from a file is ever
-imported or executed.
+family's name and plain numbers. The tables below resolve the names; nothing read from a file is
+ever imported or executed.
 """
 
 import dataclasses
@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
-from dmd_jax.models.dit import DiT, DiTConfig
+from dmd_jax.models import dit
 from dmd_jax.schedule import EDM, VP, FlowMatching
 from dmd_jax.sharding import path_name
 
-FAMILIES = {"dit": (DiTConfig, DiT)}
+# name: (config, network, sharding rules)
+FAMILIES = {"dit": (dit.DiTConfig, dit.DiT, dit.SHARDING_RULES)}
 SCHEDULES = {"flow_matching": FlowMatching, "edm": EDM, "vp": VP}
 PREDICTIONS = {
     "velocity": Velocity,
@@ -34,11 +35,23 @@ HEADER = "dmd_jax"
 
 def build(config, *, seed=0):
     """A freshly initialised network of the family whose config this is."""
-    for family_config, family in FAMILIES.values():
-        if isinstance(config, family_config):
-            return family(config, rngs=nnx.Rngs(seed))
-    known = [family_config.__name__ for family_config, _ in FAMILIES.values()]
-    raise ValueError(f"no network family has the config {config!r}; known are {known}")
+    _, network, _ = FAMILIES[_family(config)]
+    return network(config, rngs=nnx.Rngs(seed))
+
+
+def sharding_rules(net):
+    """The sharding rules of the family of `net`."""
+    return FAMILIES[_family(net.config)][2]
+
+
+def shapes(tree):
+    """{path: shape} of a tree of weights."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _family(config):
+    return _name(FAMILIES, lambda entry: isinstance(config, entry[0]), config)
 
 
 def find(path):
@@ -64,7 +77,7 @@ def save(path, denoiser, **notes):
     """
     config = denoiser.net.config
     header = {
-        "family": _name(FAMILIES, lambda entry: isinstance(config, entry[0]), config),
+        "family": _family(config),
         "model": dataclasses.asdict(config),
         "schedule": _plain(SCHEDULES, denoiser.schedule),
         "prediction": _plain(PREDICTIONS, denoiser.prediction),
@@ -84,10 +97,10 @@ def notes(path):
 
 
 def abstract(path, **overrides):
-    """The Denoiser at `path` with jax.ShapeDtypeStructs for weights: the header is read, no tensor."""
+    """The Denoiser at `path` with jax.ShapeDtypeStructs for weights: reads the header alone."""
     header, _ = _read(path)
     try:
-        family_config, family = FAMILIES[header["family"]]
+        family_config, network, _ = FAMILIES[header["family"]]
         config = family_config(**(header["model"] | overrides))
         schedule = _made(SCHEDULES, header["schedule"])
         prediction = _made(PREDICTIONS, header["prediction"])
@@ -95,7 +108,7 @@ def abstract(path, **overrides):
         raise ValueError(
             f"{path}: its header is not of this version of dmd_jax: {error}"
         ) from error
-    net = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
+    net = jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
     return Denoiser(net, schedule, prediction)
 
 
@@ -114,13 +127,9 @@ def load(path, **overrides):
     path = find(path)
     denoiser = abstract(path, **overrides)
     _, tensors = _read(path, tensors=True)
-    wanted = {
-        path_name(p): tuple(leaf.shape)
-        for p, leaf in jax.tree_util.tree_leaves_with_path(denoiser.net)
-    }
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if differences := differing(wanted, found):
-        raise ValueError(f"{path} does not hold the network of its header:\n" + differences)
+    if lines := differing(shapes(denoiser.net), found):
+        raise ValueError(f"{path} does not hold the network of its header:\n" + lines)
     net = jax.tree_util.tree_map_with_path(
         lambda p, leaf: jnp.asarray(tensors[path_name(p)], leaf.dtype), denoiser.net
     )
@@ -131,10 +140,9 @@ def differing(wanted, found):
     """One line for every path whose shape differs between two {path: shape}; '' if none does."""
     lines = []
     for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            lines.append(
-                f"  {name}: expected {wanted.get(name, 'nothing')}, found {found.get(name, 'nothing')}"
-            )
+        a, b = wanted.get(name, "nothing"), found.get(name, "nothing")
+        if a != b:
+            lines.append(f"  {name}: expected {a}, found {b}")
     return "\n".join(lines)
 
 
@@ -142,18 +150,17 @@ def _read(path, *, tensors=False):
     path = find(path)
     try:
         with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
             header = (file.metadata() or {}).get(HEADER)
             if header is None:
-                some = ", ".join(sorted(file.keys())[:3])
+                some = ", ".join(sorted(names)[:3])
                 raise ValueError(
-                    f"{path} is a safetensors file, but not one that dmd_jax wrote (it holds {some}, "
-                    "...): see `dmd_jax.weights` for the families that can be read"
+                    f"{path} is a safetensors file, but not one that dmd_jax wrote (it holds "
+                    f"{some}, ...): see dmd_jax.weights for the families that can be read"
                 )
-            arrays = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
+            arrays = {name: file.get_tensor(name) for name in names} if tensors else {}
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or no safetensors file ({error}): fetch it again"
-        ) from None
+        raise ValueError(f"{path} is damaged or not safetensors ({error})") from None
     return json.loads(header), arrays
 
 

@@ -1,0 +1,75 @@
+"""The entry point everywhere: flags, distributed start, mesh, then the training program.
+
+python -m dmd_jax.main --config=configs/dmd.py
+python -m dmd_jax.main --config=configs/dmd.py:one_step --workdir=runs/mine --config.seed=1
+python -m dmd_jax.main --config=configs/dmd.py --dry_run
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# Before TensorFlow is imported by anything: its notices are not ours to print.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dmd_jax import checkpoint, health, train
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/dmd.py", "The config program to run.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives: a second start there resumes. Default: runs/<config>."
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Resolve the config, print shapes and bytes, exit.")
+CACHE = flags.DEFINE_string(
+    "compilation_cache", "~/.cache/dmd_jax", "Where compiled programs are kept; '' for nowhere."
+)
+
+
+def workdir():
+    """--workdir, or runs/<the config's name>, its argument included: runs/dmd_one_step."""
+    if WORKDIR.value:
+        return Path(WORKDIR.value)
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return Path("runs") / "_".join(filter(None, (Path(path).stem, argument)))
+
+
+def refuse(error):
+    """Ends the program with one clear message and no traceback."""
+    sys.exit(f"error: {error}")
+
+
+def main(argv):
+    if len(argv) > 1:
+        refuse(f"unknown argument {argv[1]!r}; options start with --")
+    if CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", str(Path(CACHE.value).expanduser()))
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize()
+    try:
+        run = train.build(CONFIG.value)
+    except (ValueError, FileNotFoundError) as error:
+        refuse(error)
+    print(train.describe(run), flush=True)
+    if DRY_RUN.value:
+        return
+    try:
+        with jax.set_mesh(run.mesh):
+            train.train(run, workdir())
+    except (ValueError, checkpoint.CheckpointError, health.Diverged) as error:
+        refuse(error)
+
+
+def parse(argv):
+    """absl's parser, with one clear message where the config or an override is wrong."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        refuse(f"{error} (in the config, or in a --config.* override)")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    app.run(main, flags_parser=parse)
