@@ -90,10 +90,7 @@ def load_classifier(path: str | Path) -> tuple[str, Classifier]:
     header = json.loads(header)
     config = ClassifierConfig(**header["model"])
     abstract = jax.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0)))
-    leaves = jax.tree_util.tree_leaves_with_path(abstract)
-    wanted = {path_name(p): tuple(leaf.shape) for p, leaf in leaves}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if differences := weights.differing(wanted, found):
+    if differences := weights.differing(weights.shapes(abstract), weights.shapes(tensors)):
         raise ValueError(f"{path} does not hold the network of its header:\n{differences}")
     classifier = jax.tree_util.tree_map_with_path(
         lambda p, _: jnp.asarray(tensors[path_name(p)]), abstract

@@ -73,7 +73,8 @@ def markdown(rows: Sequence[Row], metric: str) -> str:
 
 
 def _cell(value: object, spec: str) -> str:
-    return "–" if value is None else format(value, spec)
+    none = value is None or (spec == "d" and value == 0)  # Real images have no steps and no calls.
+    return "–" if none else format(value, spec)
 
 
 def grid(images: np.ndarray, columns: int, background: int = 255) -> np.ndarray:

@@ -1,5 +1,8 @@
 """The judge on synthetic images: every number moves when, and only when, it should."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,7 @@ from dmd_jax import metrics
 from dmd_jax.features import Features
 from dmd_jax.judge import Judge, first_of_each_class
 
+DOC = Path(__file__).parents[1] / "docs" / "metrics.md"
 CLASSES = 3
 
 
@@ -143,3 +147,11 @@ def test_what_cannot_be_judged_is_refused_with_both_shapes(judge):
         judge(images[labels < 2], labels[labels < 2])
     with pytest.raises(ValueError, match="9 dimensions"):
         Judge(FEATURES, test=draw(9, seed=0), train=TRAIN)
+
+
+def test_the_feature_network_in_the_docs_works_as_it_stands(tmp_path, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    exec(re.sub(r'(load\("mnist5k", "\w+")', rf"\1, {str(tmp_path)!r}", example), names := {})
+    assert names["judge"].name in capsys.readouterr().out
+    assert "accuracy" not in names["numbers"]
+    assert names["numbers"]["fd"] == pytest.approx(names["judge"].floor(2000)["fd"])
