@@ -5,6 +5,7 @@ python -m dmd_jax.sample --checkpoint=mnist_teacher --steps=50 --guidance=1.5 --
 """
 
 import dataclasses
+import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from dmd_jax import randomness, report, rollout, weights
 from dmd_jax.data import to_uint8
 from dmd_jax.denoiser import guided
 from dmd_jax.schedule import step_times
+
+log = logging.getLogger(__name__)
 
 BATCH = 250  # samples per call of the compiled sampler
 
@@ -185,7 +188,7 @@ def main(argv):
         np.savez_compressed(out, images=images, labels=labels)
     else:
         report.save_grid(out, images, denoiser.net.config.num_classes)
-    logging.info("%d samples, %s, %.1f s: %s", len(images), sampler, time.time() - start, out)
+    log.info("%d samples, %s, %.1f s: %s", len(images), sampler, time.time() - start, out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Imports every room below. Configs stop here.
 
 import dataclasses
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from dmd_jax import checkpoint, data, evaluate, health, optimizer, report, sample, sharding, weights
 from dmd_jax.configuration import construct, differences, flatten, unknown
@@ -27,6 +27,8 @@ KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
     *("data", "method", "ema", "mesh", "log", "checkpoint", "evaluate"),
 )
+log = logging.getLogger(__name__)
+
 EXPORT = "generator.safetensors"
 
 
@@ -280,14 +282,14 @@ def train(run, workdir):
         restored = checkpoints.restore_latest(shape)
         finished = workdir / evaluate.REPORT
         if restored is not None and restored[1] >= run.config.steps and finished.exists():
-            logging.info("this run is finished; its report again, from %s", finished)
+            log.info("this run is finished; its report again, from %s", finished)
             print(finished.read_text())
             return finished
         state, frozen = (restored[0], run.load_frozen()) if restored else run.start()
         writer.rewind(int(state.step))
         state = _loop(run, state, frozen, checkpoints, writer, preemption)
         if int(state.step) < run.config.steps:
-            logging.info("stopped and saved at step %d; the same command goes on", int(state.step))
+            log.info("stopped and saved at step %d; the same command goes on", int(state.step))
             return None
         report_path = _report(run, _export(run, state, workdir), workdir)
         writer.texts(run.config.steps, "report", report_path.read_text())
