@@ -233,7 +233,7 @@ def describe(run):
     return "\n".join(lines)
 
 
-def _compile(run, state, frozen, batch, key):
+def compile_steps(run, state, frozen, batch, key):
     """{update_generator: the compiled step}; both compile at once, each on a thread of its own."""
     config = run.config
     jitted = jax.jit(
@@ -324,7 +324,7 @@ def _loop(run, state, frozen, checkpoints, writer, preemption):
     for step in range(first, config.steps):
         batch = next(batches)
         if compiled is None:
-            compiled = _compile(run, state, frozen, batch, root)
+            compiled = compile_steps(run, state, frozen, batch, root)
         state, metrics = compiled[run.updates_generator(step)](state, frozen, batch, root)
         window.add(metrics)
         done = step + 1
