@@ -65,10 +65,14 @@ class AdamW:
         return optax.chain(
             optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip),
             optax.adamw(
-                self.schedule(updates), self.b1, self.b2, self.eps,
-                weight_decay=self.weight_decay, mask=decayed,
+                self.schedule(updates),
+                self.b1,
+                self.b2,
+                self.eps,
+                weight_decay=self.weight_decay,
+                mask=decayed,
             ),
-        )  # fmt: skip
+        )
 
 
 def per_role(transforms):

@@ -60,10 +60,16 @@ class FewStep(Sampler):
 
     def __call__(self, denoiser, noise, cond, key, index):
         return rollout.backward_simulation(
-            denoiser, noise, cond, key,
-            times=self.times, shift=self.shift, schedule=denoiser.schedule, index=index,
+            denoiser,
+            noise,
+            cond,
+            key,
+            times=self.times,
+            shift=self.shift,
+            schedule=denoiser.schedule,
+            index=index,
             exit_step=len(self.times) - 1,
-        ).x0  # fmt: skip
+        ).x0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +100,13 @@ class ManyStep(Sampler):
             return guided(denoiser, x_t, t, cond, uncond, self.guidance)
 
         return rollout.ode(
-            guided_denoiser, noise, cond,
-            times=step_times(self.steps), shift=self.shift, schedule=denoiser.schedule,
-        )  # fmt: skip
+            guided_denoiser,
+            noise,
+            cond,
+            times=step_times(self.steps),
+            shift=self.shift,
+            schedule=denoiser.schedule,
+        )
 
 
 def fewer(times, steps):
