@@ -41,9 +41,13 @@ def get_config(arg=""):
     config.log = dict(every=50, tensorboard=True)
     config.checkpoint = dict(every=500, keep=2)
     config.evaluate = dict(
-        every=500, samples=500, num=2_000, steps=(4, 2, 1),
-        teacher_steps=(50, 16, 8, 4), teacher_guidance=1.5,
-    )  # fmt: skip
+        every=500,
+        samples=500,
+        num=2_000,
+        steps=(4, 2, 1),
+        teacher_steps=(50, 16, 8, 4),
+        teacher_guidance=1.5,
+    )
     VARIANTS[arg](config)
     return complete(config)
 

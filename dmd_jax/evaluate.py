@@ -9,13 +9,16 @@ judged as if they were samples. Imports the rooms below; `train` calls `report` 
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from dmd_jax import data, report, sample, weights
 from dmd_jax.features import load_features
 from dmd_jax.judge import Judge
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.md"
 SEED = 1_000_003  # of the noise of judged samples
@@ -31,16 +34,14 @@ def rows(denoiser, samplers, judge, num, seed=SEED):
     """Judges a network under each sampler.
 
     Returns:
-        One dict a sampler: "name", "steps", "calls" (of the network, for one sample) and the numbers
+        One dict a sampler: "name", "steps", "calls" (of the network, a sample) and the numbers
         of `Judge`.
     """
     labels = sample.balanced(num, denoiser.net.config.num_classes)
     table = []
     for sampler in samplers:
         numbers = judge(sample.draw(denoiser, sampler, labels, seed), labels)
-        logging.info(
-            "%s in %d steps: %s %.3f", sampler.name, sampler.steps, judge.name, numbers["fd"]
-        )
+        log.info("%s in %d steps: %s %.3f", sampler.name, sampler.steps, judge.name, numbers["fd"])
         about = {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
         table.append(about | numbers)
     return table
@@ -68,7 +69,7 @@ def teacher_rows(path, samplers, judge, num, *, recompute=False, store=None):
             held = json.loads(stored.read_text())
             if held["fingerprint"] == fingerprint:
                 return held["rows"]
-    logging.info("no rows are stored for this teacher, metric and data: judging the teacher")
+    log.info("no rows are stored for this teacher, metric and data: judging the teacher")
     table = rows(weights.load(path), samplers, judge, num)
     if store:
         store.write_text(json.dumps({"fingerprint": fingerprint, "rows": table}, indent=1) + "\n")

@@ -5,6 +5,7 @@ python -m dmd_jax.main --config=configs/dmd.py:one_step --workdir=runs/mine --co
 python -m dmd_jax.main --config=configs/dmd.py --dry_run
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 # Before TensorFlow is imported by anything: its notices are not ours to print.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import absl.logging
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from dmd_jax import checkpoint, health, train
@@ -42,6 +44,9 @@ def refuse(error):
 
 
 def main(argv):
+    # Our own progress, and only warnings of the libraries below us.
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    logging.getLogger("dmd_jax").setLevel(logging.INFO)
     if len(argv) > 1:
         refuse(f"unknown argument {argv[1]!r}; options start with --")
     if CACHE.value:
@@ -71,5 +76,4 @@ def parse(argv):
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
     app.run(main, flags_parser=parse)

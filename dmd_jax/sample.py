@@ -5,6 +5,7 @@ python -m dmd_jax.sample --checkpoint=mnist_teacher --steps=50 --guidance=1.5 --
 """
 
 import dataclasses
+import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
 from dmd_jax import randomness, report, rollout, weights
 from dmd_jax.data import to_uint8
 from dmd_jax.denoiser import guided
 from dmd_jax.schedule import step_times
+
+log = logging.getLogger(__name__)
 
 BATCH = 250  # samples per call of the compiled sampler
 
@@ -57,10 +60,16 @@ class FewStep(Sampler):
 
     def __call__(self, denoiser, noise, cond, key, index):
         return rollout.backward_simulation(
-            denoiser, noise, cond, key,
-            times=self.times, shift=self.shift, schedule=denoiser.schedule, index=index,
+            denoiser,
+            noise,
+            cond,
+            key,
+            times=self.times,
+            shift=self.shift,
+            schedule=denoiser.schedule,
+            index=index,
             exit_step=len(self.times) - 1,
-        ).x0  # fmt: skip
+        ).x0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +100,13 @@ class ManyStep(Sampler):
             return guided(denoiser, x_t, t, cond, uncond, self.guidance)
 
         return rollout.ode(
-            guided_denoiser, noise, cond,
-            times=step_times(self.steps), shift=self.shift, schedule=denoiser.schedule,
-        )  # fmt: skip
+            guided_denoiser,
+            noise,
+            cond,
+            times=step_times(self.steps),
+            shift=self.shift,
+            schedule=denoiser.schedule,
+        )
 
 
 def fewer(times, steps):
@@ -185,7 +198,7 @@ def main(argv):
         np.savez_compressed(out, images=images, labels=labels)
     else:
         report.save_grid(out, images, denoiser.net.config.num_classes)
-    logging.info("%d samples, %s, %.1f s: %s", len(images), sampler, time.time() - start, out)
+    log.info("%d samples, %s, %.1f s: %s", len(images), sampler, time.time() - start, out)
 
 
 if __name__ == "__main__":

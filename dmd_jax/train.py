@@ -8,6 +8,7 @@ Imports every room below. Configs stop here.
 
 import dataclasses
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from dmd_jax import checkpoint, data, evaluate, health, optimizer, report, sample, sharding, weights
 from dmd_jax.configuration import construct, differences, flatten, unknown
@@ -27,6 +27,8 @@ KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
     *("data", "method", "ema", "mesh", "log", "checkpoint", "evaluate"),
 )
+log = logging.getLogger(__name__)
+
 EXPORT = "generator.safetensors"
 
 
@@ -231,7 +233,7 @@ def describe(run):
     return "\n".join(lines)
 
 
-def _compile(run, state, frozen, batch, key):
+def compile_steps(run, state, frozen, batch, key):
     """{update_generator: the compiled step}; both compile at once, each on a thread of its own."""
     config = run.config
     jitted = jax.jit(
@@ -280,14 +282,14 @@ def train(run, workdir):
         restored = checkpoints.restore_latest(shape)
         finished = workdir / evaluate.REPORT
         if restored is not None and restored[1] >= run.config.steps and finished.exists():
-            logging.info("this run is finished; its report again, from %s", finished)
+            log.info("this run is finished; its report again, from %s", finished)
             print(finished.read_text())
             return finished
         state, frozen = (restored[0], run.load_frozen()) if restored else run.start()
         writer.rewind(int(state.step))
         state = _loop(run, state, frozen, checkpoints, writer, preemption)
         if int(state.step) < run.config.steps:
-            logging.info("stopped and saved at step %d; the same command goes on", int(state.step))
+            log.info("stopped and saved at step %d; the same command goes on", int(state.step))
             return None
         report_path = _report(run, _export(run, state, workdir), workdir)
         writer.texts(run.config.steps, "report", report_path.read_text())
@@ -322,7 +324,7 @@ def _loop(run, state, frozen, checkpoints, writer, preemption):
     for step in range(first, config.steps):
         batch = next(batches)
         if compiled is None:
-            compiled = _compile(run, state, frozen, batch, root)
+            compiled = compile_steps(run, state, frozen, batch, root)
         state, metrics = compiled[run.updates_generator(step)](state, frozen, batch, root)
         window.add(metrics)
         done = step + 1

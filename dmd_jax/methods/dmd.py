@@ -31,6 +31,8 @@ class DMD:
     Attributes:
         sample_shape: shape of one sample, (H, W, C) or (F, H, W, C).
         times: times of the generator's calls before the shift; (1,) makes a one-step generator.
+        strides: how the times are thinned, drawn anew each step; (1, 2, 4) makes one generator for
+            four, two and one calls. Each must divide the number of times.
         shift: time shift of the generator's calls.
         guidance: weight of the teacher's guidance; 1 is none (see `denoiser.guided`).
         fake_guidance: weight of the fake score's guidance.
@@ -50,6 +52,7 @@ class DMD:
 
     sample_shape: tuple[int, ...]
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    strides: tuple[int, ...] = (1,)
     shift: float = 1.0
     guidance: float = 1.0
     fake_guidance: float = 1.0
@@ -62,17 +65,28 @@ class DMD:
     regression: Prediction | None = None
     batched_guidance: bool = True
 
+    def __post_init__(self):
+        if any(len(self.times) % stride for stride in self.strides):
+            raise ValueError(f"strides={self.strides} must divide the number of times={self.times}")
+
     def rollout(self, generator, nets, batch, key):
         """Samples of the generator, [B, *sample_shape], under `batch["cond"]`."""
-        noise_key, step_key = jax.random.split(key)
+        noise_key, stride_key, step_key = jax.random.split(key, 3)
         noise = randomness.normal(noise_key, batch["index"], self.sample_shape)
         cond, schedule = batch["cond"], generator.schedule
         if len(self.times) == 1:
             return rollout.one_step(generator, noise, cond, schedule=schedule)
         return rollout.backward_simulation(
-            generator, noise, cond, step_key,
-            times=self.times, shift=self.shift, schedule=schedule, index=batch["index"],
-        )  # fmt: skip
+            generator,
+            noise,
+            cond,
+            step_key,
+            times=self.times,
+            shift=self.shift,
+            stride=jax.random.choice(stride_key, jnp.asarray(self.strides)),
+            schedule=schedule,
+            index=batch["index"],
+        )
 
     def generator_loss(self, generator, nets, batch, key):
         """The surrogate whose gradient is the distribution-matching gradient.
@@ -96,9 +110,13 @@ class DMD:
     def distance(self, made, real, fake):
         """The generator's loss, from the teacher's and the fake score's x0 at one x_t."""
         grad = dmd_gradient(
-            made.x0, real, fake,
-            normalize=self.normalize, mask=made.mask, frames_per_block=self.frames_per_block,
-        )  # fmt: skip
+            made.x0,
+            real,
+            fake,
+            normalize=self.normalize,
+            mask=made.mask,
+            frames_per_block=self.frames_per_block,
+        )
         return dmd_loss(made.x0, grad, made.mask)
 
     def critic_loss(self, critics, nets, rollout, batch, key):

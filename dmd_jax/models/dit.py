@@ -172,8 +172,10 @@ class DiT(nnx.Module):
         p = self.config.patch
         tokens = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         tokens = self.patch(tokens) + self.position[...]
-        condition = jax.nn.silu(self.time_mlp(timestep_embedding(t, 256)) + self.label(label))
-        modulation = rearrange(self.modulation(condition), "b (six d) -> b six d", six=6)
+        condition = self.time_mlp(timestep_embedding(t, 256)) + self.label(label)
+        condition = sharding.shard_batch(jax.nn.silu(condition))
+        modulation = sharding.shard_batch(self.modulation(condition))
+        modulation = rearrange(modulation, "b (six d) -> b six d", six=6)
         tokens = self._layers(sharding.shard_tokens(tokens), modulation)
         shift, scale = jnp.split(self.head_modulation(condition)[:, None], 2, axis=-1)
         out = self.head(_plain_norm(tokens) * (1 + scale) + shift)

@@ -1,0 +1,134 @@
+"""Networks small enough to work out by hand, teachers known in closed form, and an HLO reader."""
+
+import dataclasses
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dmd_jax.denoiser import X0, Denoiser
+from dmd_jax.models.dit import DiT, DiTConfig
+from dmd_jax.schedule import FlowMatching, Schedule, align
+
+FLOW = FlowMatching()
+TINY = DiTConfig(
+    image_size=8, channels=1, num_classes=3, patch=4, dim=16, depth=2, heads=2, hidden=32
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """E[x0 | x_t] for data drawn from sum_k N(means[k], std^2 I) / K, in closed form.
+
+    Given x_t, component k has the mean m_k + alpha s^2 / v (x_t - alpha m_k) and the weight
+    N(x_t; alpha m_k, v I), where v = alpha^2 s^2 + sigma^2. One component is the Gaussian.
+    """
+
+    means: Any  # [K, D]
+    std: Any  # []
+    schedule: Schedule = dataclasses.field(default=FlowMatching(), metadata={"static": True})
+
+    def __call__(self, x_t, t, cond):
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        variance = jnp.square(alpha * self.std) + jnp.square(sigma)
+        away = x_t[:, None] - alpha[:, None, None] * self.means  # [B, K, D]
+        weight = jax.nn.softmax(-0.5 * jnp.sum(jnp.square(away), -1) / variance[:, None])
+        pull = (alpha * self.std**2 / variance)[:, None, None]
+        return jnp.einsum("bk,bkd->bd", weight, self.means + pull * away)
+
+
+def exact(means, std, schedule=FLOW):
+    """The exact denoiser of a Gaussian mixture; means [K, D]."""
+    net = Mixture(jnp.asarray(means, jnp.float32), jnp.float32(std), schedule)
+    return Denoiser(net, schedule, X0(time_scale=1.0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """scale x + shift, whatever the time; a condition, if there is one, is added."""
+
+    scale: Any
+    shift: Any
+
+    def __call__(self, x, t, cond):
+        return align(self.scale, x) * x + self.shift + (0.0 if cond is None else cond)
+
+
+def affine(scale, shift, schedule=FLOW):
+    """A generator x0 = scale x + shift of fresh buffers."""
+    net = Affine(jnp.asarray(scale, jnp.float32), jnp.asarray(shift, jnp.float32))
+    return Denoiser(net, schedule, X0(time_scale=1.0))
+
+
+class MLP(nnx.Module):
+    """A network of vectors [B, D] with Fourier features of the time."""
+
+    def __init__(self, dim, hidden, *, rngs):
+        self.first = nnx.Linear(dim + 9, hidden, rngs=rngs)
+        self.second = nnx.Linear(hidden, hidden, rngs=rngs)
+        self.last = nnx.Linear(hidden, dim, rngs=rngs)
+
+    def __call__(self, x, t, cond):
+        angles = t[:, None] * jnp.pi * 2.0 ** jnp.arange(-1, 3)
+        x = jnp.concatenate([x, jnp.cos(angles), jnp.sin(angles), t[:, None]], -1)
+        return self.last(jax.nn.silu(self.second(jax.nn.silu(self.first(x)))))
+
+
+def weights(make, seed):
+    """The module that `make(rngs)` builds, of random weights everywhere: a DiT starts as zero."""
+    shapes = jax.eval_shape(lambda: make(nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        size = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 10.0
+        value = rng.standard_normal(leaf.shape) / np.sqrt(size)
+        return jnp.asarray(value + ("scale" in jax.tree_util.keystr(path)), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def tiny_dit(seed, **changes):
+    """A DiT of 2 layers, 16 channels and random weights."""
+    config = dataclasses.replace(TINY, **changes)
+    return weights(lambda rngs: DiT(config, rngs=rngs), seed)
+
+
+def tiny_mlp(seed, dim=2, hidden=16):
+    """An MLP of random weights."""
+    return weights(lambda rngs: MLP(dim, hidden, rngs=rngs), seed)
+
+
+def collectives(compiled):
+    """[(operation, shapes)] of what a compiled program sends between devices."""
+    pattern = r"= (\([^)]*\)|\S+) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
+    found = re.findall(pattern, compiled.as_text())
+    return [
+        (
+            name,
+            [tuple(map(int, filter(None, s.split(",")))) for s in re.findall(r"\[([\d,]*)\]", out)],
+        )
+        for out, name in found
+    ]
+
+
+def assert_close(actual, wanted, rtol=1e-5, atol=1e-6):
+    """Compares trees leaf by leaf, naming the leaf that differs."""
+    compare = partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: compare(a, b, err_msg=jax.tree_util.keystr(path)), actual, wanted
+    )
+
+
+def assert_same(actual, wanted):
+    """Compares trees bit for bit."""
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path)),
+        actual,
+        wanted,
+    )
