@@ -327,12 +327,11 @@ def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
     judge = evaluate.data_judge(config.data.name, config.data.data_dir)
     window = health.Window(config.log.every, extra.get("window"))
     monitor = health.Monitor(state=extra.get("monitor"))
-    progress = Progress(first, config.steps, config.batch_size)
+    progress = Progress(config.steps, config.batch_size)
 
     def heed(record):
         if record is not None:
-            writer.scalars(*record)
-            progress(*record)
+            writer.scalars(record[0], record[1] | progress.report(*record))
             monitor.update(*record)
 
     batches, compiled = run.batches(first), None
@@ -340,6 +339,8 @@ def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
         if compiled is None:
             compiled = compile_steps(run, state, frozen, batch, root)
         state, metrics = compiled[run.updates_generator(done - 1)](state, frozen, batch, root)
+        if done == first + 1:  # the one step that is waited for, so that a user sees it at once
+            progress.report(done, {name: float(value) for name, value in metrics.items()})
         heed(window.add(done, metrics))
         last = done == config.steps or preemption.requested(done)
         if done % config.evaluate.every == 0 and not last:
