@@ -417,7 +417,7 @@ def test_a_failed_write_surfaces_and_keeps_what_was_there(tmp_path):
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(1, tree)
     checkpointer.wait()
-    message = r"checkpoints/2 could not be written(?s:.*): step 1\. Free disk space"
+    message = r"checkpoints/2 could not be written(?s:.*): step 1\. Make room"
     with files_of_at_most(4096), pytest.raises(CheckpointError, match=message):
         checkpointer.save(2, tree)
         checkpointer.wait()
