@@ -297,7 +297,7 @@ class _Series:
         return CheckpointError(
             f"{self.path(self._writing)} could not be written: {_first_line(error)}\n"
             + (f"Intact in {self.directory}: step {kept}. " if kept else "")
-            + "Free disk space (or keep fewer checkpoints) and start the same command again: it "
+            + "Make room (or keep fewer checkpoints) and start the same command again: it "
             + ("resumes from the newest of them." if kept else "starts from step 0.")
         )
 

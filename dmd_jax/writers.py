@@ -60,8 +60,8 @@ class Writer:
     def rewind(self, step: int) -> None:
         """Drops the JSON lines after `step`, and one that a kill cut short: called on resume.
 
-        So a killed and resumed run has one record, each step once. Images are simply written
-        again, and TensorBoard itself drops what a later line at the same step replaces.
+        So a killed and resumed run has one record, each step once. Images are written over;
+        TensorBoard's files cannot be cut, there the repeated steps are seen twice.
         """
         if not (self._writes and self._lines.exists()):
             return

@@ -175,13 +175,14 @@ with Writer({str(tmp_path)!r}) as writer:
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert child.returncode == 0 and child.stderr == ""  # its chatter is off
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    tags = events.Tags()["tensors"]
-    assert set(tags) == {"loss", "grid", "config/text_summary"} or {"loss", "grid"} <= set(tags)
-    (loss,) = events.Tensors("loss")
-    assert loss.step == 5 and loss.tensor_proto.float_val[0] == 0.25
+    (loss,), (grid,), (text,) = (events.Tensors(tag) for tag in ("loss", "grid", "config"))
+    assert loss.step == 5 and make_ndarray(loss.tensor_proto) == 0.25
+    assert list(grid.tensor_proto.string_val[:2]) == [b"4", b"4"]  # width and height
+    assert list(text.tensor_proto.string_val) == [b"**bold**"]
 
 
 # Progress
