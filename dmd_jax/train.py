@@ -218,7 +218,7 @@ def describe(run):
     state = run.state_shape()
 
     def mebibytes(tree):
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**20
+        return checkpoint.tree_bytes(tree) / 2**20
 
     lines = [f"{'role':<12}{'parameters':>14}{'dtype':>10}{'weights':>14}"]
     for role, denoiser in (run.nets | run.frozen).items():
