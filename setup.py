@@ -29,6 +29,7 @@ setup(
         "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
         "safetensors>=0.8",
         "scipy>=1.17",
+        "etils>=1.10",
         "pillow>=12",
         "matplotlib>=3.10",
     ],

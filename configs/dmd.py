@@ -8,7 +8,7 @@ python -m dmd_jax.main --config=configs/dmd.py:sid             4 steps, by score
 import ml_collections
 from ml_collections import config_dict
 
-from dmd_jax.configuration import complete
+from dmd_jax.configuration import complete, unknown
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
 from dmd_jax.optimizer import AdamW
@@ -48,6 +48,8 @@ def get_config(arg=""):
         teacher_steps=(50, 16, 8, 4),
         teacher_guidance=1.5,
     )
+    if arg not in VARIANTS:
+        raise ValueError(unknown(f"variant configs/dmd.py:{arg}", arg, VARIANTS))
     VARIANTS[arg](config)
     return complete(config)
 

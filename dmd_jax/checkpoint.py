@@ -1,6 +1,6 @@
 """Checkpoints that survive: asynchronous, verified, with a fall-back, and the best kept apart.
 
-Floor 0: knows pytrees of arrays and nothing of diffusion; imports no other room.
+Floor 0: knows pytrees of arrays and nothing of diffusion.
 
     <workdir>/checkpoints/<step>/    the newest few, the whole state
     <workdir>/best/<step>/           the lowest metric so far
@@ -33,6 +33,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dmd_jax.paths import named_leaves
+
 log = logging.getLogger(__name__)
 
 
@@ -50,24 +52,6 @@ class MismatchedCheckpoint(ValueError):
 
 # --------------------------------------------------------------------------------------
 # Trees by name
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree under readable paths, in the order of `jax.tree.leaves`.
-
-    nnx.Param puts a `value` at the end of every path, which says nothing and is dropped:
-    `nets/generator/net/blocks/attention/q/kernel`.
-
-    Raises:
-        ValueError: two leaves would share a path.
-    """
-    leaves = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
-        if path in leaves:
-            raise ValueError(f"{path}: two leaves of the tree share this path; rename one.")
-        leaves[path] = leaf
-    return leaves
 
 
 def _require_arrays(leaves: Mapping[str, Any]) -> None:
@@ -297,7 +281,7 @@ class _Series:
         return CheckpointError(
             f"{self.path(self._writing)} could not be written: {_first_line(error)}\n"
             + (f"Intact in {self.directory}: step {kept}. " if kept else "")
-            + "Free disk space (or keep fewer checkpoints) and start the same command again: it "
+            + "Make room (or keep fewer checkpoints) and start the same command again: it "
             + ("resumes from the newest of them." if kept else "starts from step 0.")
         )
 

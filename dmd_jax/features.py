@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from dmd_jax import weights
 from dmd_jax.data import to_float
 from dmd_jax.models.classifier import Classifier, ClassifierConfig
-from dmd_jax.sharding import path_name
+from dmd_jax.paths import named_leaves, path_name
 
 SHIPPED = "mnist_metric"
 HEADER = "dmd_jax.metric"
@@ -69,8 +69,7 @@ def load_features(path: str | Path = SHIPPED) -> Features:
 
 def save_classifier(path: str | Path, name: str, classifier: Classifier) -> None:
     """Writes a classifier as safetensors; `name` is the metric's (see `Features`)."""
-    leaves = jax.tree_util.tree_leaves_with_path(classifier)
-    tensors = {path_name(p): np.asarray(jax.device_get(leaf)) for p, leaf in leaves}
+    tensors = {path: np.asarray(leaf) for path, leaf in named_leaves(classifier).items()}
     header = {"name": name, "model": dataclasses.asdict(classifier.config)}
     save_file(tensors, path, {HEADER: json.dumps(header)})
 

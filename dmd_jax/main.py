@@ -20,21 +20,27 @@ from ml_collections import config_flags
 
 from dmd_jax import checkpoint, health, train
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/dmd.py", "The config program to run.")
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run lives: a second start there resumes. Default: runs/<config>."
-)
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Resolve the config, print shapes and bytes, exit.")
-CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/dmd_jax", "Where compiled programs are kept; '' for nowhere."
-)
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    config_flags.DEFINE_config_file("config", "configs/dmd.py", "The config program to run.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Where the run lives: a second start there resumes. Default: runs/<config>.",
+    )
+    flags.DEFINE_bool("dry_run", False, "Resolve the config, print shapes and bytes, exit.")
+    flags.DEFINE_string(
+        "compilation_cache", "~/.cache/dmd_jax", "Where compiled programs are kept; '' for nowhere."
+    )
 
 
 def workdir():
     """--workdir, or runs/<the config's name>, its argument included: runs/dmd_one_step."""
-    if WORKDIR.value:
-        return Path(WORKDIR.value)
-    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    if FLAGS.workdir:
+        return Path(FLAGS.workdir)
+    path, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     return Path("runs") / "_".join(filter(None, (Path(path).stem, argument)))
 
 
@@ -49,16 +55,18 @@ def main(argv):
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
     if len(argv) > 1:
         refuse(f"unknown argument {argv[1]!r}; options start with --")
-    if CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", str(Path(CACHE.value).expanduser()))
+    if FLAGS.compilation_cache:
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path(FLAGS.compilation_cache).expanduser())
+        )
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
     try:
-        run = train.build(CONFIG.value)
+        run = train.build(FLAGS.config)
     except (ValueError, FileNotFoundError) as error:
         refuse(error)
     print(train.describe(run), flush=True)
-    if DRY_RUN.value:
+    if FLAGS.dry_run:
         return
     try:
         with jax.set_mesh(run.mesh):
@@ -67,13 +75,17 @@ def main(argv):
         refuse(error)
 
 
-def parse(argv):
-    """absl's parser, with one clear message where the config or an override is wrong."""
+def start():
+    """Parses the command line, config and overrides included, and runs."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        refuse(f"{error} (in the config, or in a --config.* override)")
+        # Reads the default config and its overrides, and may refuse them, already here.
+        define_flags()
+        argv = app.parse_flags_with_usage(sys.argv)
+        FLAGS.config.lock()  # reads the config program
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        refuse(f"in the config or a --config.* override: {str(error).strip(chr(34))}")
+    app.run(main, argv=argv, flags_parser=lambda argv: argv)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    start()

@@ -26,7 +26,7 @@ from dmd_jax import metrics
 from dmd_jax.data import arrays, load, to_float
 from dmd_jax.features import extract, load_classifier, save_classifier
 from dmd_jax.models.classifier import Classifier, ClassifierConfig
-from dmd_jax.sharding import path_name
+from dmd_jax.paths import path_name
 
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 1e-2

@@ -9,7 +9,7 @@ import re
 import jax
 import optax
 
-from dmd_jax.sharding import path_name
+from dmd_jax.paths import path_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dmd_jax import checkpoint, data, evaluate, health, optimizer, report, sampl
 from dmd_jax.configuration import construct, differences, flatten, unknown
 from dmd_jax.denoiser import Denoiser
 from dmd_jax.step import EMA, init_state, train_step
-from dmd_jax.writers import Writer
+from dmd_jax.writers import Progress, Writer
 
 KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
@@ -214,22 +214,24 @@ def _placed(shapes, nets, mesh):
 
 
 def describe(run):
-    """A table of parameters and bytes by role, as text: what a device has to hold."""
-    lines = [f"{'role':<12}{'parameters':>14}{'weights':>12}{'with optimizer':>16}  family"]
+    """Parameters and bytes by role, as a table in text: what the devices have to hold."""
     state = run.state_shape()
+
+    def mebibytes(tree):
+        return checkpoint.tree_bytes(tree) / 2**20
+
+    lines = [f"{'role':<12}{'parameters':>14}{'dtype':>10}{'weights':>14}"]
     for role, denoiser in (run.nets | run.frozen).items():
         count = sum(x.size for x in jax.tree.leaves(denoiser))
-        held = denoiser if role in run.frozen else state.nets[role]
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
-        # Two moments beside the weights, and the average of the generator.
-        copies = 1 if role in run.frozen else 4 if role == "generator" else 3
-        config = denoiser.net.config
-        size /= 2**20
-        lines.append(f"{role:<12}{count:>14,}{size:>8.1f} MiB{copies * size:>12.1f} MiB  {config}")
-    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    lines.append(
-        f"training state, one checkpoint: {total / 2**20:.1f} MiB over {run.mesh.size} devices"
-    )
+        dtype = denoiser.net.config.dtype if role in run.frozen else "float32"
+        size = count * jnp.dtype(dtype).itemsize / 2**20
+        lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB")
+    lines += [
+        f"{'average':<36}{mebibytes(state.ema):>10.1f} MiB",
+        f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",
+        f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
+        f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",
+    ]
     return "\n".join(lines)
 
 
@@ -285,9 +287,13 @@ def train(run, workdir):
             log.info("this run is finished; its report again, from %s", finished)
             print(finished.read_text())
             return finished
-        state, frozen = (restored[0], run.load_frozen()) if restored else run.start()
+        if restored is None:
+            (state, frozen), extra = run.start(), {}
+        else:
+            (state, _, extra), frozen = restored, run.load_frozen()
+            log.info("going on from step %d in %s", int(state.step), workdir)
         writer.rewind(int(state.step))
-        state = _loop(run, state, frozen, checkpoints, writer, preemption)
+        state = _loop(run, state, frozen, extra, checkpoints, writer, preemption)
         if int(state.step) < run.config.steps:
             log.info("stopped and saved at step %d; the same command goes on", int(state.step))
             return None
@@ -312,32 +318,39 @@ def _claim(config, workdir):
         partial_file.replace(path)
 
 
-def _loop(run, state, frozen, checkpoints, writer, preemption):
+def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
     """Steps from `state.step` to the end, or to a signal; returns the last state, saved."""
     config, first = run.config, int(state.step)
     if first == config.steps:
         return state
     root = jax.random.key(config.seed, impl="threefry2x32")
     judge = evaluate.data_judge(config.data.name, config.data.data_dir)
-    window, monitor, progress = health.Window(), health.Monitor(), None
+    window = health.Window(config.log.every, extra.get("window"))
+    monitor = health.Monitor(state=extra.get("monitor"))
+    progress = Progress(config.steps, config.batch_size)
+
+    def heed(record):
+        if record is not None:
+            writer.scalars(record[0], record[1] | progress.report(*record))
+            monitor.update(*record)
+
     batches, compiled = run.batches(first), None
-    for step in range(first, config.steps):
-        batch = next(batches)
+    for done, batch in enumerate(batches, first + 1):
         if compiled is None:
             compiled = compile_steps(run, state, frozen, batch, root)
-        state, metrics = compiled[run.updates_generator(step)](state, frozen, batch, root)
-        window.add(metrics)
-        done = step + 1
+        state, metrics = compiled[run.updates_generator(done - 1)](state, frozen, batch, root)
+        if done == first + 1:  # the one step that is waited for, so that a user sees it at once
+            progress.report(done, {name: float(value) for name, value in metrics.items()})
+        heed(window.add(done, metrics))
         last = done == config.steps or preemption.requested(done)
-        if done == first + 1 or done % config.log.every == 0 or last:
-            scalars = window.means()
-            progress = progress or health.Progress(first, config.steps, config.batch_size)
-            writer.scalars(done, scalars | progress(done, scalars))
-            monitor(done, scalars)
         if done % config.evaluate.every == 0 and not last:
             _judge(run, state, done, judge, checkpoints, writer)
         if done % config.checkpoint.every == 0 or last:
-            checkpoints.save(done, state)
+            heed(window.flush())
+            if not monitor.suspicious:
+                extra = {"window": window.state, "monitor": monitor.state}
+                checkpoints.save(done, state, extra)
+            checkpoints.check()
         if last:
             break
     checkpoints.wait()

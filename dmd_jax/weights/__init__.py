@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
 from dmd_jax.models import dit
+from dmd_jax.paths import named_leaves, path_name
 from dmd_jax.schedule import EDM, VP, FlowMatching
-from dmd_jax.sharding import path_name
 
 # name: (config, network, sharding rules)
 FAMILIES = {"dit": (dit.DiTConfig, dit.DiT, dit.SHARDING_RULES)}
@@ -46,8 +46,7 @@ def sharding_rules(net):
 
 def shapes(tree):
     """{path: shape} of a tree of weights."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+    return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
 
 
 def _family(config):
@@ -83,8 +82,7 @@ def save(path, denoiser, **notes):
         "prediction": _plain(PREDICTIONS, denoiser.prediction),
         "notes": notes,
     }
-    leaves = jax.tree_util.tree_leaves_with_path(denoiser.net)
-    tensors = {path_name(path): jax.device_get(leaf) for path, leaf in leaves}
+    tensors = {name: jax.device_get(leaf) for name, leaf in named_leaves(denoiser.net).items()}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, {HEADER: json.dumps(header)})
