@@ -31,6 +31,11 @@ def define_flags():
         "Where the run lives: a second start there resumes. Default: runs/<config>.",
     )
     flags.DEFINE_bool("dry_run", False, "Resolve the config, print shapes and bytes, exit.")
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Join the other processes of a Cloud TPU, GKE, Slurm or Open MPI job first.",
+    )
     flags.DEFINE_string(
         "compilation_cache", "~/.cache/dmd_jax", "Where compiled programs are kept; '' for nowhere."
     )
@@ -49,6 +54,17 @@ def refuse(error):
     sys.exit(f"error: {error}")
 
 
+def join():
+    """Joins the job's other processes; their addresses are the scheduler's to know."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        refuse(
+            f"--distributed found no Cloud TPU, GKE, Slurm or Open MPI job to join ({error}); a "
+            "single process does without that flag"
+        )
+
+
 def main(argv):
     # Our own progress, and only warnings of the libraries below us.
     absl.logging.set_verbosity(absl.logging.WARNING)
@@ -59,8 +75,8 @@ def main(argv):
         jax.config.update(
             "jax_compilation_cache_dir", str(Path(FLAGS.compilation_cache).expanduser())
         )
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+    if FLAGS.distributed:
+        join()
     try:
         run = train.build(FLAGS.config)
     except (ValueError, FileNotFoundError) as error:
