@@ -18,9 +18,9 @@ def get_config(arg=""):
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 1_500
-    config.batch_size = 64
+    config.batch_size = 32
     config.accumulate = 1
-    config.generator_every = 5
+    config.generator_every = 2
     config.reuse_rollout = True
     config.data = dict(name="mnist5k", data_dir=config_dict.placeholder(str))
     config.method = dict(cls=DMD, guidance=1.5)

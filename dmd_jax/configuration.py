@@ -57,11 +57,11 @@ def construct(config, where, **given):
     for name, value in values.items():
         if name not in fields:
             raise ValueError(unknown(f"{where}.{name}", name, fields))
-        kinds = _alternatives(fields[name].type)
+        kind = fields[name].type
         if isinstance(value, ml_collections.ConfigDict):
             values[name] = value = construct(value, f"{where}.{name}")
-        if not _fits(value, fields[name].type):
-            wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        if not _fits(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"{where}.{name} is {value!r}; it must be of type {wanted}")
     missing = [
         name
@@ -99,9 +99,17 @@ def _fits(value, annotation):
             return True
         if origin is int and isinstance(value, bool):
             continue
-        if isinstance(value, origin):
+        if isinstance(value, origin) and (origin is not tuple or _elements_fit(value, kind)):
             return True
     return False
+
+
+def _elements_fit(values, kind):
+    """Whether a tuple is a tuple[int, ...] or a tuple[float, float], say."""
+    kinds = typing.get_args(kind)
+    if kinds[-1] is ...:
+        kinds = kinds[:1] * len(values)
+    return len(values) == len(kinds) and all(map(_fits, values, kinds))
 
 
 def flatten(config):

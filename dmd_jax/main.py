@@ -50,7 +50,8 @@ def workdir():
 
 
 def refuse(error):
-    """Ends the program with one clear message and no traceback."""
+    """Ends the program with one clear message; --verbosity=1 shows where it came from."""
+    absl.logging.debug("refused", exc_info=error if isinstance(error, Exception) else None)
     sys.exit(f"error: {error}")
 
 
@@ -67,7 +68,7 @@ def join():
 
 def main(argv):
     # Our own progress, and only warnings of the libraries below us.
-    absl.logging.set_verbosity(absl.logging.WARNING)
+    absl.logging.set_verbosity(max(FLAGS.verbosity, absl.logging.WARNING))
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
     if len(argv) > 1:
         refuse(f"unknown argument {argv[1]!r}; options start with --")

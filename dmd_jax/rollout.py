@@ -37,7 +37,18 @@ def one_step(generator, noise, cond, *, schedule):
 
 
 def backward_simulation(
-    generator, noise, cond, key, *, times, schedule, shift=1.0, stride=1, index=None, exit_step=None
+    generator,
+    noise,
+    cond,
+    key,
+    *,
+    times,
+    schedule,
+    shift=1.0,
+    stride=1,
+    last_step_share=0.0,
+    index=None,
+    exit_step=None,
 ):
     """Runs the generator as inference will, and stops at a random step (DMD2, section 4.5).
 
@@ -55,6 +66,8 @@ def backward_simulation(
         shift: see `schedule.shift_time`.
         stride: call at every stride-th of `times` only, an int or a traced int32 that divides their
             number: a student of fewer steps.
+        last_step_share: how often the rollout runs to its end for sure; otherwise, the exit step is
+            uniform. 1 is the `last_step_only` of Self-Forcing.
         index: int32 [B], the samples' positions in the global batch; 0 ... B-1 if None.
         exit_step: which call to stop after, an int or a traced int32; random if None.
 
@@ -67,7 +80,10 @@ def backward_simulation(
     ends = jnp.asarray((*times, 0.0), jnp.float32)
     shifted = shift_time(ends, shift)
     if exit_step is None:
-        exit_step = jax.random.randint(jax.random.fold_in(key, len(times)), (), 0, steps)
+        exit_key, last_key = jax.random.split(jax.random.fold_in(key, len(times)))
+        exit_step = jax.random.randint(exit_key, (), 0, steps)
+        last = jax.random.bernoulli(last_key, last_step_share)
+        exit_step = jnp.where(last, steps - 1, exit_step)
 
     def call(net, x, step):
         return net(x, jnp.full(batch, shifted[step * stride]), cond)

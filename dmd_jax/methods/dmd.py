@@ -33,6 +33,9 @@ class DMD:
         times: times of the generator's calls before the shift; (1,) makes a one-step generator.
         strides: how the times are thinned, drawn anew each step; (1, 2, 4) makes one generator for
             four, two and one calls. Each must divide the number of times.
+        last_step_share: how often a rollout runs to its last call for sure (`rollout`). The critic
+            learns the mixture of all exit steps, so what early exits lack in variety the last one
+            makes up for; a share above 0 weights the mixture towards what inference makes.
         shift: time shift of the generator's calls.
         guidance: weight of the teacher's guidance; 1 is none (see `denoiser.guided`).
         fake_guidance: weight of the fake score's guidance.
@@ -53,6 +56,7 @@ class DMD:
     sample_shape: tuple[int, ...]
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     strides: tuple[int, ...] = (1,)
+    last_step_share: float = 0.0
     shift: float = 1.0
     guidance: float = 1.0
     fake_guidance: float = 1.0
@@ -84,6 +88,7 @@ class DMD:
             times=self.times,
             shift=self.shift,
             stride=jax.random.choice(stride_key, jnp.asarray(self.strides)),
+            last_step_share=self.last_step_share,
             schedule=schedule,
             index=batch["index"],
         )

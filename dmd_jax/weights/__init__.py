@@ -85,8 +85,11 @@ def save(path, denoiser, **notes):
     tensors = {name: jax.device_get(leaf) for name, leaf in named_leaves(denoiser.net).items()}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, {HEADER: json.dumps(header)})
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, {HEADER: json.dumps(header)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def notes(path):
@@ -99,13 +102,14 @@ def abstract(path, **overrides):
     header, _ = _read(path)
     try:
         family_config, network, _ = FAMILIES[header["family"]]
-        config = family_config(**(header["model"] | overrides))
+        config = family_config(**header["model"])
         schedule = _made(SCHEDULES, header["schedule"])
         prediction = _made(PREDICTIONS, header["prediction"])
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: its header is not of this version of dmd_jax: {error}"
         ) from error
+    config = dataclasses.replace(config, **overrides)
     net = jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
     return Denoiser(net, schedule, prediction)
 

@@ -1,0 +1,216 @@
+"""DMD and SiD as methods: shapes, times, where gradients go, what the critic regresses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import affine, exact, tiny_mlp
+
+from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
+from dmd_jax.losses.distribution_matching import dmd_gradient
+from dmd_jax.losses.score_identity import sid_loss
+from dmd_jax.methods.dmd import DMD
+from dmd_jax.methods.sid import SiD
+from dmd_jax.rollout import Rollout
+from dmd_jax.schedule import EDM, VP, FlowMatching, shift_time
+
+KEY = jax.random.key(3)
+BATCH = {"cond": jnp.zeros((6, 1)), "uncond": jnp.zeros((6, 1)), "index": jnp.arange(6)}
+ZERO = Rollout(jnp.zeros((6, 2)), None, jnp.float32(1), jnp.float32(0), BATCH["cond"])
+
+
+def networks():
+    """A generator and a fake score that are MLPs, and an exact teacher."""
+    nets = {"generator": Denoiser(tiny_mlp(0)), "fake_score": Denoiser(tiny_mlp(1))}
+    return nets | {"teacher": exact([[0.5, 0.0]], 0.7)}
+
+
+@pytest.mark.parametrize("method", [DMD, SiD])
+@pytest.mark.parametrize("times, levels", [((1.0,), {1.0}), ((1.0, 0.5), {1.0, 0.5})])
+def test_losses_are_scalars_and_the_rollout_has_the_samples_shape(method, times, levels):
+    method, nets = method((2,), times=times, guidance=2.0), networks()
+    generator_loss, critic_loss = jax.jit(method.generator_loss), jax.jit(method.critic_loss)
+    loss, (metrics, made) = generator_loss(nets["generator"], nets, BATCH, KEY)
+    assert loss.shape == () and loss.dtype == jnp.float32 and jnp.isfinite(loss)
+    assert made.x0.shape == (6, 2) and float(made.t_from) in levels
+    assert all(value.shape == () for value in metrics.values())
+    loss, metrics = critic_loss({"fake_score": nets["fake_score"]}, nets, made, BATCH, KEY)
+    assert loss.shape == () and loss.dtype == jnp.float32 and loss > 0
+
+
+@pytest.mark.parametrize(
+    "method, reached",
+    [
+        (DMD((2,), times=(1.0,)), False),
+        (DMD((2,), times=(1.0,), guidance=2.0, fake_guidance=1.5), False),
+        (SiD((2,), times=(1.0,)), True),
+    ],
+)
+def test_only_sid_differentiates_the_scores(method, reached):
+    """DMD stops at the predictions. SiD's path goes through them, so their weights see it too."""
+
+    def loss(nets):
+        return method.generator_loss(nets["generator"], nets, BATCH, KEY)[0]
+
+    grads = jax.jit(jax.grad(loss))(networks())
+    moved = {
+        role: any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grad))
+        for role, grad in grads.items()
+    }
+    assert moved == {"generator": True, "teacher": reached, "fake_score": reached}
+
+
+def times_of(method, made, n=4000):
+    method = dataclasses.replace(method, clip=(0.0, 1.0))
+    x0 = jnp.zeros((n, 1))
+    made = made._replace(x0=x0)
+    keys = jax.random.split(KEY)
+    return method.diffuse(made, FlowMatching(), jnp.arange(n), *keys)[1]
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize(
+    "above, below", [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_scores_are_compared_at_the_times_that_the_exit_step_allows(shift, above, below):
+    # ts_schedule and ts_schedule_max of Self-Forcing: the interval is meant before the shift.
+    made = ZERO._replace(t_from=jnp.float32(0.75), t_to=jnp.float32(0.5))
+    method = DMD((1,), score_shift=shift, above_exit=above, below_exit=below)
+    t = np.asarray(times_of(method, made))
+    low, high = 0.5 if above else 0.0, 0.75 if below else 1.0
+    np.testing.assert_allclose(
+        [t.min(), t.max()], shift_time(np.array([low, high]), shift), atol=5e-3
+    )
+
+
+def test_scores_are_compared_at_clipped_times_and_at_noise_of_their_own():
+    method = DMD((2,), score_shift=5.0)
+    x0 = jnp.asarray(np.random.default_rng(0).standard_normal((4000, 2)), jnp.float32)
+    x_t, t, eps = method.diffuse(
+        ZERO._replace(x0=x0), EDM(), jnp.arange(4000), *jax.random.split(KEY)
+    )
+    assert np.mean(t == np.float32(0.98)) == pytest.approx(0.0926, abs=0.02)
+    assert t.min() >= np.float32(0.02)
+    np.testing.assert_allclose(x_t, x0 + EDM().sigma(t)[:, None] * eps, rtol=1e-5, atol=1e-5)
+    assert abs(np.corrcoef(np.ravel(x0), np.ravel(eps))[0, 1]) < 4 / np.sqrt(8000)
+
+
+def test_generator_loss_uses_the_teachers_guidance_and_not_the_fake_scores():
+    """The gradient at x0 is dmd_gradient of u + w (c - u) and the plain fake score, over N."""
+    method = DMD((2,), times=(1.0,), guidance=4.0)
+    nets = networks()
+    # The teacher's condition shifts its belief: c - u = 0.3 everywhere.
+    plain = nets["teacher"].net
+    nets["teacher"] = Denoiser(
+        lambda x, t, cond: plain(x, t, None) + cond, FlowMatching(), X0(time_scale=1.0)
+    )
+    batch = BATCH | {"cond": jnp.full((6, 1), 0.3)}
+    nets["generator"] = affine(0.5, jnp.zeros((6, 2)))  # a shift of each sample is its x0
+    grad = jax.grad(lambda g: method.generator_loss(g, nets, batch, KEY)[0])(nets["generator"])
+    _, (_, made) = method.generator_loss(nets["generator"], nets, batch, KEY)
+    _, time_key, eps_key = jax.random.split(KEY, 3)
+    x_t, t, _ = method.diffuse(made, FlowMatching(), BATCH["index"], time_key, eps_key)
+    real = plain(x_t, t, None) + 4.0 * 0.3
+    fake = nets["fake_score"](x_t, t, None)
+    wanted = dmd_gradient(made.x0, real, fake) / made.x0.size
+    np.testing.assert_allclose(grad.net.shift, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_sids_gradient_is_that_of_the_whole_composition():
+    method = SiD((2,), times=(1.0,), alpha=1.2)
+    nets = networks()
+    generator = affine(0.5, jnp.full((6, 2), 0.1))
+    _, (_, made) = method.generator_loss(generator, nets, BATCH, KEY)
+    _, time_key, eps_key = jax.random.split(KEY, 3)
+    _, t, eps = method.diffuse(made, FlowMatching(), BATCH["index"], time_key, eps_key)
+
+    def by_hand(x0, through):
+        x_t = (1 - t[:, None]) * x0 + t[:, None] * eps
+        predictions = nets["teacher"](x_t, t, None), nets["fake_score"](x_t, t, None)
+        if not through:
+            predictions = jax.lax.stop_gradient(predictions)
+        return sid_loss(x0, *predictions, alpha=1.2)
+
+    grad = jax.grad(lambda g: method.generator_loss(g, nets, BATCH, KEY)[0])(generator)
+    np.testing.assert_allclose(
+        grad.net.shift, jax.grad(by_hand)(made.x0, True), rtol=1e-4, atol=1e-6
+    )
+    assert np.abs(jax.grad(by_hand)(made.x0, False) - grad.net.shift).max() > 1e-3
+
+
+def test_sid_takes_dmds_normaliser_settings():
+    x0, real, fake = np.random.default_rng(0).standard_normal((3, 2, 4, 1)).astype(np.float32)
+    made = ZERO._replace(x0=x0)
+    plain = SiD((4, 1), normalize=False).distance(made, real, fake)
+    np.testing.assert_allclose(plain, sid_loss(x0, real, fake, normalize=False), rtol=1e-6)
+    blocks = SiD((4, 1), frames_per_block=2).distance(made, real, fake)
+    np.testing.assert_allclose(blocks, sid_loss(x0, real, fake, frames_per_block=2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "prediction, schedule, regression",
+    [
+        (Velocity(1.0), FlowMatching(), None),
+        (Velocity(1.0), FlowMatching(), X0()),
+        (Velocity(1.0), FlowMatching(), Epsilon()),
+        (X0(1.0), FlowMatching(), Velocity()),
+        (X0(1.0), VP(), Epsilon()),
+        (Epsilon(1.0), VP(), X0()),
+        (EDMPreconditioned(), EDM(), None),
+        (EDMPreconditioned(), EDM(), X0()),
+    ],
+)
+def test_the_critic_regresses_in_the_form_asked_for(prediction, schedule, regression):
+    """The loss is the mean squared error of the named quantity, made from the critic's x0."""
+    method = DMD((2,), regression=regression, clip=(0.2, 0.8))
+    critic = Denoiser(tiny_mlp(1), schedule, prediction)
+    x0 = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2)), jnp.float32)
+    made = ZERO._replace(x0=x0)
+    loss, _ = method.critic_loss({"fake_score": critic}, {}, made, BATCH, KEY)
+    x_t, t, _ = method.diffuse(made, schedule, BATCH["index"], *jax.random.split(KEY))
+    believed = critic(x_t, t, None)
+    alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+
+    def quantity(x0):
+        eps = (x_t - alpha * x0) / sigma
+        match regression or prediction:
+            case Velocity():
+                return eps - x0
+            case Epsilon():
+                return eps
+            case X0():
+                return x0
+            case EDMPreconditioned():
+                return x0 * jnp.hypot(sigma, 0.5) / (sigma * 0.5)
+
+    wanted = jnp.mean((quantity(believed) - quantity(x0)) ** 2)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-4)
+
+
+def test_the_critic_sends_no_gradient_into_the_rollout():
+    critic = Denoiser(tiny_mlp(1))
+
+    def loss(x0):
+        made = ZERO._replace(x0=x0)
+        return DMD((2,)).critic_loss({"fake_score": critic}, {}, made, BATCH, KEY)[0]
+
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.ones((6, 2))), 0.0)
+
+
+def test_metrics_by_hand():
+    x0 = jnp.array([[0.0, 2.0], [1.0, 1.0], [0.5, -0.5], [0.0, 0.0]])
+    real = x0 + jnp.array([[1.0], [2.0], [1.0], [jnp.nan]])
+    fake = x0 + jnp.array([[0.5], [1.0], [3.0], [0.0]])
+    made = ZERO._replace(x0=x0)
+    got = DMD((2,)).observe(made, real, fake, jnp.array([0.1, 0.2, 0.6, 0.9]))
+    np.testing.assert_allclose(
+        [got[f"gap/{i}"] for i in range(4)], [(0.5 + 1) / 2, np.nan, 2.0, np.nan], rtol=1e-6
+    )
+    tracking = (0.5**2 + 1**2 + 3**2) / (1 + 2**2 + 1)
+    np.testing.assert_allclose(got["critic/tracking"], tracking, rtol=1e-6)
+    assert got["samples/nonfinite"] == 0.25
+    assert got["samples/saturation"] == 1 / 8
+    np.testing.assert_allclose(got["samples/contrast"], np.std(x0), rtol=1e-6)
+    np.testing.assert_allclose(got["samples/diversity"], np.std(x0, axis=0).mean(), rtol=1e-6)
