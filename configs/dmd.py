@@ -17,13 +17,19 @@ from dmd_jax.optimizer import AdamW
 def get_config(arg=""):
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.steps = 1_500
+    config.steps = 1_800
     config.batch_size = 32
     config.accumulate = 1
     config.generator_every = 2
     config.reuse_rollout = True
     config.data = dict(name="mnist5k", data_dir=config_dict.placeholder(str))
-    config.method = dict(cls=DMD, guidance=1.5)
+    config.method = dict(
+        cls=DMD,
+        times=(1.0, 0.75, 0.5, 0.25),
+        strides=(1, 2, 4),
+        last_step_share=0.3,
+        guidance=1.25,
+    )
     compute = dict(dtype="float32", remat="none", unroll=6)
     config.teacher = dict(weights="mnist_teacher", compute=compute)
     config.generator = dict(
@@ -39,14 +45,14 @@ def get_config(arg=""):
     config.ema = dict(decay=0.97, start=0)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.log = dict(every=50, tensorboard=True)
-    config.checkpoint = dict(every=500, keep=2)
+    config.checkpoint = dict(every=600, keep=2)
     config.evaluate = dict(
-        every=500,
+        every=600,
         samples=500,
         num=2_000,
         steps=(4, 2, 1),
         teacher_steps=(50, 16, 8, 4),
-        teacher_guidance=1.5,
+        teacher_guidance=1.25,
     )
     if arg not in VARIANTS:
         raise ValueError(unknown(f"variant configs/dmd.py:{arg}", arg, VARIANTS))
@@ -60,6 +66,8 @@ def _four_steps(config):
 
 def _one_step(config):
     config.method.times = (1.0,)
+    config.method.strides = (1,)
+    config.method.guidance = 1.5
     config.evaluate.steps = (1,)
 
 
