@@ -68,7 +68,8 @@ def join():
 
 def main(argv):
     # Our own progress, and only warnings of the libraries below us.
-    absl.logging.set_verbosity(max(FLAGS.verbosity, absl.logging.WARNING))
+    if not FLAGS["verbosity"].present:
+        absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
     if len(argv) > 1:
         refuse(f"unknown argument {argv[1]!r}; options start with --")

@@ -1,4 +1,4 @@
-"""Settings that all tests share: eight virtual devices, a compiler in a hurry, data and a teacher."""
+"""Settings of all tests: eight virtual devices, a compiler in a hurry, data and a teacher."""
 
 import jax
 import programs
