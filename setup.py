@@ -19,6 +19,7 @@ setup(
         "einops>=0.8",
         "ml_collections>=1.1",
         "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6",  # tensorflow-datasets imports it and does not declare it
         "array_record>=0.8",
         "grain>=0.2.18",
         "clu>=0.0.12",
@@ -28,6 +29,7 @@ setup(
         "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
         "safetensors>=0.8",
         "scipy>=1.17",
+        "etils>=1.10",
         "pillow>=12",
         "matplotlib>=3.10",
     ],

@@ -9,7 +9,7 @@ import re
 import jax
 import optax
 
-from dmd_jax.sharding import path_name
+from dmd_jax.paths import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,16 @@ class AdamW:
 
     def schedule(self, updates):
         """The learning rate as a function of this role's own update count, of `updates` in all."""
-        top, warmup = self.learning_rate, self.warmup
-        rest = max(updates - warmup, 1)
+        rest = max(updates - self.warmup, 1)
         after = {
-            "constant": optax.constant_schedule(top),
-            "linear": optax.linear_schedule(top, 0.0, rest),
-            "cosine": optax.cosine_decay_schedule(top, rest),
+            "constant": optax.constant_schedule(self.learning_rate),
+            "linear": optax.linear_schedule(self.learning_rate, 0.0, rest),
+            "cosine": optax.cosine_decay_schedule(self.learning_rate, rest),
         }[self.decay]
-        return optax.join_schedules([optax.linear_schedule(0.0, top, warmup), after], [warmup])
+        if not self.warmup:
+            return after
+        rise = optax.linear_schedule(0.0, self.learning_rate, self.warmup)
+        return optax.join_schedules([rise, after], [self.warmup])
 
     def transform(self, updates):
         """The optax transform; `updates` is how many updates this role will make."""
@@ -63,10 +65,14 @@ class AdamW:
         return optax.chain(
             optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip),
             optax.adamw(
-                self.schedule(updates), self.b1, self.b2, self.eps,
-                weight_decay=self.weight_decay, mask=decayed,
+                self.schedule(updates),
+                self.b1,
+                self.b2,
+                self.eps,
+                weight_decay=self.weight_decay,
+                mask=decayed,
             ),
-        )  # fmt: skip
+        )
 
 
 def per_role(transforms):

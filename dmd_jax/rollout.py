@@ -37,7 +37,18 @@ def one_step(generator, noise, cond, *, schedule):
 
 
 def backward_simulation(
-    generator, noise, cond, key, *, times, schedule, shift=1.0, index=None, exit_step=None
+    generator,
+    noise,
+    cond,
+    key,
+    *,
+    times,
+    schedule,
+    shift=1.0,
+    stride=1,
+    last_step_share=0.0,
+    index=None,
+    exit_step=None,
 ):
     """Runs the generator as inference will, and stops at a random step (DMD2, section 4.5).
 
@@ -53,6 +64,10 @@ def backward_simulation(
         times: the times of the calls before the shift, descending, such as (1, .75, .5, .25).
         schedule: the generator's schedule.
         shift: see `schedule.shift_time`.
+        stride: call at every stride-th of `times` only, an int or a traced int32 that divides their
+            number: a student of fewer steps.
+        last_step_share: how often the rollout runs to its end for sure; otherwise, the exit step is
+            uniform. 1 is the `last_step_only` of Self-Forcing.
         index: int32 [B], the samples' positions in the global batch; 0 ... B-1 if None.
         exit_step: which call to stop after, an int or a traced int32; random if None.
 
@@ -61,26 +76,30 @@ def backward_simulation(
     """
     batch = noise.shape[0]
     index = jnp.arange(batch) if index is None else index
-    steps = len(times)
+    steps = len(times) // stride
     ends = jnp.asarray((*times, 0.0), jnp.float32)
     shifted = shift_time(ends, shift)
     if exit_step is None:
-        exit_step = jax.random.randint(jax.random.fold_in(key, steps), (), 0, steps)
+        exit_key, last_key = jax.random.split(jax.random.fold_in(key, len(times)))
+        exit_step = jax.random.randint(exit_key, (), 0, steps)
+        last = jax.random.bernoulli(last_key, last_step_share)
+        exit_step = jnp.where(last, steps - 1, exit_step)
 
     def call(net, x, step):
-        return net(x, jnp.full(batch, shifted[step]), cond)
+        return net(x, jnp.full(batch, shifted[step * stride]), cond)
 
     frozen = _freeze(generator)
 
     def again(step, x):
         eps = randomness.normal(jax.random.fold_in(key, step), index, noise.shape[1:])
         x0 = call(frozen, x, step).astype(jnp.float32)
-        return schedule.add_noise(x0, eps, jnp.full(batch, shifted[step + 1]))
+        return schedule.add_noise(x0, eps, jnp.full(batch, shifted[(step + 1) * stride]))
 
     x = jax.lax.stop_gradient(schedule.sigma(shifted[0]) * noise.astype(jnp.float32))
     x = jax.lax.fori_loop(0, exit_step, again, x)
     x0 = call(generator, x, exit_step)
-    return Rollout(x0, None, ends[exit_step], ends[exit_step + 1], cond)
+    t_from, t_to = ends[exit_step * stride], ends[(exit_step + 1) * stride]
+    return Rollout(x0, None, t_from, t_to, cond)
 
 
 def ode(denoiser, noise, cond, *, times, schedule, shift=1.0):

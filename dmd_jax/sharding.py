@@ -1,4 +1,4 @@
-"""The mesh, and where arrays live on it. Imports jax alone; knows nothing about diffusion.
+"""The mesh, and where arrays live on it. Knows nothing about diffusion.
 
 The mesh is set once, by main, with `jax.set_mesh`. Modules never receive one: the activation
 constraints below read the mesh in force and do nothing where there is none (notebooks, tests).
@@ -14,6 +14,8 @@ import re
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
+
+from dmd_jax.paths import path_name
 
 P = jax.P
 AXES = ("data", "fsdp", "context", "tensor")
@@ -40,11 +42,6 @@ def make_mesh(data=-1, fsdp=1, context=1, tensor=1, *, devices=None):
         )
     shape = [len(devices) // given if n == -1 else n for n in shape]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-
-
-def path_name(path):
-    """A key path as text, 'blocks/qkv/kernel': the one grammar of rules, errors and checkpoints."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def _has_mesh():

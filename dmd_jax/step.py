@@ -61,9 +61,19 @@ def merge(trainable, frozen):
 
 
 def train_step(
-    state, frozen, batch, key, *,
-    method, tx, update_generator, bind=merge, ema=EMA(), reuse_rollout=True, accumulate=1,
-):  # fmt: skip
+    state,
+    frozen,
+    batch,
+    key,
+    *,
+    method,
+    tx,
+    update_generator,
+    bind=merge,
+    ema=EMA(),
+    reuse_rollout=True,
+    accumulate=1,
+):
     """One step: gradients of all roles at the same weights, then one optimizer update.
 
     Jit it with everything after `key` static, and donate the state. Compiled twice in a run: with
@@ -96,9 +106,15 @@ def train_step(
     size = jax.tree.leaves(batch)[0].shape[0]
     batch = {**batch, "index": jnp.arange(size)}
     one = partial(
-        _gradients, state.nets, frozen, key=key, method=method, bind=bind,
-        update_generator=update_generator, reuse_rollout=reuse_rollout,
-    )  # fmt: skip
+        _gradients,
+        state.nets,
+        frozen,
+        key=key,
+        method=method,
+        bind=bind,
+        update_generator=update_generator,
+        reuse_rollout=reuse_rollout,
+    )
     grads, losses, metrics = (
         one(batch) if accumulate == 1 else _accumulate(one, batch, size, accumulate)
     )

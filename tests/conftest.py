@@ -1,9 +1,33 @@
-"""Settings that all tests share: eight virtual devices, and a compiler in a hurry."""
+"""Settings of all tests: eight virtual devices, a compiler in a hurry, data and a teacher."""
 
 import jax
+import programs
+import pytest
+
+from dmd_jax import data
 
 # By configuration and not by XLA_FLAGS: programs that a test starts decide for themselves.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # The tests' time is compilation. Partitioning and arithmetic stay as they are; code is less tuned.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A data directory in which 'mnist5k' stands prepared."""
+    directory = str(tmp_path_factory.mktemp("tfds"))
+    data.load("mnist5k", "train", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """The file of a tiny teacher of digits that learnt nothing."""
+    return programs.save_tiny(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A compilation cache that all processes of a session share: only the first pays."""
+    return tmp_path_factory.mktemp("cache")

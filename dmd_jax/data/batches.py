@@ -40,13 +40,13 @@ class Batches:
         Args:
             source: the examples.
             batch_size: samples per step over all hosts.
-            seed: of the order, in [0, 2^32); the same on all hosts.
+            seed: of the order, not negative; the same on all hosts.
             process_index: this host, as `jax.process_index()`.
             process_count: hosts, as `jax.process_count()`.
 
         Raises:
             ValueError: the hosts cannot share the batch evenly, there is no such host, or the
-                seed is out of range.
+                seed is negative.
         """
         if batch_size < 1 or batch_size % process_count:
             raise ValueError(
@@ -55,6 +55,8 @@ class Batches:
             )
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is not in [0, {process_count})")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         self._source = source
         self._batch_size = batch_size
         self._local_size = batch_size // process_count

@@ -7,9 +7,7 @@ from dmd_jax.losses.distribution_matching import finite_samples, masked_mean, te
 from dmd_jax.schedule import align
 
 
-def sid_loss(
-    x0, real_x0, fake_x0, *, alpha=1.0, normalize=True, mask=None, frames_per_block=None
-):  # fmt: skip
+def sid_loss(x0, real_x0, fake_x0, *, alpha=1.0, normalize=True, mask=None, frames_per_block=None):
     """mean( (r - f) ((r - x0) - alpha (r - f)) / mean |x0 - r| ) with r = real_x0, f = fake_x0.
 
     Nothing is detached but the normaliser: the gradient passes through x0 and, by way of x_t,

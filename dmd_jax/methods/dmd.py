@@ -5,6 +5,7 @@ numbers.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,11 @@ class DMD:
     Attributes:
         sample_shape: shape of one sample, (H, W, C) or (F, H, W, C).
         times: times of the generator's calls before the shift; (1,) makes a one-step generator.
+        strides: how the times are thinned, drawn anew each step; (1, 2, 4) makes one generator for
+            four, two and one calls. Each must divide the number of times.
+        last_step_share: how often a rollout runs to its last call for sure (`rollout`). The critic
+            learns the mixture of all exit steps, so what early exits lack in variety the last one
+            makes up for; a share above 0 weights the mixture towards what inference makes.
         shift: time shift of the generator's calls.
         guidance: weight of the teacher's guidance; 1 is none (see `denoiser.guided`).
         fake_guidance: weight of the fake score's guidance.
@@ -43,8 +49,14 @@ class DMD:
         batched_guidance: guide with one doubled pass, or with two passes in half the memory.
     """
 
+    trainable: ClassVar = ("generator", "fake_score")
+    frozen: ClassVar = ("teacher",)
+    uses_data: ClassVar = False
+
     sample_shape: tuple[int, ...]
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    strides: tuple[int, ...] = (1,)
+    last_step_share: float = 0.0
     shift: float = 1.0
     guidance: float = 1.0
     fake_guidance: float = 1.0
@@ -57,17 +69,29 @@ class DMD:
     regression: Prediction | None = None
     batched_guidance: bool = True
 
+    def __post_init__(self):
+        if any(len(self.times) % stride for stride in self.strides):
+            raise ValueError(f"strides={self.strides} must divide the number of times={self.times}")
+
     def rollout(self, generator, nets, batch, key):
         """Samples of the generator, [B, *sample_shape], under `batch["cond"]`."""
-        noise_key, step_key = jax.random.split(key)
+        noise_key, stride_key, step_key = jax.random.split(key, 3)
         noise = randomness.normal(noise_key, batch["index"], self.sample_shape)
         cond, schedule = batch["cond"], generator.schedule
         if len(self.times) == 1:
             return rollout.one_step(generator, noise, cond, schedule=schedule)
         return rollout.backward_simulation(
-            generator, noise, cond, step_key,
-            times=self.times, shift=self.shift, schedule=schedule, index=batch["index"],
-        )  # fmt: skip
+            generator,
+            noise,
+            cond,
+            step_key,
+            times=self.times,
+            shift=self.shift,
+            stride=jax.random.choice(stride_key, jnp.asarray(self.strides)),
+            last_step_share=self.last_step_share,
+            schedule=schedule,
+            index=batch["index"],
+        )
 
     def generator_loss(self, generator, nets, batch, key):
         """The surrogate whose gradient is the distribution-matching gradient.
@@ -91,9 +115,13 @@ class DMD:
     def distance(self, made, real, fake):
         """The generator's loss, from the teacher's and the fake score's x0 at one x_t."""
         grad = dmd_gradient(
-            made.x0, real, fake,
-            normalize=self.normalize, mask=made.mask, frames_per_block=self.frames_per_block,
-        )  # fmt: skip
+            made.x0,
+            real,
+            fake,
+            normalize=self.normalize,
+            mask=made.mask,
+            frames_per_block=self.frames_per_block,
+        )
         return dmd_loss(made.x0, grad, made.mask)
 
     def critic_loss(self, critics, nets, rollout, batch, key):

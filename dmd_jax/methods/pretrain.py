@@ -1,6 +1,7 @@
 """Pretrain: trains a teacher on data, by denoising. No teacher, no critic."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,10 @@ class Pretrain:
         shift: time shift of the drawn times.
         clip: the ends to which they are clipped.
     """
+
+    trainable: ClassVar = ("generator",)
+    frozen: ClassVar = ()
+    uses_data: ClassVar = True
 
     sample_shape: tuple[int, ...]
     dropout: float = 0.1

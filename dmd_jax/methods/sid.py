@@ -19,6 +19,11 @@ class SiD(DMD):
 
     def distance(self, made, real, fake):
         return sid_loss(
-            made.x0, real, fake, alpha=self.alpha,
-            normalize=self.normalize, mask=made.mask, frames_per_block=self.frames_per_block,
-        )  # fmt: skip
+            made.x0,
+            real,
+            fake,
+            alpha=self.alpha,
+            normalize=self.normalize,
+            mask=made.mask,
+            frames_per_block=self.frames_per_block,
+        )

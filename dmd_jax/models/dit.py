@@ -100,14 +100,15 @@ class DiTConfig:
         patch: side of a patch.
         dim, depth, heads: width, layers, attention heads.
         hidden: width of the SwiGLU; if 0, 8/3 dim, which has the weights of a plain MLP of 4 dim.
-        dtype: what the layers compute in; weights, norms and modulation stay float32.
+        dtype: what the layers compute in, "float32" or "bfloat16"; weights, norms and modulation
+            stay float32.
         remat: what the backward pass keeps of a layer: "none" recomputes nothing, "full"
             everything, any other name is one of `jax.checkpoint_policies`.
         unroll: how many layers a turn of the scan holds; all of them compile slower and run faster.
 
     Raises:
         ValueError: the patch does not divide the image, the heads do not divide the width, or the
-            policy is unknown.
+            dtype or the policy is unknown.
     """
 
     image_size: int
@@ -127,6 +128,8 @@ class DiTConfig:
             raise ValueError(f"patch={self.patch} does not divide image_size={self.image_size}")
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r}: use 'float32' or 'bfloat16'")
         if self.remat not in ("none", "full") and not hasattr(jax.checkpoint_policies, self.remat):
             raise ValueError(
                 f"remat={self.remat!r}: use 'none', 'full' or a name of jax.checkpoint_policies"
@@ -157,8 +160,9 @@ class DiT(nnx.Module):
             return Block(c.dim, c.heads, hidden, dtype=dtype, rngs=nnx.Rngs(key))
 
         self.patch = _linear(pixels, c.dim, dtype=dtype, rngs=rngs)
-        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (tokens, c.dim)))
-        init = nnx.initializers.normal(0.02)
+        # As large as what they are added to: embeddings that start small take long to be heard.
+        init = nnx.initializers.normal(0.5)
+        self.position = nnx.Param(init(rngs.params(), (tokens, c.dim)))
         self.label = nnx.Embed(c.num_classes + 1, c.dim, embedding_init=init, rngs=rngs)
         self.time_mlp = MLP(256, c.dim, rngs=rngs)
         self.modulation = _linear(c.dim, 6 * c.dim, rngs=rngs, zero=True)

@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
-from dmd_jax.models.dit import DiT, DiTConfig
+from dmd_jax.models import dit
+from dmd_jax.paths import named_leaves, path_name
 from dmd_jax.schedule import EDM, VP, FlowMatching
-from dmd_jax.sharding import path_name
 
-FAMILIES = {"dit": (DiTConfig, DiT)}
+# name: (config, network, sharding rules)
+FAMILIES = {"dit": (dit.DiTConfig, dit.DiT, dit.SHARDING_RULES)}
 SCHEDULES = {"flow_matching": FlowMatching, "edm": EDM, "vp": VP}
 PREDICTIONS = {
     "velocity": Velocity,
@@ -34,11 +35,22 @@ HEADER = "dmd_jax"
 
 def build(config, *, seed=0):
     """A freshly initialised network of the family whose config this is."""
-    for family_config, family in FAMILIES.values():
-        if isinstance(config, family_config):
-            return family(config, rngs=nnx.Rngs(seed))
-    known = [family_config.__name__ for family_config, _ in FAMILIES.values()]
-    raise ValueError(f"no network family has the config {config!r}; known are {known}")
+    _, network, _ = FAMILIES[_family(config)]
+    return network(config, rngs=nnx.Rngs(seed))
+
+
+def sharding_rules(net):
+    """The sharding rules of the family of `net`."""
+    return FAMILIES[_family(net.config)][2]
+
+
+def shapes(tree):
+    """{path: shape} of a tree of weights."""
+    return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
+
+
+def _family(config):
+    return _name(FAMILIES, lambda entry: isinstance(config, entry[0]), config)
 
 
 def find(path):
@@ -64,18 +76,20 @@ def save(path, denoiser, **notes):
     """
     config = denoiser.net.config
     header = {
-        "family": _name(FAMILIES, lambda entry: isinstance(config, entry[0]), config),
+        "family": _family(config),
         "model": dataclasses.asdict(config),
         "schedule": _plain(SCHEDULES, denoiser.schedule),
         "prediction": _plain(PREDICTIONS, denoiser.prediction),
         "notes": notes,
     }
-    leaves = jax.tree_util.tree_leaves_with_path(denoiser.net)
-    tensors = {path_name(path): jax.device_get(leaf) for path, leaf in leaves}
+    tensors = {name: jax.device_get(leaf) for name, leaf in named_leaves(denoiser.net).items()}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, {HEADER: json.dumps(header)})
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, {HEADER: json.dumps(header)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def notes(path):
@@ -87,15 +101,16 @@ def abstract(path, **overrides):
     """The Denoiser at `path` with jax.ShapeDtypeStructs for weights: reads the header alone."""
     header, _ = _read(path)
     try:
-        family_config, family = FAMILIES[header["family"]]
-        config = family_config(**(header["model"] | overrides))
+        family_config, network, _ = FAMILIES[header["family"]]
+        config = family_config(**header["model"])
         schedule = _made(SCHEDULES, header["schedule"])
         prediction = _made(PREDICTIONS, header["prediction"])
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: its header is not of this version of dmd_jax: {error}"
         ) from error
-    net = jax.eval_shape(lambda: family(config, rngs=nnx.Rngs(0)))
+    config = dataclasses.replace(config, **overrides)
+    net = jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
     return Denoiser(net, schedule, prediction)
 
 
@@ -114,13 +129,9 @@ def load(path, **overrides):
     path = find(path)
     denoiser = abstract(path, **overrides)
     _, tensors = _read(path, tensors=True)
-    wanted = {
-        path_name(p): tuple(leaf.shape)
-        for p, leaf in jax.tree_util.tree_leaves_with_path(denoiser.net)
-    }
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if differences := differing(wanted, found):
-        raise ValueError(f"{path} does not hold the network of its header:\n" + differences)
+    if lines := differing(shapes(denoiser.net), found):
+        raise ValueError(f"{path} does not hold the network of its header:\n" + lines)
     net = jax.tree_util.tree_map_with_path(
         lambda p, leaf: jnp.asarray(tensors[path_name(p)], leaf.dtype), denoiser.net
     )

@@ -1,0 +1,127 @@
+"""Where the time of a train step goes, and how near it comes to this machine's matmul peak.
+
+    python benchmarks/train_step.py --config=configs/dmd.py
+
+Each part is compiled and timed by itself, in turn with the others, and the median of all rounds is
+printed. FLOPs are arithmetic: two per weight of a layer and token, plus attention, forward; twice
+that again, backward. The peak is the best of a few large float32 matmuls in the same process.
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from dmd_jax import rollout, train
+from dmd_jax.denoiser import guided
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/dmd.py")
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds over all parts; the median is printed.")
+
+
+def matmul_peak():
+    """Best float32 matmul rate seen, FLOP/s."""
+    best = 0.0
+    for n in (1024, 2048, 3072):
+        a = jnp.ones((n, n))
+        dot = jax.jit(jnp.dot)
+        dot(a, a).block_until_ready()
+        for _ in range(5):
+            start = time.perf_counter()
+            dot(a, a).block_until_ready()
+            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def forward_flops(net, batch):
+    """FLOPs of one forward pass of a DiT over `batch` samples."""
+    config = net.config
+    tokens = (config.image_size // config.patch) ** 2
+    layer_weights = sum(x.size for x in jax.tree.leaves(net.blocks))
+    attention = 4 * tokens * config.dim * config.depth
+    return 2 * batch * tokens * (layer_weights + attention / 2)
+
+
+def main(_):
+    run = train.build(CONFIG.value)
+    with jax.set_mesh(run.mesh):
+        measure(run)
+
+
+def measure(run):
+    config, method = run.config, run.method
+    state, frozen = run.start()
+    batch = next(run.batches(0))
+    key = jax.random.key(0)
+    steps = train.compile_steps(run, state, frozen, batch, key)
+    batch = batch | {"index": jnp.arange(config.batch_size)}
+    nets = state.nets | frozen
+    x = jnp.zeros((config.batch_size, *method.sample_shape))
+    t = jnp.full(config.batch_size, 0.5)
+    made = rollout.Rollout(x, None, jnp.float32(1), jnp.float32(0), batch["cond"])
+
+    def teacher(nets):
+        return guided(nets["teacher"], x, t, batch["cond"], batch["uncond"], method.guidance)
+
+    def generator(nets):
+        def loss(net):
+            return jnp.sum(net(x, t, batch["cond"]))
+
+        return jax.grad(loss)(nets["generator"])
+
+    def critic(nets):
+        def loss(net):
+            return method.critic_loss({"fake_score": net}, nets, made, batch, key)[0]
+
+        return jax.grad(loss)(nets["fake_score"])
+
+    calls = {
+        "rollout, no gradient": (
+            lambda n: method.rollout(n["generator"], n, batch, key).x0,
+            (len(method.times) + 1) / 2,
+        ),
+        "teacher, guided": (teacher, 1 if method.guidance == 1 else 2),
+        "fake score, one pass": (lambda n: n["fake_score"](x, t, batch["cond"]), 1),
+        "critic, forward and backward": (critic, 3),
+        "generator, forward and backward": (generator, 3),
+    }
+    parts = {name: (jax.jit(call), passes) for name, (call, passes) in calls.items()}
+    times = {name: [] for name in [*parts, *steps]}
+    for call, _ in parts.values():
+        jax.block_until_ready(call(nets))
+    for _ in range(ROUNDS.value):
+        for name, (call, _) in parts.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call(nets))
+            times[name].append(time.perf_counter() - start)
+    del nets
+    for _ in range(ROUNDS.value):
+        for kind, step in steps.items():
+            start = time.perf_counter()
+            state, metrics = step(state, frozen, {k: batch[k] for k in ("cond", "uncond")}, key)
+            jax.block_until_ready(metrics)
+            times[kind].append(time.perf_counter() - start)
+
+    peak, unit = matmul_peak(), forward_flops(run.nets["generator"].net, config.batch_size)
+    rollout_passes = parts["rollout, no gradient"][1]
+    teacher_passes = parts["teacher, guided"][1]
+    passes = {name: count for name, (_, count) in parts.items()}
+    passes[True] = rollout_passes + 2 + teacher_passes + 1 + 3  # the last call has a backward
+    passes[False] = rollout_passes + 3
+    print(f"batch {config.batch_size}, one forward pass {unit / 1e9:.2f} GFLOP (arithmetic)")
+    print(f"matmul peak {peak / 1e9:.1f} GFLOP/s (measured)")
+    names = {True: "whole step with generator", False: "whole step without"}
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        rate = passes[name] * unit / median
+        print(
+            f"{names.get(name, name):<34}{1e3 * median:8.1f} ms {rate / 1e9:7.1f} GFLOP/s "
+            f"{rate / peak:6.1%} of peak"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,78 @@
+"""Distils the shipped teacher, 50 guided steps, into a student of four, two or one.
+
+python -m dmd_jax.main --config=configs/dmd.py                 4 steps
+python -m dmd_jax.main --config=configs/dmd.py:one_step        1 step
+python -m dmd_jax.main --config=configs/dmd.py:sid             4 steps, by score identity
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from dmd_jax.configuration import complete, unknown
+from dmd_jax.methods.dmd import DMD
+from dmd_jax.methods.sid import SiD
+from dmd_jax.optimizer import AdamW
+
+
+def get_config(arg=""):
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.steps = 1_800
+    config.batch_size = 32
+    config.accumulate = 1
+    config.generator_every = 2
+    config.reuse_rollout = True
+    config.data = dict(name="mnist5k", data_dir=config_dict.placeholder(str))
+    config.method = dict(
+        cls=DMD,
+        times=(1.0, 0.75, 0.5, 0.25),
+        strides=(1, 2, 4),
+        last_step_share=0.3,
+        guidance=1.25,
+    )
+    compute = dict(dtype="float32", remat="none", unroll=6)
+    config.teacher = dict(weights="mnist_teacher", compute=compute)
+    config.generator = dict(
+        weights="teacher",
+        compute=compute,
+        optimizer=dict(cls=AdamW, learning_rate=2e-4, b1=0.0, b2=0.99, decay="linear"),
+    )
+    config.fake_score = dict(
+        weights="teacher",
+        compute=compute,
+        optimizer=dict(cls=AdamW, learning_rate=4e-4, b1=0.0, b2=0.99),
+    )
+    config.ema = dict(decay=0.97, start=0)
+    config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
+    config.log = dict(every=50, tensorboard=True)
+    config.checkpoint = dict(every=600, keep=2)
+    config.evaluate = dict(
+        every=600,
+        samples=500,
+        num=2_000,
+        steps=(4, 2, 1),
+        teacher_steps=(50, 16, 8, 4),
+        teacher_guidance=1.25,
+    )
+    if arg not in VARIANTS:
+        raise ValueError(unknown(f"variant configs/dmd.py:{arg}", arg, VARIANTS))
+    VARIANTS[arg](config)
+    return complete(config)
+
+
+def _four_steps(config):
+    """The default."""
+
+
+def _one_step(config):
+    config.method.times = (1.0,)
+    config.method.strides = (1,)
+    config.method.guidance = 1.5
+    config.evaluate.steps = (1,)
+
+
+def _sid(config):
+    config.method.cls = SiD
+
+
+VARIANTS = {"": _four_steps, "one_step": _one_step, "sid": _sid}

@@ -1,0 +1,125 @@
+"""Quality of a checkpoint in numbers and pictures.
+
+    python -m dmd_jax.evaluate --checkpoint=runs/dmd/generator.safetensors
+    python -m dmd_jax.evaluate --checkpoint=mnist_teacher --steps=50,16,8,4 --guidance=2 --store
+
+All rows of a table are made from the same labels and noise, and stand beside the floor: real images
+judged as if they were samples. Imports the rooms below; `train` calls `report` at a run's end.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+from absl import app, flags
+
+from dmd_jax import data, report, sample, weights
+from dmd_jax.features import load_features
+from dmd_jax.judge import Judge
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.md"
+SEED = 1_000_003  # of the noise of judged samples
+
+
+def data_judge(name, data_dir=None):
+    """The Judge of a data set: its test split, seen through the shipped metric network."""
+    test, train = (data.arrays(data.load(name, split, data_dir)) for split in ("test", "train"))
+    return Judge(load_features(), test=test, train=train)
+
+
+def rows(denoiser, samplers, judge, num, seed=SEED):
+    """Judges a network under each sampler.
+
+    Returns:
+        One dict a sampler: "name", "steps", "calls" (of the network, a sample) and the numbers
+        of `Judge`.
+    """
+    labels = sample.balanced(num, denoiser.net.config.num_classes)
+    table = []
+    for sampler in samplers:
+        numbers = judge(sample.draw(denoiser, sampler, labels, seed), labels)
+        log.info("%s in %d steps: %s %.3f", sampler.name, sampler.steps, judge.name, numbers["fd"])
+        about = {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
+        table.append(about | numbers)
+    return table
+
+
+def real_row(judge, num):
+    """The row of real images, judged as if they were `num` samples."""
+    return {"name": "real images", "steps": 0, "calls": 0, **judge.floor(num)}
+
+
+def teacher_rows(path, samplers, judge, num, *, recompute=False, store=None):
+    """The rows of a teacher: the stored ones, where all that they depend on is unchanged.
+
+    Args:
+        path: the teacher's file or shipped name; `<file>.rows.json` beside it is looked at first.
+        samplers: ManyStep samplers.
+        recompute: compute them whatever is stored.
+        store: where to keep, and look for, rows that are not beside the teacher; None for nowhere.
+    """
+    path = weights.find(path)
+    asked = f"{samplers} {num} {SEED} {judge.fingerprint}".encode()
+    fingerprint = hashlib.sha256(path.read_bytes() + asked).hexdigest()
+    for stored in (path.with_suffix(".rows.json"), store):
+        if stored and stored.exists() and not recompute:
+            held = json.loads(stored.read_text())
+            if held["fingerprint"] == fingerprint:
+                return held["rows"]
+    log.info("no rows are stored for this teacher, metric and data: judging the teacher")
+    table = rows(weights.load(path), samplers, judge, num)
+    if store:
+        store.write_text(json.dumps({"fingerprint": fingerprint, "rows": table}, indent=1) + "\n")
+    return table
+
+
+def write_report(directory, title, table, pictures, labels, metric):
+    """Writes report.json (rows), report.png (the figure) and report.md; returns the last's path."""
+    (directory / "report.json").write_text(json.dumps(table, indent=1) + "\n")
+    report.figure(directory / "report.png", table, pictures, labels, metric=metric, title=title)
+    text = f"# {title}\n\n![samples and quality](report.png)\n\n{report.markdown(table, metric)}"
+    (directory / REPORT).write_text(text)
+    return directory / REPORT
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    flags.DEFINE_string("checkpoint", None, "A safetensors file, or the name of a shipped one.")
+    flags.DEFINE_list(
+        "steps", None, "Numbers of steps to judge it in; the checkpoint's own if none."
+    )
+    flags.DEFINE_list("guidance", None, "Guidance weights of a teacher, each judged; 1 is none.")
+    flags.DEFINE_float("shift", None, "Time shift; the checkpoint's own if not given.")
+    flags.DEFINE_integer("num", 2_000, "Samples to judge.")
+    flags.DEFINE_string("data", "mnist5k", "The TFDS data set to judge against.")
+    flags.DEFINE_string("data_dir", None, "Where TFDS keeps it; its own default if not given.")
+    flags.DEFINE_string("out", None, "Also write the rows here, as JSON.")
+    flags.DEFINE_bool("store", False, "Keep a teacher's rows beside its file, for every later run.")
+    flags.mark_flag_as_required("checkpoint")
+
+
+def main(argv):
+    del argv
+    path = weights.find(FLAGS.checkpoint)
+    samplers = [
+        sample.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift)
+        for guidance in (map(float, FLAGS.guidance) if FLAGS.guidance else (None,))
+        for steps in (map(int, FLAGS.steps) if FLAGS.steps else (None,))
+    ]
+    judge = data_judge(FLAGS.data, FLAGS.data_dir)
+    beside = path.with_suffix(".rows.json") if FLAGS.store else None
+    table = teacher_rows(path, samplers, judge, FLAGS.num, recompute=True, store=beside)
+    table = [real_row(judge, FLAGS.num), *table]
+    print(report.markdown(table, judge.name))
+    if FLAGS.out:
+        Path(FLAGS.out).write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,238 @@
+"""Is the run still well? Metrics fetched one step late, and a monitor that ends a lost run.
+
+Floor 0: knows names and numbers; imports no other room. Nothing here reads the clock or touches
+the training state, and what it remembers is a few numbers that go into the checkpoint's `extra`:
+a resumed run is judged exactly as one that was never stopped.
+
+    window, monitor = Window(every=50), Monitor()
+    for step in range(first, last + 1):
+        state, metrics = train_step(...)
+        if record := window.add(step, metrics):  # of the step before: the device is not waited for
+            monitor.update(*record)  # raises Diverged
+        if time_to_save(step):
+            if record := window.flush():  # now it is
+                monitor.update(*record)
+            extra = {"window": window.state, "monitor": monitor.state}
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+Record = tuple[int, dict[str, float]]
+
+
+class Window:
+    """Means of the step metrics over `every` steps, fetched from the device one step late.
+
+    A value is fetched once the next step has been dispatched, so the device always has work.
+    NaN means "no sample" (a noise band that the batch did not hit, a network that was not due) and
+    does not count, nor do infinities: an update that is not finite is skipped, and `skipped` says
+    so. A key without any number in the window has mean NaN.
+
+    Args:
+        every: a record is made at each multiple of it, over the steps since the one before.
+        state: `state` of an earlier window, to go on where that one stood.
+    """
+
+    def __init__(self, every: int, state: Mapping[str, Any] | None = None):
+        if every < 1:
+            raise ValueError(f"every = {every} must be 1 or more")
+        self._every = every
+        self._sums = {key: tuple(value) for key, value in (state or {}).items()}
+        self._queued: tuple[int, Mapping[str, jax.Array]] | None = None
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> Record | None:
+        """Queues the device scalars of `step`; returns the record that the step before completed.
+
+        Returns:
+            (step, means) or None.
+        """
+        for value in metrics.values():
+            value.copy_to_host_async()
+        record = self.flush()
+        self._queued = step, metrics
+        return record
+
+    def flush(self) -> Record | None:
+        """Waits for the queued step; returns its record if it completes one."""
+        if self._queued is None:
+            return None
+        step, metrics = self._queued
+        self._queued = None
+        for key, value in jax.device_get(dict(metrics)).items():
+            total, count = self._sums.get(key, (0.0, 0))
+            counts = bool(math.isfinite(value))
+            self._sums[key] = total + float(value) if counts else total, count + counts
+        if step % self._every:
+            return None
+        sums, self._sums = self._sums, {}
+        return step, {key: total / n if n else math.nan for key, (total, n) in sums.items()}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The unfinished window, as JSON; after `flush`, or the queued step would be lost."""
+        if self._queued is not None:
+            raise ValueError(f"step {self._queued[0]} is still queued: call flush() first")
+        return dict(self._sums)
+
+
+class Diverged(RuntimeError):
+    """The run is lost. The message says what, in which numbers, since when, and what to try.
+
+    Attributes:
+        well_until: the step of the last record without the symptom; 0 if there was none.
+    """
+
+    def __init__(self, message: str, well_until: int):
+        super().__init__(message)
+        self.well_until = well_until
+
+
+ADVICE = {
+    "non-finite": "lower the learning rates, clip gradients harder, or compute in float32",
+    "exploding": "lower this network's learning rate or clip its gradients harder; let the critic "
+    "learn more often than the generator",
+    "saturating": "lower the guidance or the generator's learning rate",
+    "collapsing": "let the critic learn more often, lower the guidance, or enlarge the batch",
+}
+
+
+class Monitor:
+    """Reads the records of a run and raises `Diverged` when it is past saving.
+
+    Four symptoms, each of which must show in `patience` records in a row (records that lack its
+    metric are passed over):
+
+    - non-finite: all updates of a network were skipped (`<network>/skipped` is 1), or none had a
+      finite `loss` and `grad_norm`; or half the samples or more are not finite
+      (`samples/nonfinite`).
+    - exploding: |`<network>/loss`| above `explosion` times its running median, over the last 50
+      sound records and not before there are 5. A median below 0.1 counts as 0.1: these losses are
+      means over elements of order one, and one that starts near 0 (a critic that is still the
+      teacher) may well grow tenfold.
+    - saturating: `samples/saturation`, the fraction of |x| > 1.05, above `saturation`.
+    - collapsing: `samples/diversity` below `collapse` times its median over the first 5 records.
+
+    A healthy run of the embedded digits stays far from all of them: nothing skipped, critic loss
+    0.1 to 0.3 throughout, saturation from 0.07 to 0.25. The gap of teacher and fake score per
+    noise band, the tracking of the critic and the contrast are recorded to be looked at: no
+    threshold for them is known to hold across data sets.
+
+    Args:
+        patience: records in a row.
+        explosion: factor over the running median.
+        saturation: fraction. Latents are not bounded by 1: give 1.0 there, which is never.
+        collapse: fraction of the diversity at the start.
+        state: `state` of an earlier monitor, to go on where that one stood.
+    """
+
+    networks = ("generator", "fake_score")
+    history = 50
+    warm_up = 5
+    least_median = 0.1
+
+    def __init__(
+        self,
+        *,
+        patience: int = 3,
+        explosion: float = 10.0,
+        saturation: float = 0.6,
+        collapse: float = 0.25,
+        state: Mapping[str, Any] | None = None,
+    ):
+        self.patience = patience
+        self.explosion = explosion
+        self.saturation = saturation
+        self.collapse = collapse
+        state = state or {"step": 0, "past": {}, "showing": {}}
+        self._step: int = state["step"]
+        self._past = {key: list(values) for key, values in state["past"].items()}
+        self._showing = {symptom: tuple(shown) for symptom, shown in state["showing"].items()}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that is remembered, as JSON: at most some hundred numbers."""
+        return {"step": self._step, "past": self._past, "showing": self._showing}
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether a symptom is showing: not the moment to replace the last good checkpoint."""
+        return bool(self._showing)
+
+    def update(self, step: int, record: Mapping[str, float]) -> None:
+        """Takes the record of one window.
+
+        Args:
+            step: the last step of the window.
+            record: means by metric name; absent ones are fine.
+
+        Raises:
+            Diverged: a symptom has shown in `patience` records in a row.
+        """
+        numbers = {key: value for key, value in record.items() if math.isfinite(value)}
+        for symptom, evidence in self._examine(record, numbers):
+            if evidence is None:
+                self._showing.pop(symptom, None)
+                continue
+            well_until, times = self._showing.get(symptom, (self._step, 0))
+            self._showing[symptom] = well_until, times + 1
+            if times + 1 >= self.patience:
+                raise Diverged(
+                    f"The run has diverged at step {step}, {symptom}: {evidence}; {times + 1} "
+                    f"records in a row, all was well until step {well_until}. What may help: "
+                    f"{ADVICE[symptom.split()[0]]}.",
+                    well_until,
+                )
+        self._step = step
+
+    def _examine(
+        self, record: Mapping[str, float], numbers: Mapping[str, float]
+    ) -> Iterator[tuple[str, str | None]]:
+        """Each symptom that this record can tell about, with the evidence or None."""
+        for network in self.networks:
+            if f"{network}/loss" in record:
+                yield f"non-finite {network}", self._non_finite(network, record)
+            if f"{network}/loss" in numbers:
+                yield f"exploding {network}", self._exploding(f"{network}/loss", numbers)
+        if (key := "samples/nonfinite") in numbers:
+            bad = numbers[key] >= 0.5
+            yield "non-finite samples", f"{key} is {numbers[key]:.3g}" if bad else None
+        if (key := "samples/saturation") in numbers:
+            bad = numbers[key] > self.saturation
+            yield "saturating samples", f"{key} is {numbers[key]:.3g}" if bad else None
+        if (key := "samples/diversity") in numbers:
+            yield "collapsing samples", self._collapsing(key, numbers)
+
+    def _non_finite(self, network: str, record: Mapping[str, float]) -> str | None:
+        values = [record.get(f"{network}/{key}", 0.0) for key in ("loss", "grad_norm")]
+        broken = not all(map(math.isfinite, values))
+        # Without a number and without a skip, the network was not due in this window.
+        skipped = record.get(f"{network}/skipped", float(broken))
+        if skipped >= 1 or (skipped > 0 and broken):
+            return f"none of its updates in this window was finite (loss {values[0]:.3g})"
+        return None
+
+    def _exploding(self, key: str, numbers: Mapping[str, float]) -> str | None:
+        past = self._past.setdefault(key, [])
+        size = abs(numbers[key])
+        if len(past) >= self.warm_up:
+            usual = max(statistics.median(past), self.least_median)
+            if size > self.explosion * usual:
+                return (
+                    f"{key} is {numbers[key]:.3g}, {size / usual:.0f} times its usual {usual:.3g}"
+                )
+        self._past[key] = [*past, size][-self.history :]
+        return None
+
+    def _collapsing(self, key: str, numbers: Mapping[str, float]) -> str | None:
+        start = self._past.setdefault(key, [])
+        if len(start) < self.warm_up:
+            start.append(numbers[key])
+            return None
+        usual = statistics.median(start)
+        bad = numbers[key] < self.collapse * usual
+        return f"{key} is {numbers[key]:.3g}, at the start it was {usual:.3g}" if bad else None

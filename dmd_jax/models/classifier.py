@@ -1,0 +1,59 @@
+"""A small convolutional classifier, the eye of the quality numbers (`features.py`).
+
+Five 3x3 convolutions with ReLU, the mean over all positions, one linear layer. The mean is the
+feature vector: as in the networks that Fréchet distances are usually taken in, it says which
+strokes or textures there are and little about where. There is no normalisation, on purpose: a
+normalised network is more accurate but nearly blind to contrast and blur, which a metric must see.
+Imports jax and flax alone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """A classifier in plain values.
+
+    Attributes:
+        channels: of the images; their height and width may be anything.
+        num_classes: K.
+        features: D, the length of the feature vector; layers are as wide as that or narrower.
+
+    Raises:
+        ValueError: `features` is no multiple of 4.
+    """
+
+    channels: int
+    num_classes: int
+    features: int = 64
+
+    def __post_init__(self):
+        if self.features % 4 or self.features < 4:
+            raise ValueError(f"features={self.features} must be a positive multiple of 4")
+
+
+class Classifier(nnx.Module):
+    """The network of a `ClassifierConfig`."""
+
+    def __init__(self, config: ClassifierConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d = config.features
+        outputs, strides = (d // 4, d // 2, d // 2, d, d), (2, 1, 2, 1, 1)
+        inputs = (config.channels, *outputs[:-1])
+        self.convolutions = nnx.List(
+            nnx.Conv(i, o, (3, 3), strides=s, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+            for i, o, s in zip(inputs, outputs, strides, strict=True)
+        )
+        self.head = nnx.Linear(d, config.num_classes, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """images float32 [B, H, W, C] in [-1, 1] -> (logits [B, K], features [B, D], D >= 0)."""
+        x = images
+        for convolution in self.convolutions:
+            x = jax.nn.relu(convolution(x))
+        features = jnp.mean(x, axis=(1, 2))
+        return self.head(features), features

@@ -1,0 +1,205 @@
+"""Numbers and samples made readable: a Markdown table, one figure, a grid of images.
+
+A row is a dict: `name` ("teacher", "student", ...), `steps`, `calls` (network calls an image took,
+guidance included) and the numbers of a `Judge`. The row of real images has no steps and no calls
+(absent, None or 0). Everything here turns such rows and uint8 images into text or a PNG file.
+Imports numpy, Pillow and matplotlib alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from PIL import Image
+
+Row = Mapping[str, object]
+
+# Key, heading, format.
+COLUMNS = (
+    ("steps", "steps", "d"),
+    ("calls", "calls", "d"),
+    ("fd", "{metric} ↓", ".3g"),
+    ("kid", "kernel distance ↓", ".2f"),
+    ("precision", "precision ↑", ".3f"),
+    ("recall", "recall ↑", ".3f"),
+    ("accuracy", "accuracy ↑", ".1%"),
+    ("diversity", "diversity", ".2f"),
+    ("nearest_train", "nearest train", ".1f"),
+)
+LEGEND = """\
+{metric}: Fréchet distance in the features of the metric network, not comparable with Inception FID.
+calls: network calls per image, guidance included. accuracy: of the label asked for. diversity: mean
+distance within a class over that of test images. nearest train: median distance to the nearest
+train image, in grey levels; below that of real images it means copies or blur. The row of real
+images is what no generator need beat.
+"""
+
+INK, FAINT, RULE = "#1b1f24", "#6e7781", "#d8dee4"
+COLOURS = ("#57606a", "#0969da", "#bc4c00", "#1a7f37", "#8250df")
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": FAINT,
+    "ytick.labelcolor": FAINT,
+}
+TILE_GAP = 2  # pixels between images of a grid
+
+
+def markdown(rows: Sequence[Row], metric: str) -> str:
+    """A table of the rows in the order given, with a legend; a number that a row lacks is a dash.
+
+    Args:
+        rows: see the module's docstring.
+        metric: the name of the Fréchet distance, as `Judge.name`.
+    """
+    lines = ["| | " + " | ".join(heading for _, heading, _ in COLUMNS).format(metric=metric) + " |"]
+    lines.append("|---|" + "---:|" * len(COLUMNS))
+    for row in rows:
+        cells = (_cell(row.get(key), spec) for key, _, spec in COLUMNS)
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n" + LEGEND.format(metric=metric)
+
+
+def _cell(value: object, spec: str) -> str:
+    none = value is None or (spec == "d" and value == 0)  # Real images have no steps and no calls.
+    return "–" if none else format(value, spec)
+
+
+def grid(images: np.ndarray, columns: int, background: int = 255) -> np.ndarray:
+    """Images side by side, in reading order.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        columns: images a row; the last row may be shorter.
+        background: grey level of the gaps.
+
+    Returns:
+        uint8 [height, width, C].
+    """
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    tiles = np.full(
+        (rows * columns, height + TILE_GAP, width + TILE_GAP, channels), background, np.uint8
+    )
+    tiles[:count, :height, :width] = images
+    tiles = tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2)
+    whole = tiles.reshape(rows * (height + TILE_GAP), columns * (width + TILE_GAP), channels)
+    return whole[:-TILE_GAP, :-TILE_GAP]
+
+
+def save_grid(path: str | Path, images: np.ndarray, columns: int) -> None:
+    """Writes `grid(images, columns)` as PNG, small images enlarged by a whole factor.
+
+    Args:
+        path: ends in .png.
+        images: uint8 [N, H, W, C], C = 1 or 3.
+        columns: images a row.
+    """
+    zoom = max(1, 64 // images.shape[1])
+    picture = grid(images.repeat(zoom, 1).repeat(zoom, 2), columns)
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
+
+
+def figure(
+    path: str | Path,
+    rows: Sequence[Row],
+    images: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    *,
+    metric: str,
+    title: str,
+) -> None:
+    """Draws samples and quality side by side as one PNG.
+
+    Left: one row of images per entry, one column per noise and label, columns sorted by label.
+    Right: Fréchet distance against network calls, one line for all rows of a name, and a dashed
+    line for the row of real images.
+
+    Args:
+        path: ends in .png.
+        rows: see the module's docstring.
+        images: {title of the row, "teacher, 50 steps": uint8 [N, H, W, C]}, drawn in this order;
+            what follows the comma is set smaller. About ten columns read best.
+        labels: int [N], of the columns; the same for all entries.
+        metric: the name of the Fréchet distance, as `Judge.name`.
+        title: one line above all.
+    """
+    order = np.argsort(labels, kind="stable")
+    mosaic = grid(np.concatenate([samples[order] for samples in images.values()]), len(labels))
+    high = max(2.9, 0.42 * len(images))  # inches, of both drawings
+    wide = high * mosaic.shape[1] / mosaic.shape[0]
+    width, height = 1.05 + wide + 0.75 + 3.9 + 0.25, high + 1.35
+    with rc_context(STYLE):
+        drawing = Figure(figsize=(width, height), dpi=160, facecolor="white")
+        left, right = (
+            drawing.add_axes((x / width, 0.55 / height, w / width, high / height))
+            for x, w in ((1.05, wide), (1.05 + wide + 0.75, 3.9))
+        )
+        drawing.text(0.14 / width, 1 - 0.18 / height, title, va="top", size=13, weight="bold")
+        left.imshow(mosaic, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        _name_tiles(left, list(images), labels[order], mosaic.shape)
+        _draw_quality(right, rows, metric)
+        drawing.savefig(path)
+
+
+def _name_tiles(
+    axes: Axes, names: Sequence[str], labels: np.ndarray, shape: tuple[int, ...]
+) -> None:
+    """Names to the left of the rows, labels above the columns, of a mosaic of that shape."""
+    axes.set_axis_off()
+    tile_height, tile_width = (
+        (shape[0] + TILE_GAP) / len(names),
+        (shape[1] + TILE_GAP) / len(labels),
+    )
+    for row, (name, _, detail) in enumerate(name.partition(", ") for name in names):
+        at = {"x": -0.2 * tile_width, "y": (row + 0.5) * tile_height, "ha": "right"}
+        axes.text(s=name, va="bottom" if detail else "center", weight="bold", **at)
+        axes.text(s=detail, va="top", color=FAINT, size=8, **at)
+    for label in np.unique(labels):
+        middle = (np.flatnonzero(labels == label).mean() + 0.5) * tile_width
+        axes.text(middle, -0.13 * tile_height, str(label), ha="center", color=FAINT)
+
+
+def _draw_quality(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+    models = [row for row in rows if row.get("calls")]
+    for name, colour in zip(dict.fromkeys(r["name"] for r in models), COLOURS, strict=False):
+        points = sorted((r["calls"], r["fd"]) for r in models if r["name"] == name)
+        calls, distances = zip(*points, strict=True)
+        axes.plot(calls, distances, "o-", color=colour, lw=2, ms=6.5, mec="white", mew=1.2)
+        _note(axes, name, points[0], (8, 2), color=colour, weight="bold")
+        if len(points) > 1:
+            _note(axes, f"{distances[-1]:.3g}", points[-1], (0, 7), color=colour, ha="center")
+    for row in rows:
+        if not row.get("calls"):
+            axes.axhline(row["fd"], color=FAINT, lw=1, ls=(0, (4, 3)))
+            text, at = f"{row['name']} {row['fd']:.3g}", (1, row["fd"])
+            _note(axes, text, at, (0, 4), ha="right", xycoords=axes.get_yaxis_transform())
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({row["calls"] for row in models}))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(axis="y", color=RULE, lw=0.6)
+    axes.tick_params(length=0)
+    axes.margins(x=0.06, y=0.1)
+    axes.set_xlabel("network calls per image")
+    axes.set_title(f"{metric}  (lower is better)", loc="left", size=9, color=FAINT)
+
+
+def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[int, int], **how) -> None:
+    axes.annotate(text, at, offset, textcoords="offset points", **({"xycoords": "data"} | how))

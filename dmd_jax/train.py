@@ -1,0 +1,404 @@
+"""The training program: a config becomes networks, a method and a step; the loop runs and reports.
+
+    run = build(config)         resolve and check everything; nothing is computed
+    train(run, workdir)         start or resume, loop, save, export, report
+
+Imports every room below. Configs stop here.
+"""
+
+import dataclasses
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmd_jax import checkpoint, data, evaluate, health, optimizer, report, sample, sharding, weights
+from dmd_jax.configuration import construct, differences, flatten, unknown
+from dmd_jax.denoiser import Denoiser
+from dmd_jax.step import EMA, init_state, train_step
+from dmd_jax.writers import Progress, Writer
+
+KEYS = (
+    *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
+    *("data", "method", "ema", "mesh", "log", "checkpoint", "evaluate"),
+)
+log = logging.getLogger(__name__)
+
+EXPORT = "generator.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config, resolved. Networks are abstract (jax.ShapeDtypeStruct) until `start`.
+
+    Attributes:
+        config: the ConfigDict that all this was made from.
+        method: a dataclass of `methods/`.
+        nets: {role: Denoiser}, trainable.
+        frozen: {role: Denoiser}, which nothing changes.
+        tx: the optimizer of all trainable roles.
+        source: the training data.
+        mesh: the devices.
+    """
+
+    config: Any
+    method: Any
+    nets: dict[str, Denoiser]
+    frozen: dict[str, Denoiser]
+    tx: Any
+    source: data.Source
+    mesh: jax.sharding.Mesh
+
+    def updates_generator(self, step):
+        """Whether the generator learns at this step: the one clock of everything."""
+        return step % self.config.generator_every == 0
+
+    def state_shape(self):
+        """The TrainState, as jax.ShapeDtypeStructs with shardings."""
+        shapes = jax.eval_shape(lambda: init_state(_zeros(self.nets), self.tx))
+        return _placed(shapes, self.nets, self.mesh)
+
+    def start(self):
+        """(TrainState at step 0, frozen nets), loaded and placed."""
+        nets = {role: _load(self.config, role, net) for role, net in self.nets.items()}
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape())
+        state = jax.jit(partial(init_state, tx=self.tx), out_shardings=shardings)(nets)
+        return state, self.load_frozen()
+
+    def load_frozen(self):
+        """The frozen nets, in the dtype that they compute in."""
+        placed = _placed(self.frozen, self.frozen, self.mesh)
+        loaded = {role: _load(self.config, role, net) for role, net in self.frozen.items()}
+        return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), loaded, placed)
+
+    def samplers(self):
+        """What the trained network is judged under, the run's own first."""
+        spec = self.config.evaluate
+        if hasattr(self.method, "times"):
+            times, shift = self.method.times, self.method.shift
+            return [sample.FewStep(sample.fewer(times, n), shift) for n in spec.steps]
+        return [sample.ManyStep(n, spec.guidance) for n in spec.steps]
+
+    def batches(self, step):
+        """This host's batches from `step` on: {"cond", "uncond"} and what the method wants."""
+        local = data.Batches(
+            self.source,
+            self.config.batch_size,
+            self.config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        null = self.nets["generator"].net.config.uncond
+        for batch in local.iterate(step):
+            made = {"cond": batch["label"], "uncond": np.full_like(batch["label"], null)}
+            if self.method.uses_data:
+                made["data"] = batch["image"]
+            yield sharding.global_batch(made)
+
+
+def build(config, devices=None):
+    """Checks a config and resolves it; reads headers, loads no weights, computes nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: the offending path, both values and what to do.
+    """
+    kind = config.method.cls
+    _check_numbers(config, (*KEYS, *kind.trainable, *kind.frozen))
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"config.batch_size={config.batch_size} does not divide into {parts} parts "
+            f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x "
+            f"config.accumulate={config.accumulate})"
+        )
+    source = data.load(config.data.name, "train", config.data.data_dir)
+    nets = {role: _abstract(config, role, source) for role in kind.trainable}
+    frozen = {role: _abstract(config, role, source) for role in kind.frozen}
+    _check_fit(nets | frozen, source)
+    shape = nets["generator"].net.config.sample_shape
+    method = construct(config.method, "config.method", sample_shape=shape)
+    transforms = {}
+    for role in nets:
+        every = config.generator_every if role == "generator" else 1
+        adamw = construct(config[role].optimizer, f"config.{role}.optimizer")
+        transforms[role] = adamw.transform(-(-config.steps // every))
+    return Run(config, method, nets, frozen, optimizer.per_role(transforms), source, mesh)
+
+
+def _check_numbers(config, known):
+    for name in config:
+        if name not in known:
+            raise ValueError(unknown(f"config.{name}", name, known))
+    if missing := [name for name in known if name not in config]:
+        raise ValueError(f"config lacks {missing}; {config.method.cls.__name__} needs them")
+    for name in ("steps", "batch_size", "accumulate", "generator_every"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} is {config[name]}; it must be 1 or more")
+
+
+def _check_fit(nets, source):
+    """All networks speak of the data's images and classes; the two scores share a schedule."""
+    wanted = (tuple(source.image_shape), source.num_classes)
+    for role, denoiser in nets.items():
+        net = denoiser.net.config
+        if (net.sample_shape, net.num_classes) != wanted:
+            raise ValueError(
+                f"config.{role} makes images {net.sample_shape} of {net.num_classes} classes, but "
+                f"config.data.name={source.name!r} has {wanted[0]} of {wanted[1]}"
+            )
+    schedules = {role: nets[role].schedule for role in ("teacher", "fake_score") if role in nets}
+    if len(set(schedules.values())) > 1:
+        raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
+
+
+def _path(config, role):
+    """The file that a role starts from; None for a fresh network."""
+    path = config[role].weights
+    if path == "random":
+        return None
+    return config.teacher.weights if path == "teacher" else path
+
+
+def _abstract(config, role, source):
+    """A role's Denoiser, abstract; a `model` that its file does not hold is refused."""
+    spec, path = config[role], _path(config, role)
+    compute = dict(spec.get("compute", {}))
+    if path is not None and "model" not in spec:
+        return weights.abstract(path, **compute)
+    size, _, channels = source.image_shape
+    given = dict(image_size=size, channels=channels, num_classes=source.num_classes, **compute)
+    model = construct(spec.model, f"config.{role}.model", **given)
+    net = jax.eval_shape(lambda: weights.build(model))
+    if path is None:
+        schedule = construct(spec.schedule, f"config.{role}.schedule")
+        return Denoiser(net, schedule, construct(spec.prediction, f"config.{role}.prediction"))
+    held = weights.abstract(path, **compute)
+    if lines := weights.differing(weights.shapes(net), weights.shapes(held.net)):
+        raise ValueError(
+            f"config.{role}.model is not the network in {path}; change the model, or start from "
+            f"config.{role}.weights='random':\n{lines}"
+        )
+    return held
+
+
+def _load(config, role, abstract):
+    path = _path(config, role)
+    if path is None:
+        net = weights.build(abstract.net.config, seed=config.seed)
+        return dataclasses.replace(abstract, net=net)
+    loaded = weights.load(path, **dict(config[role].get("compute", {})))
+    if role == "teacher":
+        return jax.tree.map(lambda x: x.astype(abstract.net.config.dtype), loaded)
+    return loaded
+
+
+def _zeros(tree):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
+def _placed(shapes, nets, mesh):
+    """`shapes` with shardings, by the rules of the families of `nets`."""
+    rules = tuple(
+        dict.fromkeys(r for net in nets.values() for r in weights.sharding_rules(net.net))
+    )
+    shardings = sharding.infer(shapes, rules, mesh) if nets else shapes
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def describe(run):
+    """Parameters and bytes by role, as a table in text: what the devices have to hold."""
+    state = run.state_shape()
+
+    def mebibytes(tree):
+        return checkpoint.tree_bytes(tree) / 2**20
+
+    lines = [f"{'role':<12}{'parameters':>14}{'dtype':>10}{'weights':>14}"]
+    for role, denoiser in (run.nets | run.frozen).items():
+        count = sum(x.size for x in jax.tree.leaves(denoiser))
+        dtype = denoiser.net.config.dtype if role in run.frozen else "float32"
+        size = count * jnp.dtype(dtype).itemsize / 2**20
+        lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB")
+    lines += [
+        f"{'average':<36}{mebibytes(state.ema):>10.1f} MiB",
+        f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",
+        f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
+        f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",
+    ]
+    return "\n".join(lines)
+
+
+def compile_steps(run, state, frozen, batch, key):
+    """{update_generator: the compiled step}; both compile at once, each on a thread of its own."""
+    config = run.config
+    jitted = jax.jit(
+        partial(
+            train_step,
+            method=run.method,
+            tx=run.tx,
+            ema=EMA(**config.ema),
+            reuse_rollout=config.reuse_rollout,
+            accumulate=config.accumulate,
+        ),
+        static_argnames="update_generator",
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+    )
+    kinds = sorted({run.updates_generator(step) for step in range(config.generator_every)})
+    lowered = [jitted.lower(state, frozen, batch, key, update_generator=kind) for kind in kinds]
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        return dict(zip(kinds, pool.map(lambda low: low.compile(), lowered), strict=True))
+
+
+def train(run, workdir):
+    """Starts or resumes the run in `workdir`, sees it to its end and writes its report.
+
+    Args:
+        run: from `build`; the mesh is in force.
+        workdir: a Path, made if need be: config.json, metrics.jsonl, checkpoints/, best/, images/,
+            generator.safetensors, report.md and report.png.
+
+    Returns:
+        The path of the report; None where a signal stopped the run before its end.
+
+    Raises:
+        ValueError: the directory holds another run, cannot be written or is too small.
+        health.Diverged: the run went bad; its last good checkpoint stays.
+    """
+    checkpoint.check_writable(workdir)
+    _claim(run.config, workdir)
+    shape = run.state_shape()
+    with (
+        checkpoint.Preemption() as preemption,
+        checkpoint.Checkpointer(workdir, keep=run.config.checkpoint.keep) as checkpoints,
+        Writer(workdir, tensorboard=run.config.log.tensorboard) as writer,
+    ):
+        checkpoints.check_space(shape, shape.ema)
+        restored = checkpoints.restore_latest(shape)
+        finished = workdir / evaluate.REPORT
+        if restored is not None and restored[1] >= run.config.steps and finished.exists():
+            log.info("this run is finished; its report again, from %s", finished)
+            print(finished.read_text())
+            return finished
+        if restored is None:
+            (state, frozen), extra = run.start(), {}
+        else:
+            (state, _, extra), frozen = restored, run.load_frozen()
+            log.info("going on from step %d in %s", int(state.step), workdir)
+        writer.rewind(int(state.step))
+        state = _loop(run, state, frozen, extra, checkpoints, writer, preemption)
+        if int(state.step) < run.config.steps:
+            log.info("stopped and saved at step %d; the same command goes on", int(state.step))
+            return None
+        report_path = _report(run, _export(run, state, workdir), workdir)
+        writer.texts(run.config.steps, "report", report_path.read_text())
+        return report_path
+
+
+def _claim(config, workdir):
+    """Writes the resolved config, or refuses a directory that holds another run."""
+    path, now = workdir / "config.json", flatten(config)
+    if path.exists():
+        stored = json.loads(path.read_text())
+        if lines := differences(stored, now):
+            raise ValueError(
+                f"{workdir} holds a run with another config; choose another --workdir, or "
+                f"take back the difference:\n{lines}"
+            )
+    if jax.process_index() == 0:
+        partial_file = path.with_suffix(".partial")
+        partial_file.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+        partial_file.replace(path)
+
+
+def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
+    """Steps from `state.step` to the end, or to a signal; returns the last state, saved."""
+    config, first = run.config, int(state.step)
+    if first == config.steps:
+        return state
+    root = jax.random.key(config.seed, impl="threefry2x32")
+    judge = evaluate.data_judge(config.data.name, config.data.data_dir)
+    window = health.Window(config.log.every, extra.get("window"))
+    monitor = health.Monitor(state=extra.get("monitor"))
+    progress = Progress(config.steps, config.batch_size)
+
+    def heed(record):
+        if record is not None:
+            writer.scalars(record[0], record[1] | progress.report(*record))
+            monitor.update(*record)
+
+    batches, compiled = run.batches(first), None
+    for done, batch in enumerate(batches, first + 1):
+        if compiled is None:
+            compiled = compile_steps(run, state, frozen, batch, root)
+        state, metrics = compiled[run.updates_generator(done - 1)](state, frozen, batch, root)
+        if done == first + 1:  # the one step that is waited for, so that a user sees it at once
+            progress.report(done, {name: float(value) for name, value in metrics.items()})
+        heed(window.add(done, metrics))
+        last = done == config.steps or preemption.requested(done)
+        if done % config.evaluate.every == 0 and not last:
+            _judge(run, state, done, judge, checkpoints, writer)
+        if done % config.checkpoint.every == 0 or last:
+            heed(window.flush())
+            if not monitor.suspicious:
+                extra = {"window": window.state, "monitor": monitor.state}
+                checkpoints.save(done, state, extra)
+            checkpoints.check()
+        if last:
+            break
+    checkpoints.wait()
+    return state
+
+
+def _judge(run, state, step, judge, checkpoints, writer):
+    """Judges the average on a few samples, shows some, and keeps the best."""
+    sampler, *_ = run.samplers()
+    num_classes = run.source.num_classes
+    labels = sample.balanced(run.config.evaluate.samples, num_classes)
+    images = sample.draw(state.ema, sampler, labels)
+    numbers = {f"quality/{key}": value for key, value in judge(images, labels).items()}
+    writer.scalars(step, numbers)
+    writer.images(step, sampler.name, report.grid(images[: 8 * num_classes], num_classes))
+    checkpoints.save_best(step, state.ema, numbers["quality/fd"])
+
+
+def _export(run, state, workdir):
+    """Writes the averaged network for everybody's use; returns its path."""
+    path = workdir / EXPORT
+    notes = {"step": int(state.step), "method": type(run.method).__name__.lower()}
+    if hasattr(run.method, "times"):
+        notes |= {"times": run.method.times, "shift": run.method.shift}
+    weights.save(path, state.ema, **notes)
+    return path
+
+
+def _report(run, trained, workdir):
+    """Judges the exported network beside real images and its teacher, and writes the report."""
+    spec, name, data_dir = run.config.evaluate, run.config.data.name, run.config.data.data_dir
+    num_classes, seed = run.source.num_classes, evaluate.SEED
+    judge, denoiser = evaluate.data_judge(name, data_dir), weights.load(trained)
+    labels = np.sort(sample.balanced(2 * num_classes, num_classes))
+    test, test_labels = data.arrays(data.load(name, "test", data_dir))
+    rows = np.concatenate([np.flatnonzero(test_labels == k)[:2] for k in range(num_classes)])
+    table, pictures = [evaluate.real_row(judge, spec.num)], {"real": test[rows]}
+    if "teacher" in run.frozen:
+        path = run.config.teacher.weights
+        teachers = [sample.ManyStep(n, spec.teacher_guidance) for n in spec.teacher_steps]
+        kept = workdir / "teacher.rows.json"
+        table += evaluate.teacher_rows(path, teachers, judge, spec.num, store=kept)
+        many = teachers[0]
+        pictures[many.title] = sample.draw(weights.load(path), many, labels, seed)
+    table += evaluate.rows(denoiser, run.samplers(), judge, spec.num)
+    for sampler in run.samplers():
+        pictures[sampler.title] = sample.draw(denoiser, sampler, labels, seed)
+    title = f"{type(run.method).__name__} on {name}, {run.config.steps:,} steps"
+    path = evaluate.write_report(workdir, title, table, pictures, labels, judge.name)
+    print(path.read_text())
+    return path

@@ -1,0 +1,53 @@
+"""The classifier: shapes, and the house rules for modules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dmd_jax.models.classifier import Classifier, ClassifierConfig
+
+
+def make(channels=1, num_classes=10, features=64, seed=0):
+    config = ClassifierConfig(channels, num_classes, features)
+    return Classifier(config, rngs=nnx.Rngs(seed))
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_classes", "features"), [((5, 28, 28, 1), 10, 64), ((2, 24, 33, 3), 7, 16)]
+)
+def test_any_image_shape_gives_logits_and_features_in_float32(shape, num_classes, features):
+    network = make(shape[-1], num_classes, features)
+    logits, found = network(jnp.zeros(shape))
+    assert logits.shape == (shape[0], num_classes)
+    assert found.shape == (shape[0], features)
+    assert logits.dtype == found.dtype == jnp.float32
+
+
+def test_logits_are_the_head_of_the_features_and_features_are_not_negative():
+    network = make(seed=1)
+    logits, features = network(jax.random.uniform(jax.random.key(0), (4, 28, 28, 1)))
+    np.testing.assert_array_equal(logits, network.head(features))
+    assert features.min() >= 0
+    assert features.max() > 0
+
+
+def test_all_leaves_are_weights_and_the_tree_does_not_depend_on_the_seed():
+    first, second = make(seed=0), make(seed=1)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(first))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    gradient = jax.grad(lambda network: network(jnp.ones((1, 8, 8, 1)))[0].sum())(first)
+    assert jax.tree.structure(gradient) == jax.tree.structure(first)
+
+
+def test_an_image_is_seen_alone_whatever_the_batch():
+    images = jax.random.uniform(jax.random.key(0), (6, 28, 28, 1))
+    together, _ = make()(images)
+    alone, _ = make()(images[3:4])
+    np.testing.assert_allclose(together[3:4], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_width_that_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match="features=30"):
+        ClassifierConfig(1, 10, features=30)

@@ -1,0 +1,162 @@
+"""Our own files: what is written comes back bit for bit, and what is not ours is refused."""
+
+import json
+
+import jax
+import numpy as np
+import programs
+import pytest
+import toys
+from safetensors.numpy import load_file, save_file
+
+from dmd_jax import weights
+from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon
+from dmd_jax.models.dit import SHARDING_RULES
+from dmd_jax.schedule import EDM, VP
+
+
+def header(path):
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(json.loads(file.read(size))["__metadata__"][weights.HEADER])
+
+
+def rewritten(path, out, *, change=lambda tensors, header: None):
+    """A copy of a file whose tensors and header `change` has edited in place."""
+    tensors, head = load_file(path), header(path)
+    change(tensors, head)
+    save_file(tensors, out, {weights.HEADER: json.dumps(head)})
+    return out
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction",
+    [(EDM(), EDMPreconditioned(0.7)), (VP(), Epsilon(time_scale=1.0)), (VP(), X0())],
+)
+def test_round_trip_keeps_every_bit_and_what_the_network_means(tmp_path, schedule, prediction):
+    denoiser = Denoiser(programs.tiny().net, schedule, prediction)
+    weights.save(tmp_path / "a.safetensors", denoiser, times=(1.0, 0.5), method="dmd")
+    again = weights.load(tmp_path / "a.safetensors")
+    toys.assert_same(again, denoiser)
+    assert (again.schedule, again.prediction) == (schedule, prediction)
+    assert again.net.config == denoiser.net.config
+    assert weights.notes(tmp_path / "a.safetensors") == {"times": [1.0, 0.5], "method": "dmd"}
+
+
+def test_a_file_is_the_same_bytes_each_time(tmp_path):
+    for name in "ab":
+        weights.save(tmp_path / name, programs.tiny())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_header_alone_gives_the_shapes(teacher):
+    abstract = weights.abstract(teacher)
+    leaves = jax.tree.leaves(abstract)
+    assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert weights.shapes(abstract) == weights.shapes(programs.tiny())
+
+
+def test_overrides_say_how_a_network_runs(teacher):
+    loaded = weights.load(teacher, dtype="bfloat16", remat="full", unroll=2)
+    config = loaded.net.config
+    assert (config.dtype, config.remat, config.unroll) == ("bfloat16", "full", 2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype("float32")}
+
+
+def test_an_override_that_no_network_has_is_not_the_fault_of_the_file(teacher):
+    with pytest.raises(TypeError, match="dtyp"):
+        weights.abstract(teacher, dtyp="bfloat16")
+
+
+def test_an_override_of_a_wrong_value_is_refused_with_what_is_allowed(teacher):
+    with pytest.raises(ValueError, match="remat='sometimes': use 'none', 'full'"):
+        weights.abstract(teacher, remat="sometimes")
+    with pytest.raises(ValueError, match="float33"):
+        weights.abstract(teacher, dtype="float33")
+
+
+def test_a_shipped_file_is_found_by_its_name():
+    assert weights.find("mnist_teacher") == weights.ASSETS / "mnist_teacher.safetensors"
+
+
+def test_no_file_is_an_error_that_names_what_is_shipped(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*shipped are \[.*mnist_metric"):
+        weights.load(tmp_path / "nowhere")
+
+
+def test_every_differing_path_is_named_with_both_shapes(teacher, tmp_path):
+    def change(tensors, head):
+        tensors["label/embedding"] = np.zeros((3, 16), np.float32)
+        del tensors["head/bias"]
+        tensors["tail"] = np.zeros((2, 2), np.float32)
+
+    path = rewritten(teacher, tmp_path / "other", change=change)
+    with pytest.raises(ValueError) as error:
+        weights.load(path)
+    assert str(error.value).splitlines()[1:] == [
+        "  head/bias: expected (196,), found nothing",
+        "  label/embedding: expected (11, 16), found (3, 16)",
+        "  tail: expected nothing, found (2, 2)",
+    ]
+
+
+@pytest.mark.parametrize("size", [0, 5, 300, -40])
+def test_a_damaged_file_is_refused_before_a_weight_is_read(teacher, tmp_path, size):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(teacher.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"cut\.safetensors is damaged or not safetensors"):
+        weights.abstract(path)
+
+
+def test_a_file_of_another_program_is_told_apart_from_damage(tmp_path):
+    save_file({"unet.conv.weight": np.zeros(3, np.float32)}, tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"not one that dmd_jax wrote \(it holds unet\.conv"):
+        weights.load(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "key, value", [("family", "unet"), ("schedule", {"name": "cosine"}), ("model", {"width": 3})]
+)
+def test_names_that_no_table_holds_are_never_resolved(teacher, tmp_path, key, value):
+    path = rewritten(teacher, tmp_path / "new", change=lambda _, head: head.update({key: value}))
+    with pytest.raises(ValueError, match="its header is not of this version of dmd_jax"):
+        weights.load(path)
+
+
+def test_a_network_without_a_family_cannot_be_saved(tmp_path):
+    class Net:
+        config = "a config of nobody"
+
+    with pytest.raises(ValueError, match="has no name in"):
+        weights.save(tmp_path / "x", Denoiser(Net()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = programs.save_tiny(tmp_path / "a.safetensors")
+    before = path.read_bytes()
+
+    def fail(tensors, partial, metadata):
+        partial.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(weights, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        programs.save_tiny(path, seed=1)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_weights_spread_over_devices_are_written_whole(tmp_path):
+    denoiser = programs.tiny()
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    spread = jax.device_put(denoiser, jax.sharding.NamedSharding(mesh, jax.P()))
+    weights.save(tmp_path / "a", spread)
+    toys.assert_same(weights.load(tmp_path / "a"), denoiser)
+
+
+def test_a_fresh_network_depends_on_its_seed_alone():
+    one, again, other = (weights.build(programs.TINY, seed=seed) for seed in (1, 1, 2))
+    toys.assert_same(one, again)
+    assert not np.array_equal(one.label.embedding[...], other.label.embedding[...])
+    assert weights.sharding_rules(one) == SHARDING_RULES
