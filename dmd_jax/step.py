@@ -106,8 +106,8 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     size = jax.tree.leaves(batch)[0].shape[0]
-    # All draws follow the index. Left to itself the partitioner may give every device all of it, and
-    # with it the whole batch, where neither the networks nor their conditions say otherwise.
+    # All draws follow the index. Unpinned, every device would draw, and compute, the whole batch
+    # where neither the networks nor their conditions say otherwise.
     batch = sharding.shard_batch({**batch, "index": jnp.arange(size)})
     one = partial(
         _gradients,
