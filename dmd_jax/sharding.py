@@ -69,7 +69,8 @@ def gather(layer, rules):
 
     def whole(path, weight):
         spec = _find(rules, path_name(path)) or P()
-        return _constrain(weight, P(*(None if axis == "fsdp" else axis for axis in spec)))
+        spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return _constrain(weight, _fit(spec, weight.shape, jax.sharding.get_abstract_mesh()))
 
     return jax.tree_util.tree_map_with_path(whole, layer)
 
