@@ -1,8 +1,12 @@
 """Distils the shipped teacher, 50 guided steps, into a student of four, two or one.
 
-python -m dmd_jax.main --config=configs/dmd.py                 4 steps
-python -m dmd_jax.main --config=configs/dmd.py:one_step        1 step
-python -m dmd_jax.main --config=configs/dmd.py:sid             4 steps, by score identity
+Variants and their commands, on two CPU cores:
+
+    python -m dmd_jax.main --config=configs/dmd.py             one student for 4, 2 and 1 steps
+    python -m dmd_jax.main --config=configs/dmd.py:one_step    a student for 1 step alone
+    python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
+
+README.md has the times and the quality to expect.
 """
 
 import ml_collections
