@@ -67,7 +67,9 @@ def _four_steps(config):
 def _one_step(config):
     config.method.times = (1.0,)
     config.method.strides = (1,)
+    config.method.last_step_share = 0.0
     config.method.guidance = 1.5
+    config.steps = 1_200
     config.evaluate.steps = (1,)
 
 

@@ -76,13 +76,16 @@ def teacher_rows(path, samplers, judge, num, *, recompute=False, store=None):
     return table
 
 
+def report_text(title, table, metric):
+    """The report of `rows`, as Markdown; its figure is report.png beside it."""
+    return f"# {title}\n\n![samples and quality](report.png)\n\n{report.markdown(table, metric)}"
+
+
 def write_report(directory, title, table, pictures, labels, metric):
-    """Writes report.json (rows), report.png (the figure) and report.md; returns the last's path."""
+    """Writes report.json (the rows), report.png (the figure) and report.md."""
     (directory / "report.json").write_text(json.dumps(table, indent=1) + "\n")
     report.figure(directory / "report.png", table, pictures, labels, metric=metric, title=title)
-    text = f"# {title}\n\n![samples and quality](report.png)\n\n{report.markdown(table, metric)}"
-    (directory / REPORT).write_text(text)
-    return directory / REPORT
+    (directory / REPORT).write_text(report_text(title, table, metric))
 
 
 FLAGS = flags.FLAGS

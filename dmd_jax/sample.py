@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dmd_jax import checkpoint, randomness, report, rollout, weights
+from dmd_jax import checkpoint, randomness, report, rollout, sharding, weights
 from dmd_jax.data import to_uint8
 from dmd_jax.denoiser import guided
 from dmd_jax.schedule import step_times
@@ -138,7 +138,7 @@ def draw(denoiser, sampler, labels, seed=0, *, batch=BATCH):
     for start in range(0, len(labels), batch):
         index = np.arange(start, start + batch) % len(labels)  # one shape, one compilation
         x0 = _batch(denoiser, labels[index], root, index, sampler)
-        images.append(to_uint8(np.asarray(x0)))
+        images.append(to_uint8(np.asarray(sharding.replicate(x0))))
     return np.concatenate(images)[: len(labels)]
 
 

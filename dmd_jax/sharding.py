@@ -69,7 +69,8 @@ def gather(layer, rules):
 
     def whole(path, weight):
         spec = _find(rules, path_name(path)) or P()
-        return _constrain(weight, P(*(None if axis == "fsdp" else axis for axis in spec)))
+        spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return _constrain(weight, _fit(spec, weight.shape, jax.sharding.get_abstract_mesh()))
 
     return jax.tree_util.tree_map_with_path(whole, layer)
 
@@ -122,6 +123,13 @@ def _fit(spec, shape, mesh):
     padded = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
     sizes = dict(mesh.shape)
     return P(*(a if a and n % sizes[a] == 0 else None for a, n in zip(padded, shape, strict=True)))
+
+
+def replicate(tree):
+    """Whole arrays on every device: what a host can read, of arrays that other hosts share in."""
+    if not _has_mesh():
+        return tree
+    return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
 def global_batch(tree):

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dmd_jax import sharding
+
 # Tags that separate a step's random streams.
 GENERATOR, CRITIC, CRITIC_ROLLOUT = range(3)
 
@@ -104,7 +106,9 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     size = jax.tree.leaves(batch)[0].shape[0]
-    batch = {**batch, "index": jnp.arange(size)}
+    # All draws follow the index. Unpinned, every device would draw, and compute, the whole batch
+    # where neither the networks nor their conditions say otherwise.
+    batch = sharding.shard_batch({**batch, "index": jnp.arange(size)})
     one = partial(
         _gradients,
         state.nets,
@@ -119,7 +123,7 @@ def train_step(
         one(batch) if accumulate == 1 else _accumulate(one, batch, size, accumulate)
     )
 
-    norms = {role: optax.global_norm(grad) for role, grad in grads.items()}
+    norms = {role: optax.tree.norm(grad) for role, grad in grads.items()}
     update = {role: jnp.isfinite(losses[role]) & jnp.isfinite(norms[role]) for role in grads}
     for role in grads:
         metrics |= {

@@ -315,9 +315,11 @@ def train(run, workdir):
         if int(state.step) < run.config.steps:
             log.info("stopped and saved at step %d; the same command goes on", int(state.step))
             return None
-        report_path = _report(run, _export(run, state, workdir), workdir)
-        writer.texts(run.config.steps, "report", report_path.read_text())
-        return report_path
+        trained = sharding.replicate(state.ema)
+        _export(run, trained, workdir)
+        text = _report(run, trained, workdir)
+        writer.texts(run.config.steps, "report", text)
+        return finished
 
 
 def _claim(config, workdir):
@@ -387,21 +389,23 @@ def _judge(run, state, step, judge, checkpoints, writer):
     checkpoints.save_best(step, state.ema, numbers["quality/fd"])
 
 
-def _export(run, state, workdir):
-    """Writes the averaged network for everybody's use; returns its path."""
-    path = workdir / EXPORT
-    notes = {"step": int(state.step), "method": type(run.method).__name__.lower()}
+def _export(run, trained, workdir):
+    """Writes the averaged network for everybody's use."""
+    notes = {"step": run.config.steps, "method": type(run.method).__name__.lower()}
     if hasattr(run.method, "times"):
         notes |= {"times": run.method.times, "shift": run.method.shift}
-    weights.save(path, state.ema, **notes)
-    return path
+    if jax.process_index() == 0:
+        weights.save(workdir / EXPORT, trained, **notes)
 
 
 def _report(run, trained, workdir):
-    """Judges the exported network beside real images and its teacher, and writes the report."""
+    """Judges the trained network beside real images and its teacher; writes and returns the report.
+
+    Every process computes all of it, with whole weights of its own; the first one writes.
+    """
     spec, name, data_dir = run.config.evaluate, run.config.data.name, run.config.data.data_dir
     num_classes, seed = run.source.num_classes, evaluate.SEED
-    judge, denoiser = evaluate.data_judge(name, data_dir), weights.load(trained)
+    judge = evaluate.data_judge(name, data_dir)
     labels = np.sort(sample.balanced(2 * num_classes, num_classes))
     test, test_labels = data.arrays(data.load(name, "test", data_dir))
     rows = np.concatenate([np.flatnonzero(test_labels == k)[:2] for k in range(num_classes)])
@@ -413,10 +417,12 @@ def _report(run, trained, workdir):
         table += evaluate.teacher_rows(path, teachers, judge, spec.num, store=kept)
         many = teachers[0]
         pictures[many.title] = sample.draw(weights.load(path), many, labels, seed)
-    table += evaluate.rows(denoiser, run.samplers(), judge, spec.num)
+    table += evaluate.rows(trained, run.samplers(), judge, spec.num)
     for sampler in run.samplers():
-        pictures[sampler.title] = sample.draw(denoiser, sampler, labels, seed)
+        pictures[sampler.title] = sample.draw(trained, sampler, labels, seed)
     title = f"{type(run.method).__name__} on {name}, {run.config.steps:,} steps"
-    path = evaluate.write_report(workdir, title, table, pictures, labels, judge.name)
-    print(path.read_text())
-    return path
+    text = evaluate.report_text(title, table, judge.name)
+    if jax.process_index() == 0:
+        evaluate.write_report(workdir, title, table, pictures, labels, judge.name)
+        print(text)
+    return text
