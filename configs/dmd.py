@@ -59,7 +59,7 @@ def get_config(arg=""):
         teacher_guidance=1.25,
     )
     if arg not in VARIANTS:
-        raise ValueError(unknown(f"variant configs/dmd.py:{arg}", arg, VARIANTS))
+        raise KeyError(unknown(f"variant configs/dmd.py:{arg}", arg, VARIANTS))
     VARIANTS[arg](config)
     return complete(config)
 

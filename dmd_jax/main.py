@@ -100,6 +100,7 @@ def start():
     try:
         # Reads the default config and its overrides, and may refuse them, already here.
         define_flags()
+        app.define_help_flags()
         argv = app.parse_flags_with_usage(sys.argv)
         FLAGS.config.lock()  # reads the config program
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:

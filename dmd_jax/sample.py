@@ -7,7 +7,7 @@ Imports the rooms below, and report for its picture.
 """
 
 import dataclasses
-import logging
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dmd_jax import randomness, report, rollout, sharding, weights
+from dmd_jax import checkpoint, randomness, report, rollout, sharding, weights
 from dmd_jax.data import to_uint8
 from dmd_jax.denoiser import guided
 from dmd_jax.schedule import step_times
-
-log = logging.getLogger(__name__)
 
 BATCH = 250  # samples per call of the compiled sampler
 
@@ -187,12 +185,16 @@ def define_flags():
 def main(argv):
     del argv
     out = Path(FLAGS.out)
-    if out.suffix not in (".png", ".npz"):
-        raise app.UsageError(f"--out={out}: the ending says the format, .png or .npz")
-    sampler = sampler_for(
-        FLAGS.checkpoint, steps=FLAGS.steps, guidance=FLAGS.guidance, shift=FLAGS.shift
-    )
-    denoiser = weights.load(FLAGS.checkpoint)
+    try:
+        if out.suffix not in (".png", ".npz"):
+            raise ValueError(f"--out={out}: the ending says the format, .png or .npz")
+        checkpoint.check_writable(out.parent)
+        sampler = sampler_for(
+            FLAGS.checkpoint, steps=FLAGS.steps, guidance=FLAGS.guidance, shift=FLAGS.shift
+        )
+        denoiser = weights.load(FLAGS.checkpoint)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
     labels = balanced(FLAGS.num, denoiser.net.config.num_classes)
     start = time.time()
     images = draw(denoiser, sampler, labels, FLAGS.seed)
@@ -200,7 +202,7 @@ def main(argv):
         np.savez_compressed(out, images=images, labels=labels)
     else:
         report.save_grid(out, images, denoiser.net.config.num_classes)
-    log.info("%d samples, %s, %.1f s: %s", len(images), sampler, time.time() - start, out)
+    print(f"{len(images)} samples, {sampler}, {time.time() - start:.1f} s: {out}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
     *("data", "method", "ema", "mesh", "log", "checkpoint", "evaluate"),
 )
+# The least value of numbers that no class checks.
+LEAST = {"seed": 0, "checkpoint.keep": 2} | dict.fromkeys(
+    (
+        *("steps", "batch_size", "accumulate", "generator_every"),
+        *("log.every", "checkpoint.every", "evaluate.every"),
+    ),
+    1,
+)
 log = logging.getLogger(__name__)
 
 EXPORT = "generator.safetensors"
@@ -118,8 +126,9 @@ def build(config, devices=None):
             f"config.accumulate={config.accumulate})"
         )
     source = data.load(config.data.name, "train", config.data.data_dir)
-    nets = {role: _abstract(config, role, source) for role in kind.trainable}
+    # The teacher first: others may start from its file, and a wrong path is the teacher's.
     frozen = {role: _abstract(config, role, source) for role in kind.frozen}
+    nets = {role: _abstract(config, role, source) for role in kind.trainable}
     _check_fit(nets | frozen, source)
     shape = nets["generator"].net.config.sample_shape
     method = construct(config.method, "config.method", sample_shape=shape)
@@ -137,9 +146,10 @@ def _check_numbers(config, known):
             raise ValueError(unknown(f"config.{name}", name, known))
     if missing := [name for name in known if name not in config]:
         raise ValueError(f"config lacks {missing}; {config.method.cls.__name__} needs them")
-    for name in ("steps", "batch_size", "accumulate", "generator_every"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name} is {config[name]}; it must be 1 or more")
+    values = flatten(config)
+    for name, least in LEAST.items():
+        if values[name] < least:
+            raise ValueError(f"config.{name} is {values[name]}; it must be {least} or more")
 
 
 def _check_fit(nets, source):
@@ -162,15 +172,24 @@ def _path(config, role):
     path = config[role].weights
     if path == "random":
         return None
-    return config.teacher.weights if path == "teacher" else path
+    if path != "teacher":
+        return path
+    if "teacher" not in config:
+        raise ValueError(f"config.{role}.weights='teacher', but this run has no teacher")
+    return config.teacher.weights
 
 
 def _abstract(config, role, source):
     """A role's Denoiser, abstract; a `model` that its file does not hold is refused."""
     spec, path = config[role], _path(config, role)
     compute = dict(spec.get("compute", {}))
-    if path is not None and "model" not in spec:
-        return weights.abstract(path, **compute)
+    if path is not None:
+        try:
+            held = weights.abstract(path, **compute)
+        except (TypeError, ValueError, FileNotFoundError) as error:
+            raise ValueError(f"config.{role}: {error}") from error
+        if "model" not in spec:
+            return held
     size, _, channels = source.image_shape
     given = dict(image_size=size, channels=channels, num_classes=source.num_classes, **compute)
     model = construct(spec.model, f"config.{role}.model", **given)
@@ -178,7 +197,6 @@ def _abstract(config, role, source):
     if path is None:
         schedule = construct(spec.schedule, f"config.{role}.schedule")
         return Denoiser(net, schedule, construct(spec.prediction, f"config.{role}.prediction"))
-    held = weights.abstract(path, **compute)
     if lines := weights.differing(weights.shapes(net), weights.shapes(held.net)):
         raise ValueError(
             f"config.{role}.model is not the network in {path}; change the model, or start from "

@@ -1,8 +1,11 @@
 """Settings of all tests: eight virtual devices, a compiler in a hurry, data and a teacher."""
 
+import sys
+
 import jax
 import programs
 import pytest
+from absl import app, flags
 
 from dmd_jax import data
 
@@ -31,3 +34,22 @@ def teacher(tmp_path_factory):
 def cache(tmp_path_factory):
     """A compilation cache that all processes of a session share: only the first pays."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """Sets sys.argv; the flags that a program then defines are forgotten after it."""
+    app.define_help_flags()  # absl does so once in a process
+    known = set(flags.FLAGS)
+
+    def forget():
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+
+    def give(*args):
+        forget()
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
+
+    yield give
+    forget()
