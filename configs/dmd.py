@@ -51,6 +51,7 @@ def get_config(arg=""):
     config.log = dict(every=50, tensorboard=True)
     config.checkpoint = dict(every=600, keep=2)
     config.evaluate = dict(
+        features="mnist_metric",
         every=600,
         samples=500,
         num=2_000,

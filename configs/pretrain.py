@@ -50,5 +50,7 @@ def get_config():
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.log = dict(every=100, tensorboard=True)
     config.checkpoint = dict(every=1_000, keep=2)
-    config.evaluate = dict(every=2_000, samples=500, num=2_000, steps=(50,), guidance=1.25)
+    config.evaluate = dict(
+        features="mnist_metric", every=2_000, samples=500, num=2_000, steps=(50,), guidance=1.25
+    )
     return complete(config)
