@@ -155,7 +155,7 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None):
         return ManyStep(steps or 50, 1.0 if guidance is None else guidance, shift or 1.0)
     if guidance is not None:
         raise ValueError(
-            f"{path} is a distilled student: guidance is in its weights; drop --guidance"
+            f"{path} is a distilled student: guidance is in its weights already; drop --guidance"
         )
     times = tuple(notes["times"])
     return FewStep(fewer(times, steps or len(times)), shift or notes["shift"])

@@ -306,7 +306,12 @@ def train(run, workdir):
         checkpoints.check_space(shape, shape.ema)
         restored = checkpoints.restore_latest(shape)
         finished = workdir / evaluate.REPORT
-        if restored is not None and restored[1] >= run.config.steps and finished.exists():
+        if restored is not None and restored[1] > run.config.steps:
+            raise ValueError(
+                f"config.steps={run.config.steps}, but the run in {workdir} has taken "
+                f"{restored[1]}: ask for as many or more, or choose another --workdir"
+            )
+        if restored is not None and restored[1] == run.config.steps and finished.exists():
             log.info("this run is finished; its report again, from %s", finished)
             print(finished.read_text())
             return finished
@@ -316,19 +321,19 @@ def train(run, workdir):
             (state, _, extra), frozen = restored, run.load_frozen()
             log.info("going on from step %d in %s", int(state.step), workdir)
         writer.rewind(int(state.step))
-        if int(state.step) > run.config.steps:
-            raise ValueError(
-                f"config.steps={run.config.steps}, but the run in {workdir} has taken "
-                f"{int(state.step)}: ask for as many or more, or choose another --workdir"
-            )
         finished.unlink(missing_ok=True)  # whatever it reports, it is not the end of this run
-        with checkpoint.Preemption() as preemption:
-            state = _loop(run, state, frozen, extra, workdir, checkpoints, writer, preemption)
+        try:
+            with checkpoint.Preemption() as preemption:
+                state = _loop(run, state, frozen, extra, checkpoints, writer, preemption)
+        except health.Diverged:
+            _export_best(run, shape.ema, checkpoints, workdir)
+            raise
         if int(state.step) < run.config.steps:
             log.info("stopped and saved at step %d; the same command goes on", int(state.step))
             return None
         trained = sharding.replicate(state.ema)
         _export(run, trained, workdir / EXPORT, run.config.steps)
+        _export_best(run, shape.ema, checkpoints, workdir)
         text = _report(run, trained, workdir)
         writer.texts(run.config.steps, "report", text)
         return finished
@@ -350,7 +355,7 @@ def _claim(config, workdir):
         evaluate.write_text(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 
-def _loop(run, state, frozen, extra, workdir, checkpoints, writer, preemption):
+def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
     """Steps from `state.step` to the end, or to a signal; returns the last state, saved."""
     config, first = run.config, int(state.step)
     if first == config.steps:
@@ -376,7 +381,7 @@ def _loop(run, state, frozen, extra, workdir, checkpoints, writer, preemption):
         heed(window.add(done, metrics))
         last = done == config.steps or preemption.requested(done)
         if done % config.evaluate.every == 0:
-            _judge(run, state, done, workdir, checkpoints, writer)
+            _judge(run, state, done, checkpoints, writer)
         if done % config.checkpoint.every == 0 or last:
             heed(window.flush())
             if last or not monitor.suspicious:
@@ -388,7 +393,7 @@ def _loop(run, state, frozen, extra, workdir, checkpoints, writer, preemption):
     return state
 
 
-def _judge(run, state, step, workdir, checkpoints, writer):
+def _judge(run, state, step, checkpoints, writer):
     """Shows some samples of the average, judges more of them, and keeps the best."""
     sampler, *_ = run.samplers()
     num_classes = run.source.num_classes
@@ -402,8 +407,14 @@ def _judge(run, state, step, workdir, checkpoints, writer):
     writer.scalars(step, numbers)
     # One process's number for all: they must agree on whether this is the best.
     fd = float(multihost_utils.broadcast_one_to_all(np.float32(numbers["quality/fd"])))
-    if checkpoints.save_best(step, state.ema, fd):
-        _export(run, sharding.replicate(state.ema), workdir / BEST, step)
+    checkpoints.save_best(step, state.ema, fd)
+
+
+def _export_best(run, shape, checkpoints, workdir):
+    """Writes the average that judged best, where one was judged."""
+    if (best := checkpoints.restore_best(shape)) is not None:
+        average, step, _ = best
+        _export(run, sharding.replicate(average), workdir / BEST, step)
 
 
 def _export(run, trained, path, step):

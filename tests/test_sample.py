@@ -61,7 +61,7 @@ def test_sampler_comes_from_the_file_s_notes(student, teacher):
 
 
 def test_a_student_refuses_guidance(student):
-    with pytest.raises(ValueError, match="guidance is in its weights already; drop --guidance"):
+    with pytest.raises(ValueError, match="guidance is in its weights already; drop"):
         sampler_for(student, guidance=1.5)
 
 
