@@ -10,13 +10,15 @@ judged as if they were samples. Imports the rooms below; `train` calls `report` 
 import hashlib
 import json
 import logging
+import sys
 from pathlib import Path
 
 from absl import app, flags
 
-from dmd_jax import data, report, sample, weights
+from dmd_jax import checkpoint, data, report, sample, weights
 from dmd_jax.features import load_features
 from dmd_jax.judge import Judge
+from dmd_jax.writers import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,17 @@ def data_judge(name, data_dir=None):
     """The Judge of a data set: its test split, seen through the shipped metric network."""
     test, train = (data.arrays(data.load(name, split, data_dir)) for split in ("test", "train"))
     return Judge(load_features(), test=test, train=train)
+
+
+def require_fit(what, denoiser, source):
+    """Raises ValueError where a network and a data set differ in images or classes."""
+    net = denoiser.net.config
+    makes, has = (net.sample_shape, net.num_classes), (source.image_shape, source.num_classes)
+    if makes != has:
+        raise ValueError(
+            f"{what} makes images {makes[0]} of {makes[1]} classes, but the data set "
+            f"{source.name!r} has {has[0]} of {has[1]}"
+        )
 
 
 def rows(denoiser, samplers, judge, num, seed=SEED):
@@ -72,7 +85,8 @@ def teacher_rows(path, samplers, judge, num, *, recompute=False, store=None):
     log.info("no rows are stored for this teacher, metric and data: judging the teacher")
     table = rows(weights.load(path), samplers, judge, num)
     if store:
-        store.write_text(json.dumps({"fingerprint": fingerprint, "rows": table}, indent=1) + "\n")
+        kept = {"fingerprint": fingerprint, "rows": table}
+        write_whole(store, json.dumps(kept, indent=1) + "\n")
     return table
 
 
@@ -83,9 +97,9 @@ def report_text(title, table, metric):
 
 def write_report(directory, title, table, pictures, labels, metric):
     """Writes report.json (the rows), report.png (the figure) and report.md."""
-    (directory / "report.json").write_text(json.dumps(table, indent=1) + "\n")
+    write_whole(directory / "report.json", json.dumps(table, indent=1) + "\n")
     report.figure(directory / "report.png", table, pictures, labels, metric=metric, title=title)
-    (directory / REPORT).write_text(report_text(title, table, metric))
+    write_whole(directory / REPORT, report_text(title, table, metric))  # last: the run is finished
 
 
 FLAGS = flags.FLAGS
@@ -108,19 +122,36 @@ def define_flags():
 
 def main(argv):
     del argv
-    path = weights.find(FLAGS.checkpoint)
-    samplers = [
-        sample.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift)
-        for guidance in (map(float, FLAGS.guidance) if FLAGS.guidance else (None,))
-        for steps in (map(int, FLAGS.steps) if FLAGS.steps else (None,))
-    ]
-    judge = data_judge(FLAGS.data, FLAGS.data_dir)
+    try:
+        path = weights.find(FLAGS.checkpoint)
+        samplers = [
+            sample.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift)
+            for guidance in _numbers("guidance", float)
+            for steps in _numbers("steps", int)
+        ]
+        source = data.load(FLAGS.data, "test", FLAGS.data_dir)
+        require_fit(f"--checkpoint={path}", weights.abstract(path), source)
+        if FLAGS.out:
+            checkpoint.check_writable(Path(FLAGS.out).parent)
+        judge = data_judge(FLAGS.data, FLAGS.data_dir)
+        real = real_row(judge, FLAGS.num)  # refuses a --num that cannot be judged
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
     beside = path.with_suffix(".rows.json") if FLAGS.store else None
     table = teacher_rows(path, samplers, judge, FLAGS.num, recompute=True, store=beside)
-    table = [real_row(judge, FLAGS.num), *table]
+    table = [real, *table]
     print(report.markdown(table, judge.name))
     if FLAGS.out:
         Path(FLAGS.out).write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _numbers(flag, kind):
+    """The numbers of a flag, with commas between them; (None,) where it was not given."""
+    texts = FLAGS[flag].value or ()
+    try:
+        return [kind(text) for text in texts] or [None]
+    except ValueError:
+        raise ValueError(f"--{flag}={','.join(texts)}: not numbers with commas between") from None
 
 
 if __name__ == "__main__":

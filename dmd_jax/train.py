@@ -21,7 +21,7 @@ from dmd_jax import checkpoint, data, evaluate, health, optimizer, report, sampl
 from dmd_jax.configuration import construct, differences, flatten, unknown
 from dmd_jax.denoiser import Denoiser
 from dmd_jax.step import EMA, init_state, train_step
-from dmd_jax.writers import Progress, Writer
+from dmd_jax.writers import Progress, Writer, write_whole
 
 KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
@@ -154,14 +154,8 @@ def _check_numbers(config, known):
 
 def _check_fit(nets, source):
     """All networks speak of the data's images and classes; the two scores share a schedule."""
-    wanted = (tuple(source.image_shape), source.num_classes)
     for role, denoiser in nets.items():
-        net = denoiser.net.config
-        if (net.sample_shape, net.num_classes) != wanted:
-            raise ValueError(
-                f"config.{role} makes images {net.sample_shape} of {net.num_classes} classes, but "
-                f"config.data.name={source.name!r} has {wanted[0]} of {wanted[1]}"
-            )
+        evaluate.require_fit(f"config.{role}", denoiser, source)
     schedules = {role: nets[role].schedule for role in ("teacher", "fake_score") if role in nets}
     if len(set(schedules.values())) > 1:
         raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
@@ -333,9 +327,7 @@ def _claim(config, workdir):
                 f"take back the difference:\n{lines}"
             )
     if jax.process_index() == 0:
-        partial_file = path.with_suffix(".partial")
-        partial_file.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
-        partial_file.replace(path)
+        write_whole(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 
 def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
