@@ -1,8 +1,12 @@
 """Distils the shipped teacher, 50 guided steps, into a student of four, two or one.
 
-python -m dmd_jax.main --config=configs/dmd.py                 4 steps
-python -m dmd_jax.main --config=configs/dmd.py:one_step        1 step
-python -m dmd_jax.main --config=configs/dmd.py:sid             4 steps, by score identity
+Variants and their commands, on two CPU cores:
+
+    python -m dmd_jax.main --config=configs/dmd.py             one student for 4, 2 and 1 steps
+    python -m dmd_jax.main --config=configs/dmd.py:one_step    a student for 1 step alone
+    python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
+
+README.md has the times and the quality to expect.
 """
 
 import ml_collections
@@ -47,6 +51,7 @@ def get_config(arg=""):
     config.log = dict(every=50, tensorboard=True)
     config.checkpoint = dict(every=600, keep=2)
     config.evaluate = dict(
+        features="mnist_metric",
         every=600,
         samples=500,
         num=2_000,

@@ -1,8 +1,10 @@
 """The entry point everywhere: flags, distributed start, mesh, then the training program.
 
-python -m dmd_jax.main --config=configs/dmd.py
-python -m dmd_jax.main --config=configs/dmd.py:one_step --workdir=runs/mine --config.seed=1
-python -m dmd_jax.main --config=configs/dmd.py --dry_run
+    python -m dmd_jax.main --config=configs/dmd.py
+    python -m dmd_jax.main --config=configs/dmd.py:one_step --workdir=runs/mine --config.seed=1
+    python -m dmd_jax.main --config=configs/dmd.py --dry_run
+
+Imports everything below; nothing imports it.
 """
 
 import logging

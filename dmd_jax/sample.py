@@ -1,7 +1,9 @@
 """Draws samples from a checkpoint: few steps of a student, or many guided steps of a teacher.
 
-python -m dmd_jax.sample --checkpoint=student.safetensors --num=100 --out=samples.png
-python -m dmd_jax.sample --checkpoint=mnist_teacher --steps=50 --guidance=1.5 --out=samples.npz
+    python -m dmd_jax.sample --checkpoint=runs/dmd/generator.safetensors --out=samples.png
+    python -m dmd_jax.sample --checkpoint=mnist_teacher --steps=50 --guidance=1.25 --out=samples.npz
+
+Imports the rooms below, and report for its picture.
 """
 
 import dataclasses

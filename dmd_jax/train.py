@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dmd_jax import checkpoint, data, evaluate, health, optimizer, report, sample, sharding, weights
 from dmd_jax.configuration import construct, differences, flatten, unknown
 from dmd_jax.denoiser import Denoiser
 from dmd_jax.step import EMA, init_state, train_step
-from dmd_jax.writers import Progress, Writer, write_whole
+from dmd_jax.writers import Progress, Writer
 
 KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
@@ -37,7 +38,7 @@ LEAST = {"seed": 0, "checkpoint.keep": 2} | dict.fromkeys(
 )
 log = logging.getLogger(__name__)
 
-EXPORT = "generator.safetensors"
+EXPORT, BEST = "generator.safetensors", "best.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Run:
             times, shift = self.method.times, self.method.shift
             return [sample.FewStep(sample.fewer(times, n), shift) for n in spec.steps]
         return [sample.ManyStep(n, spec.guidance) for n in spec.steps]
+
+    def judge(self):
+        """The Judge of the run's data; None where the config names no feature network."""
+        spec = self.config
+        return evaluate.data_judge(spec.data.name, spec.data.data_dir, spec.evaluate.features)
 
     def batches(self, step):
         """This host's batches from `step` on: {"cond", "uncond"} and what the method wants."""
@@ -288,7 +294,6 @@ def train(run, workdir):
     _claim(run.config, workdir)
     shape = run.state_shape()
     with (
-        checkpoint.Preemption() as preemption,
         checkpoint.Checkpointer(workdir, keep=run.config.checkpoint.keep) as checkpoints,
         Writer(workdir, tensorboard=run.config.log.tensorboard) as writer,
     ):
@@ -305,12 +310,19 @@ def train(run, workdir):
             (state, _, extra), frozen = restored, run.load_frozen()
             log.info("going on from step %d in %s", int(state.step), workdir)
         writer.rewind(int(state.step))
-        state = _loop(run, state, frozen, extra, checkpoints, writer, preemption)
+        if int(state.step) > run.config.steps:
+            raise ValueError(
+                f"config.steps={run.config.steps}, but the run in {workdir} has taken "
+                f"{int(state.step)}: ask for as many or more, or choose another --workdir"
+            )
+        finished.unlink(missing_ok=True)  # whatever it reports, it is not the end of this run
+        with checkpoint.Preemption() as preemption:
+            state = _loop(run, state, frozen, extra, workdir, checkpoints, writer, preemption)
         if int(state.step) < run.config.steps:
             log.info("stopped and saved at step %d; the same command goes on", int(state.step))
             return None
         trained = sharding.replicate(state.ema)
-        _export(run, trained, workdir)
+        _export(run, trained, workdir / EXPORT, run.config.steps)
         text = _report(run, trained, workdir)
         writer.texts(run.config.steps, "report", text)
         return finished
@@ -319,6 +331,8 @@ def train(run, workdir):
 def _claim(config, workdir):
     """Writes the resolved config, or refuses a directory that holds another run."""
     path, now = workdir / "config.json", flatten(config)
+    if "teacher" in config:  # the file itself: another one may come to lie at the same path
+        now["teacher.sha256"] = weights.fingerprint(config.teacher.weights)
     if path.exists():
         stored = json.loads(path.read_text())
         if lines := differences(stored, now):
@@ -327,21 +341,21 @@ def _claim(config, workdir):
                 f"take back the difference:\n{lines}"
             )
     if jax.process_index() == 0:
-        write_whole(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
+        evaluate.write_text(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 
-def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
+def _loop(run, state, frozen, extra, workdir, checkpoints, writer, preemption):
     """Steps from `state.step` to the end, or to a signal; returns the last state, saved."""
     config, first = run.config, int(state.step)
     if first == config.steps:
         return state
     root = jax.random.key(config.seed, impl="threefry2x32")
-    judge = evaluate.data_judge(config.data.name, config.data.data_dir)
     window = health.Window(config.log.every, extra.get("window"))
     monitor = health.Monitor(state=extra.get("monitor"))
     progress = Progress(config.steps, config.batch_size)
 
     def heed(record):
+        checkpoints.check()
         if record is not None:
             writer.scalars(record[0], record[1] | progress.report(*record))
             monitor.update(*record)
@@ -355,39 +369,44 @@ def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
             progress.report(done, {name: float(value) for name, value in metrics.items()})
         heed(window.add(done, metrics))
         last = done == config.steps or preemption.requested(done)
-        if done % config.evaluate.every == 0 and not last:
-            _judge(run, state, done, judge, checkpoints, writer)
+        if done % config.evaluate.every == 0:
+            _judge(run, state, done, workdir, checkpoints, writer)
         if done % config.checkpoint.every == 0 or last:
             heed(window.flush())
-            if not monitor.suspicious:
+            if last or not monitor.suspicious:
                 extra = {"window": window.state, "monitor": monitor.state}
                 checkpoints.save(done, state, extra)
-            checkpoints.check()
         if last:
             break
     checkpoints.wait()
     return state
 
 
-def _judge(run, state, step, judge, checkpoints, writer):
-    """Judges the average on a few samples, shows some, and keeps the best."""
+def _judge(run, state, step, workdir, checkpoints, writer):
+    """Shows some samples of the average, judges more of them, and keeps the best."""
     sampler, *_ = run.samplers()
     num_classes = run.source.num_classes
     labels = sample.balanced(run.config.evaluate.samples, num_classes)
     images = sample.draw(state.ema, sampler, labels)
+    writer.images(step, sampler.name, report.grid(images[: 8 * num_classes], num_classes))
+    judge = run.judge()
+    if judge is None:
+        return
     numbers = {f"quality/{key}": value for key, value in judge(images, labels).items()}
     writer.scalars(step, numbers)
-    writer.images(step, sampler.name, report.grid(images[: 8 * num_classes], num_classes))
-    checkpoints.save_best(step, state.ema, numbers["quality/fd"])
+    # One process's number for all: they must agree on whether this is the best.
+    fd = float(multihost_utils.broadcast_one_to_all(np.float32(numbers["quality/fd"])))
+    if checkpoints.save_best(step, state.ema, fd):
+        _export(run, sharding.replicate(state.ema), workdir / BEST, step)
 
 
-def _export(run, trained, workdir):
+def _export(run, trained, path, step):
     """Writes the averaged network for everybody's use."""
-    notes = {"step": run.config.steps, "method": type(run.method).__name__.lower()}
+    notes = {"step": step, "method": type(run.method).__name__.lower()}
     if hasattr(run.method, "times"):
         notes |= {"times": run.method.times, "shift": run.method.shift}
     if jax.process_index() == 0:
-        weights.save(workdir / EXPORT, trained, **notes)
+        weights.save(path, trained, **notes)
 
 
 def _report(run, trained, workdir):
@@ -397,7 +416,13 @@ def _report(run, trained, workdir):
     """
     spec, name, data_dir = run.config.evaluate, run.config.data.name, run.config.data.data_dir
     num_classes, seed = run.source.num_classes, evaluate.SEED
-    judge = evaluate.data_judge(name, data_dir)
+    judge = run.judge()
+    title = f"{type(run.method).__name__} on {name}, {run.config.steps:,} steps"
+    if judge is None:
+        text = f"# {title}\n\nNot judged: config.evaluate.features names no feature network.\n"
+        if jax.process_index() == 0:
+            evaluate.write_text(workdir / evaluate.REPORT, text)
+        return text
     labels = np.sort(sample.balanced(2 * num_classes, num_classes))
     test, test_labels = data.arrays(data.load(name, "test", data_dir))
     rows = np.concatenate([np.flatnonzero(test_labels == k)[:2] for k in range(num_classes)])
@@ -412,7 +437,6 @@ def _report(run, trained, workdir):
     table += evaluate.rows(trained, run.samplers(), judge, spec.num)
     for sampler in run.samplers():
         pictures[sampler.title] = sample.draw(trained, sampler, labels, seed)
-    title = f"{type(run.method).__name__} on {name}, {run.config.steps:,} steps"
     text = evaluate.report_text(title, table, judge.name)
     if jax.process_index() == 0:
         evaluate.write_report(workdir, title, table, pictures, labels, judge.name)

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import IO, Any
 
 import jax
@@ -67,7 +66,9 @@ class Writer:
         if not (self._writes and self._lines.exists()):
             return
         kept = [line for line in self._lines.read_text().splitlines() if _step_of(line) <= step]
-        write_whole(self._lines, "".join(f"{line}\n" for line in kept))
+        fresh = self._lines.with_name("metrics.jsonl.tmp")
+        fresh.write_text("".join(f"{line}\n" for line in kept))
+        fresh.replace(self._lines)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes host numbers by name. JSON has no NaN or infinity: they become null."""
@@ -141,13 +142,6 @@ class Writer:
     def _close_board(self) -> None:
         if self._board is not None:
             self._board.close()
-
-
-def write_whole(path: Path | epath.Path, text: str) -> None:
-    """Writes a text file whole or not at all: a kill leaves the old one, or none."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def open_tensorboard(directory: str) -> Any:

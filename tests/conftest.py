@@ -7,7 +7,7 @@ import programs
 import pytest
 from absl import app, flags
 
-from dmd_jax import data, evaluate
+from dmd_jax import data, evaluate, features
 
 # By configuration and not by XLA_FLAGS: programs that a test starts decide for themselves.
 jax.config.update("jax_platforms", "cpu")
@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_judge(data_dir):
     """The judge of the embedded digits, whose features of the test images are made once."""
-    return evaluate.data_judge("mnist5k", data_dir)
+    return evaluate.data_judge("mnist5k", data_dir, features.SHIPPED)
 
 
 @pytest.fixture

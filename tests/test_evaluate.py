@@ -106,7 +106,7 @@ def test_shipped_rows_are_those_that_the_shipped_configs_ask_for(real_judge, mon
 @pytest.fixture
 def program(command_line, monkeypatch, real_judge, data_dir):
     """Calls `python -m dmd_jax.evaluate` in this process; what it exits with: None for success."""
-    monkeypatch.setattr(evaluate, "data_judge", lambda name, data_dir: real_judge)
+    monkeypatch.setattr(evaluate, "data_judge", lambda *_: real_judge)
 
     def call(*args):
         command_line(*args, f"--data_dir={data_dir}")
