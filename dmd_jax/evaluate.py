@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from dmd_jax import data, report, sample, weights
+from dmd_jax import checkpoint, data, report, sample, weights
 from dmd_jax.features import SHIPPED, load_features
 from dmd_jax.judge import Judge
 
@@ -40,6 +40,17 @@ def data_judge(name, data_dir=None, features=SHIPPED):
         return None
     test, train = (data.arrays(data.load(name, split, data_dir)) for split in ("test", "train"))
     return Judge(load_features(features), test=test, train=train)
+
+
+def require_fit(what, denoiser, source):
+    """Raises ValueError where a network and a data set differ in images or classes."""
+    net = denoiser.net.config
+    makes, has = (net.sample_shape, net.num_classes), (source.image_shape, source.num_classes)
+    if makes != has:
+        raise ValueError(
+            f"{what} makes images {makes[0]} of {makes[1]} classes, but the data set "
+            f"{source.name!r} has {has[0]} of {has[1]}"
+        )
 
 
 def rows(denoiser, samplers, judge, num, seed=SEED):
@@ -142,16 +153,30 @@ def judge_checkpoint():
     path = weights.find(FLAGS.checkpoint)
     samplers = [
         sample.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift)
-        for guidance in (map(float, FLAGS.guidance) if FLAGS.guidance else (None,))
-        for steps in (map(int, FLAGS.steps) if FLAGS.steps else (None,))
+        for guidance in _numbers("guidance", float)
+        for steps in _numbers("steps", int)
     ]
+    source = data.load(FLAGS.data, "test", FLAGS.data_dir)
+    require_fit(f"--checkpoint={path}", weights.abstract(path), source)
+    if FLAGS.out:
+        checkpoint.check_writable(Path(FLAGS.out).parent)
     judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features)
+    real = real_row(judge, FLAGS.num)  # before any sampling: refuses a --num that will not do
     beside = path.with_suffix(".rows.json") if FLAGS.store else None
     table = teacher_rows(path, samplers, judge, FLAGS.num, recompute=True, store=beside)
-    table = [real_row(judge, FLAGS.num), *table]
+    table = [real, *table]
     print(report.markdown(table, judge.name))
     if FLAGS.out:
         Path(FLAGS.out).write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _numbers(flag, kind):
+    """The numbers of a flag, with commas between them; None alone where it was not given."""
+    texts = FLAGS[flag].value or ()
+    try:
+        return [kind(text) for text in texts] or [None]
+    except ValueError:
+        raise ValueError(f"--{flag}={','.join(texts)}: not numbers with commas between") from None
 
 
 if __name__ == "__main__":

@@ -88,6 +88,10 @@ class ManyStep(Sampler):
     guidance: float = 1.0
     shift: float = 1.0
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be 1 or more")
+
     @property
     def calls(self):
         """Network calls for one sample; guidance takes two a step."""
@@ -111,6 +115,8 @@ class ManyStep(Sampler):
 
 def fewer(times, steps):
     """The times of a student in `steps` calls: its own, evenly thinned, or evenly spaced anew."""
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be 1 or more")
     if len(times) % steps:
         return step_times(steps)
     return tuple(times)[:: len(times) // steps]
@@ -152,13 +158,15 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None):
     """
     notes = weights.notes(path)
     if "times" not in notes:
-        return ManyStep(steps or 50, 1.0 if guidance is None else guidance, shift or 1.0)
+        return ManyStep(
+            50 if steps is None else steps, 1.0 if guidance is None else guidance, shift or 1.0
+        )
     if guidance is not None:
         raise ValueError(
             f"{path} is a distilled student: guidance is in its weights already; drop --guidance"
         )
     times = tuple(notes["times"])
-    return FewStep(fewer(times, steps or len(times)), shift or notes["shift"])
+    return FewStep(fewer(times, len(times) if steps is None else steps), shift or notes["shift"])
 
 
 def balanced(num, num_classes):

@@ -160,14 +160,8 @@ def _check_numbers(config, known):
 
 def _check_fit(nets, source):
     """All networks speak of the data's images and classes; the two scores share a schedule."""
-    wanted = (tuple(source.image_shape), source.num_classes)
     for role, denoiser in nets.items():
-        net = denoiser.net.config
-        if (net.sample_shape, net.num_classes) != wanted:
-            raise ValueError(
-                f"config.{role} makes images {net.sample_shape} of {net.num_classes} classes, but "
-                f"config.data.name={source.name!r} has {wanted[0]} of {wanted[1]}"
-            )
+        evaluate.require_fit(f"config.{role}", denoiser, source)
     schedules = {role: nets[role].schedule for role in ("teacher", "fake_score") if role in nets}
     if len(set(schedules.values())) > 1:
         raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")

@@ -7,7 +7,7 @@ import programs
 import pytest
 from absl import app, flags
 
-from dmd_jax import data
+from dmd_jax import data, evaluate, features
 
 # By configuration and not by XLA_FLAGS: programs that a test starts decide for themselves.
 jax.config.update("jax_platforms", "cpu")
@@ -34,6 +34,12 @@ def teacher(tmp_path_factory):
 def cache(tmp_path_factory):
     """A compilation cache that all processes of a session share: only the first pays."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def real_judge(data_dir):
+    """The judge of the embedded digits, whose features of the test images are made once."""
+    return evaluate.data_judge("mnist5k", data_dir, features.SHIPPED)
 
 
 @pytest.fixture
