@@ -58,7 +58,7 @@ def test_config_names_nothing_that_the_program_does_not_read(name, variant):
     sections = {"log": {"every", "tensorboard"}, "checkpoint": {"every", "keep"}}
     for section, known in sections.items():
         assert set(config[section]) == known
-    judged = {"every", "samples", "num", "steps"}
+    judged = {"features", "every", "samples", "num", "steps"}
     of_the_teacher = {"teacher_steps", "teacher_guidance"} if "teacher" in config else {"guidance"}
     assert set(config.evaluate) == judged | of_the_teacher
 
