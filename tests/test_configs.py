@@ -13,14 +13,11 @@ from dmd_jax.step import EMA, train_step
 
 
 def found():
-    """(file, variant) of every config program."""
+    """(path, argument) of every config program and variant; None takes no argument."""
     for path in sorted((programs.ROOT / "configs").glob("*.py")):
         module = programs.load_module(path)
         for variant in getattr(module, "VARIANTS", {"": None}):
             yield path.name, variant
-
-
-FOUND = list(found())
 
 
 def made(name, variant, teacher, data_dir):
@@ -32,7 +29,7 @@ def made(name, variant, teacher, data_dir):
     return config
 
 
-@pytest.mark.parametrize("name, variant", FOUND)
+@pytest.mark.parametrize("name, variant", found())
 def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, data_dir):
     run = train.build(made(name, variant, teacher, data_dir))
     config, state = run.config, run.state_shape()
@@ -55,18 +52,18 @@ def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, 
     assert kinds and len(run.samplers()) == len(config.evaluate.steps)
 
 
-@pytest.mark.parametrize("name, variant", FOUND)
+@pytest.mark.parametrize("name, variant", found())
 def test_config_names_nothing_that_the_program_does_not_read(name, variant):
     config = programs.load_config(f"configs/{name}", variant)
     sections = {"log": {"every", "tensorboard"}, "checkpoint": {"every", "keep"}}
     for section, known in sections.items():
         assert set(config[section]) == known
-    judged = {"every", "samples", "num", "steps", "features"}
+    judged = {"features", "every", "samples", "num", "steps"}
     of_the_teacher = {"teacher_steps", "teacher_guidance"} if "teacher" in config else {"guidance"}
     assert set(config.evaluate) == judged | of_the_teacher
 
 
-@pytest.mark.parametrize("name, variant", FOUND)
+@pytest.mark.parametrize("name, variant", found())
 def test_config_says_the_command_that_runs_it(name, variant):
     command = f"python -m dmd_jax.main --config=configs/{name}"
     module = programs.load_module(Path("configs") / name)

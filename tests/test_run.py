@@ -292,7 +292,10 @@ def test_devices_change_a_run_by_rounding_only(mesh, build, no_report, tmp_path)
     (one, _), (eight, _) = (final(run, tmp_path / str(n), 3) for n, run in runs.items())
     toys.assert_close(jax.device_get(eight.nets), jax.device_get(one.nets), rtol=1e-4, atol=1e-6)
     for a, b in zip(records(tmp_path / "8"), records(tmp_path / "1"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6, nan_ok=True)
+        # A noise band without a sample has no number, on one device as on eight.
+        assert {k for k in a if a[k] is None} == {k for k in b if b[k] is None}
+        numbers = {k: v for k, v in b.items() if v is not None}
+        assert {k: a[k] for k in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
     if "fsdp" in mesh:
         kernel = eight.nets["generator"].net.blocks.qkv.kernel[...]
         assert kernel.addressable_shards[0].data.shape == (1, 4, 48)

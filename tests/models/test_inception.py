@@ -35,7 +35,6 @@ def tensors():
     return found
 
 
-@pytest.mark.slow
 def test_features_are_those_of_torch_fidelity_and_take_grey_images_too(tmp_path, monkeypatch):
     save_file(tensors(), tmp_path / "inception.safetensors")
     monkeypatch.setattr(inception, "SIZE", 75)
