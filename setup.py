@@ -17,6 +17,8 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "einops>=0.8",
+        "numpy>=2",
+        "absl-py>=2.1",
         "ml_collections>=1.1",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=6",  # tensorflow-datasets imports it and does not declare it

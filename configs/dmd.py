@@ -1,8 +1,12 @@
 """Distils the shipped teacher, 50 guided steps, into a student of four, two or one.
 
-python -m dmd_jax.main --config=configs/dmd.py                 4 steps
-python -m dmd_jax.main --config=configs/dmd.py:one_step        1 step
-python -m dmd_jax.main --config=configs/dmd.py:sid             4 steps, by score identity
+Variants and their commands, on two CPU cores:
+
+    python -m dmd_jax.main --config=configs/dmd.py             one student for 4, 2 and 1 steps
+    python -m dmd_jax.main --config=configs/dmd.py:one_step    a student for 1 step alone
+    python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
+
+README.md has the times and the quality to expect.
 """
 
 import ml_collections
@@ -47,6 +51,7 @@ def get_config(arg=""):
     config.log = dict(every=50, tensorboard=True)
     config.checkpoint = dict(every=600, keep=2)
     config.evaluate = dict(
+        features="mnist_metric",
         every=600,
         samples=500,
         num=2_000,
@@ -55,7 +60,7 @@ def get_config(arg=""):
         teacher_guidance=1.25,
     )
     if arg not in VARIANTS:
-        raise ValueError(unknown(f"variant configs/dmd.py:{arg}", arg, VARIANTS))
+        raise KeyError(unknown(f"variant configs/dmd.py:{arg}", arg, VARIANTS))
     VARIANTS[arg](config)
     return complete(config)
 
@@ -67,7 +72,9 @@ def _four_steps(config):
 def _one_step(config):
     config.method.times = (1.0,)
     config.method.strides = (1,)
+    config.method.last_step_share = 0.0
     config.method.guidance = 1.5
+    config.steps = 1_200
     config.evaluate.steps = (1,)
 
 

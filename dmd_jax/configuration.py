@@ -13,8 +13,9 @@ import typing
 import ml_collections
 from ml_collections import config_dict
 
-# What a resumed run may change: the length, and what is written down along the way.
-FREE = ("steps", "log", "checkpoint", "evaluate")
+# What a resumed run may change: its length, what is written down along the way, and where and how
+# it is computed.
+FREE = ("steps", "log", "checkpoint", "evaluate", "mesh", "accumulate")
 
 
 def complete(config):
@@ -125,11 +126,16 @@ def flatten(config):
     return flat
 
 
+def _free(name):
+    head, *rest = name.split(".")
+    return head in FREE or name == "data.data_dir" or rest[:1] == ["compute"]
+
+
 def differences(stored, now):
     """What keeps two flattened configs from being one run: a line each, '' if nothing does."""
     lines = []
     for name in sorted(stored.keys() | now.keys()):
         a, b = stored.get(name, "nothing"), now.get(name, "nothing")
-        if a != b and name.split(".")[0] not in FREE:
+        if a != b and not _free(name):
             lines.append(f"  {name}: the run here has {a}, this command {b}")
     return "\n".join(lines)

@@ -4,18 +4,21 @@
     python -m dmd_jax.evaluate --checkpoint=mnist_teacher --steps=50,16,8,4 --guidance=2 --store
 
 All rows of a table are made from the same labels and noise, and stand beside the floor: real images
-judged as if they were samples. Imports the rooms below; `train` calls `report` at a run's end.
+judged as if they were samples. Imports the rooms below; `train` uses it at a run's end.
 """
 
+import functools
 import hashlib
 import json
 import logging
+import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags
 
-from dmd_jax import data, report, sample, weights
-from dmd_jax.features import load_features
+from dmd_jax import checkpoint, data, report, sample, weights
+from dmd_jax.features import SHIPPED, load_features
 from dmd_jax.judge import Judge
 
 log = logging.getLogger(__name__)
@@ -24,10 +27,30 @@ REPORT = "report.md"
 SEED = 1_000_003  # of the noise of judged samples
 
 
-def data_judge(name, data_dir=None):
-    """The Judge of a data set: its test split, seen through the shipped metric network."""
+@functools.cache
+def data_judge(name, data_dir=None, features=SHIPPED):
+    """The Judge of a data set: its test split, seen through a feature network.
+
+    Args:
+        name, data_dir: as for `data.load`.
+        features: a metric network's file or shipped name, Inception's weights (see
+            `features.load_features`), or nothing: then there is no Judge, and None is returned.
+    """
+    if not features:
+        return None
     test, train = (data.arrays(data.load(name, split, data_dir)) for split in ("test", "train"))
-    return Judge(load_features(), test=test, train=train)
+    return Judge(load_features(features), test=test, train=train)
+
+
+def require_fit(what, denoiser, source):
+    """Raises ValueError where a network and a data set differ in images or classes."""
+    net = denoiser.net.config
+    makes, has = (net.sample_shape, net.num_classes), (source.image_shape, source.num_classes)
+    if makes != has:
+        raise ValueError(
+            f"{what} makes images {makes[0]} of {makes[1]} classes, but the data set "
+            f"{source.name!r} has {has[0]} of {has[1]}"
+        )
 
 
 def rows(denoiser, samplers, judge, num, seed=SEED):
@@ -71,18 +94,29 @@ def teacher_rows(path, samplers, judge, num, *, recompute=False, store=None):
                 return held["rows"]
     log.info("no rows are stored for this teacher, metric and data: judging the teacher")
     table = rows(weights.load(path), samplers, judge, num)
-    if store:
-        store.write_text(json.dumps({"fingerprint": fingerprint, "rows": table}, indent=1) + "\n")
+    if store and jax.process_index() == 0:
+        kept = {"fingerprint": fingerprint, "rows": table}
+        write_text(store, json.dumps(kept, indent=1) + "\n")
     return table
 
 
+def report_text(title, table, metric):
+    """The report of `rows`, as Markdown; its figure is report.png beside it."""
+    return f"# {title}\n\n![samples and quality](report.png)\n\n{report.markdown(table, metric)}"
+
+
 def write_report(directory, title, table, pictures, labels, metric):
-    """Writes report.json (rows), report.png (the figure) and report.md; returns the last's path."""
+    """Writes report.json (the rows), report.png (the figure) and report.md."""
     (directory / "report.json").write_text(json.dumps(table, indent=1) + "\n")
     report.figure(directory / "report.png", table, pictures, labels, metric=metric, title=title)
-    text = f"# {title}\n\n![samples and quality](report.png)\n\n{report.markdown(table, metric)}"
-    (directory / REPORT).write_text(text)
-    return directory / REPORT
+    write_text(directory / REPORT, report_text(title, table, metric))
+
+
+def write_text(path, text):
+    """Writes a file whole or not at all: what a kill leaves is the old one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 FLAGS = flags.FLAGS
@@ -98,6 +132,9 @@ def define_flags():
     flags.DEFINE_integer("num", 2_000, "Samples to judge.")
     flags.DEFINE_string("data", "mnist5k", "The TFDS data set to judge against.")
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps it; its own default if not given.")
+    flags.DEFINE_string(
+        "features", SHIPPED, "The feature network to judge with: a file, or shipped."
+    )
     flags.DEFINE_string("out", None, "Also write the rows here, as JSON.")
     flags.DEFINE_bool("store", False, "Keep a teacher's rows beside its file, for every later run.")
     flags.mark_flag_as_required("checkpoint")
@@ -105,19 +142,41 @@ def define_flags():
 
 def main(argv):
     del argv
+    try:
+        judge_checkpoint()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def judge_checkpoint():
+    """Prints the table of --checkpoint, and keeps it where the flags say so."""
     path = weights.find(FLAGS.checkpoint)
     samplers = [
         sample.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift)
-        for guidance in (map(float, FLAGS.guidance) if FLAGS.guidance else (None,))
-        for steps in (map(int, FLAGS.steps) if FLAGS.steps else (None,))
+        for guidance in _numbers("guidance", float)
+        for steps in _numbers("steps", int)
     ]
-    judge = data_judge(FLAGS.data, FLAGS.data_dir)
+    source = data.load(FLAGS.data, "test", FLAGS.data_dir)
+    require_fit(f"--checkpoint={path}", weights.abstract(path), source)
+    if FLAGS.out:
+        checkpoint.check_writable(Path(FLAGS.out).parent)
+    judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features)
+    real = real_row(judge, FLAGS.num)  # before any sampling: refuses a --num that will not do
     beside = path.with_suffix(".rows.json") if FLAGS.store else None
     table = teacher_rows(path, samplers, judge, FLAGS.num, recompute=True, store=beside)
-    table = [real_row(judge, FLAGS.num), *table]
+    table = [real, *table]
     print(report.markdown(table, judge.name))
     if FLAGS.out:
         Path(FLAGS.out).write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _numbers(flag, kind):
+    """The numbers of a flag, with commas between them; None alone where it was not given."""
+    texts = FLAGS[flag].value or ()
+    try:
+        return [kind(text) for text in texts] or [None]
+    except ValueError:
+        raise ValueError(f"--{flag}={','.join(texts)}: not numbers with commas between") from None
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ class Judge:
         self._real, self._real_logits = self._extract(self._test_images)
         count, dim = self._real.shape
         if count <= dim:
-            raise ValueError(f"{features.name} has {dim} dimensions: {count} test images are few")
+            raise ValueError(
+                f"{features.name} has {dim} dimensions and needs more than {dim} test images, not "
+                f"{count}: take more, or a network with fewer features"
+            )
         self._real_diversity = metrics.class_diversity(self._real, self._test_labels)
         digest = hashlib.sha256(features.fingerprint.encode())
         for array in (*test, *train):

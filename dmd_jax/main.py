@@ -1,8 +1,10 @@
 """The entry point everywhere: flags, distributed start, mesh, then the training program.
 
-python -m dmd_jax.main --config=configs/dmd.py
-python -m dmd_jax.main --config=configs/dmd.py:one_step --workdir=runs/mine --config.seed=1
-python -m dmd_jax.main --config=configs/dmd.py --dry_run
+    python -m dmd_jax.main --config=configs/dmd.py
+    python -m dmd_jax.main --config=configs/dmd.py:one_step --workdir=runs/mine --config.seed=1
+    python -m dmd_jax.main --config=configs/dmd.py --dry_run
+
+Imports everything below; nothing imports it.
 """
 
 import logging
@@ -98,6 +100,7 @@ def start():
     try:
         # Reads the default config and its overrides, and may refuse them, already here.
         define_flags()
+        app.define_help_flags()
         argv = app.parse_flags_with_usage(sys.argv)
         FLAGS.config.lock()  # reads the config program
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:

@@ -24,7 +24,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from dmd_jax import metrics
 from dmd_jax.data import arrays, load, to_float
-from dmd_jax.features import extract, load_classifier, save_classifier
+from dmd_jax.features import extract, load_features, save_classifier
 from dmd_jax.models.classifier import Classifier, ClassifierConfig
 from dmd_jax.paths import path_name
 
@@ -69,9 +69,8 @@ def train(
     Returns:
         The network, its features scaled (see `scaled`).
     """
-    classifier = Classifier(
-        ClassifierConfig(channels=images.shape[-1], num_classes=num_classes), rngs=nnx.Rngs(seed)
-    )
+    config = ClassifierConfig(channels=images.shape[-1], num_classes=num_classes)
+    classifier = jax.jit(lambda: Classifier(config, rngs=nnx.Rngs(seed)))()
     rate = optax.cosine_onecycle_schedule(steps, LEARNING_RATE, pct_start=0.1)
     tx = optax.adamw(rate, weight_decay=WEIGHT_DECAY)
 
@@ -154,7 +153,7 @@ def main() -> None:
     save_classifier(args.out, name, classifier)
 
     test_images, test_labels = arrays(load(args.data, "test"))
-    _, logits = extract(load_classifier(args.out)[1], test_images)
+    _, logits = load_features(args.out).extract(test_images)
     card = CARD.format(
         stem=args.out.stem,
         name=name,

@@ -55,6 +55,7 @@ STYLE = {
     "ytick.labelcolor": FAINT,
 }
 TILE_GAP = 2  # pixels between images of a grid
+MAX_COLUMNS = 12  # of the figure: more, and its text is too small on a page
 
 
 def markdown(rows: Sequence[Row], metric: str) -> str:
@@ -131,13 +132,14 @@ def figure(
         path: ends in .png.
         rows: see the module's docstring.
         images: {title of the row, "teacher, 50 steps": uint8 [N, H, W, C]}, drawn in this order;
-            what follows the comma is set smaller. About ten columns read best.
+            what follows the comma is set smaller. Of more than `MAX_COLUMNS` columns every second,
+            third, ... is drawn.
         labels: int [N], of the columns; the same for all entries.
         metric: the name of the Fréchet distance, as `Judge.name`.
         title: one line above all.
     """
-    order = np.argsort(labels, kind="stable")
-    mosaic = grid(np.concatenate([samples[order] for samples in images.values()]), len(labels))
+    order = np.argsort(labels, kind="stable")[:: -(-len(labels) // MAX_COLUMNS)]
+    mosaic = grid(np.concatenate([samples[order] for samples in images.values()]), len(order))
     high = max(2.9, 0.42 * len(images))  # inches, of both drawings
     wide = high * mosaic.shape[1] / mosaic.shape[0]
     width, height = 1.05 + wide + 0.75 + 3.9 + 0.25, high + 1.35
@@ -191,7 +193,7 @@ def _draw_quality(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     axes.set_xticks(sorted({row["calls"] for row in models}))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(axis="y", color=RULE, lw=0.6)

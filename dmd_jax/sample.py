@@ -1,11 +1,13 @@
 """Draws samples from a checkpoint: few steps of a student, or many guided steps of a teacher.
 
-python -m dmd_jax.sample --checkpoint=student.safetensors --num=100 --out=samples.png
-python -m dmd_jax.sample --checkpoint=mnist_teacher --steps=50 --guidance=1.5 --out=samples.npz
+    python -m dmd_jax.sample --checkpoint=runs/dmd/generator.safetensors --out=samples.png
+    python -m dmd_jax.sample --checkpoint=mnist_teacher --steps=50 --guidance=1.25 --out=samples.npz
+
+Imports the rooms below, and report for its picture.
 """
 
 import dataclasses
-import logging
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,12 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dmd_jax import randomness, report, rollout, weights
+from dmd_jax import checkpoint, randomness, report, rollout, sharding, weights
 from dmd_jax.data import to_uint8
 from dmd_jax.denoiser import guided
 from dmd_jax.schedule import step_times
-
-log = logging.getLogger(__name__)
 
 BATCH = 250  # samples per call of the compiled sampler
 
@@ -88,6 +88,10 @@ class ManyStep(Sampler):
     guidance: float = 1.0
     shift: float = 1.0
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be 1 or more")
+
     @property
     def calls(self):
         """Network calls for one sample; guidance takes two a step."""
@@ -111,6 +115,8 @@ class ManyStep(Sampler):
 
 def fewer(times, steps):
     """The times of a student in `steps` calls: its own, evenly thinned, or evenly spaced anew."""
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be 1 or more")
     if len(times) % steps:
         return step_times(steps)
     return tuple(times)[:: len(times) // steps]
@@ -140,7 +146,7 @@ def draw(denoiser, sampler, labels, seed=0, *, batch=BATCH):
     for start in range(0, len(labels), batch):
         index = np.arange(start, start + batch) % len(labels)  # one shape, one compilation
         x0 = _batch(denoiser, labels[index], root, index, sampler)
-        images.append(to_uint8(np.asarray(x0)))
+        images.append(to_uint8(np.asarray(sharding.replicate(x0))))
     return np.concatenate(images)[: len(labels)]
 
 
@@ -152,13 +158,15 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None):
     """
     notes = weights.notes(path)
     if "times" not in notes:
-        return ManyStep(steps or 50, 1.0 if guidance is None else guidance, shift or 1.0)
+        return ManyStep(
+            50 if steps is None else steps, 1.0 if guidance is None else guidance, shift or 1.0
+        )
     if guidance is not None:
         raise ValueError(
-            f"{path} is a distilled student: guidance is in its weights; drop --guidance"
+            f"{path} is a distilled student: guidance is in its weights already; drop --guidance"
         )
     times = tuple(notes["times"])
-    return FewStep(fewer(times, steps or len(times)), shift or notes["shift"])
+    return FewStep(fewer(times, len(times) if steps is None else steps), shift or notes["shift"])
 
 
 def balanced(num, num_classes):
@@ -185,12 +193,16 @@ def define_flags():
 def main(argv):
     del argv
     out = Path(FLAGS.out)
-    if out.suffix not in (".png", ".npz"):
-        raise app.UsageError(f"--out={out}: the ending says the format, .png or .npz")
-    sampler = sampler_for(
-        FLAGS.checkpoint, steps=FLAGS.steps, guidance=FLAGS.guidance, shift=FLAGS.shift
-    )
-    denoiser = weights.load(FLAGS.checkpoint)
+    try:
+        if out.suffix not in (".png", ".npz"):
+            raise ValueError(f"--out={out}: the ending says the format, .png or .npz")
+        checkpoint.check_writable(out.parent)
+        sampler = sampler_for(
+            FLAGS.checkpoint, steps=FLAGS.steps, guidance=FLAGS.guidance, shift=FLAGS.shift
+        )
+        denoiser = weights.load(FLAGS.checkpoint)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
     labels = balanced(FLAGS.num, denoiser.net.config.num_classes)
     start = time.time()
     images = draw(denoiser, sampler, labels, FLAGS.seed)
@@ -198,7 +210,7 @@ def main(argv):
         np.savez_compressed(out, images=images, labels=labels)
     else:
         report.save_grid(out, images, denoiser.net.config.num_classes)
-    log.info("%d samples, %s, %.1f s: %s", len(images), sampler, time.time() - start, out)
+    print(f"{len(images)} samples, {sampler}, {time.time() - start:.1f} s: {out}")
 
 
 if __name__ == "__main__":

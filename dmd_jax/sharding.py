@@ -125,6 +125,13 @@ def _fit(spec, shape, mesh):
     return P(*(a if a and n % sizes[a] == 0 else None for a, n in zip(padded, shape, strict=True)))
 
 
+def replicate(tree):
+    """Whole arrays on every device: what a host can read, of arrays that other hosts share in."""
+    if not _has_mesh():
+        return tree
+    return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
+
+
 def global_batch(tree):
     """Makes global arrays, split over data and fsdp, from each host's own rows of a batch."""
     if not _has_mesh():

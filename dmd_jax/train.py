@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dmd_jax import checkpoint, data, evaluate, health, optimizer, report, sample, sharding, weights
 from dmd_jax.configuration import construct, differences, flatten, unknown
@@ -27,9 +28,17 @@ KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
     *("data", "method", "ema", "mesh", "log", "checkpoint", "evaluate"),
 )
+# The least value of numbers that no class checks.
+LEAST = {"seed": 0, "checkpoint.keep": 2} | dict.fromkeys(
+    (
+        *("steps", "batch_size", "accumulate", "generator_every"),
+        *("log.every", "checkpoint.every", "evaluate.every"),
+    ),
+    1,
+)
 log = logging.getLogger(__name__)
 
-EXPORT = "generator.safetensors"
+EXPORT, BEST = "generator.safetensors", "best.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +93,11 @@ class Run:
             return [sample.FewStep(sample.fewer(times, n), shift) for n in spec.steps]
         return [sample.ManyStep(n, spec.guidance) for n in spec.steps]
 
+    def judge(self):
+        """The Judge of the run's data; None where the config names no feature network."""
+        spec = self.config
+        return evaluate.data_judge(spec.data.name, spec.data.data_dir, spec.evaluate.features)
+
     def batches(self, step):
         """This host's batches from `step` on: {"cond", "uncond"} and what the method wants."""
         local = data.Batches(
@@ -118,8 +132,9 @@ def build(config, devices=None):
             f"config.accumulate={config.accumulate})"
         )
     source = data.load(config.data.name, "train", config.data.data_dir)
-    nets = {role: _abstract(config, role, source) for role in kind.trainable}
+    # The teacher first: others may start from its file, and a wrong path is the teacher's.
     frozen = {role: _abstract(config, role, source) for role in kind.frozen}
+    nets = {role: _abstract(config, role, source) for role in kind.trainable}
     _check_fit(nets | frozen, source)
     shape = nets["generator"].net.config.sample_shape
     method = construct(config.method, "config.method", sample_shape=shape)
@@ -137,21 +152,16 @@ def _check_numbers(config, known):
             raise ValueError(unknown(f"config.{name}", name, known))
     if missing := [name for name in known if name not in config]:
         raise ValueError(f"config lacks {missing}; {config.method.cls.__name__} needs them")
-    for name in ("steps", "batch_size", "accumulate", "generator_every"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name} is {config[name]}; it must be 1 or more")
+    values = flatten(config)
+    for name, least in LEAST.items():
+        if values[name] < least:
+            raise ValueError(f"config.{name} is {values[name]}; it must be {least} or more")
 
 
 def _check_fit(nets, source):
     """All networks speak of the data's images and classes; the two scores share a schedule."""
-    wanted = (tuple(source.image_shape), source.num_classes)
     for role, denoiser in nets.items():
-        net = denoiser.net.config
-        if (net.sample_shape, net.num_classes) != wanted:
-            raise ValueError(
-                f"config.{role} makes images {net.sample_shape} of {net.num_classes} classes, but "
-                f"config.data.name={source.name!r} has {wanted[0]} of {wanted[1]}"
-            )
+        evaluate.require_fit(f"config.{role}", denoiser, source)
     schedules = {role: nets[role].schedule for role in ("teacher", "fake_score") if role in nets}
     if len(set(schedules.values())) > 1:
         raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
@@ -162,15 +172,24 @@ def _path(config, role):
     path = config[role].weights
     if path == "random":
         return None
-    return config.teacher.weights if path == "teacher" else path
+    if path != "teacher":
+        return path
+    if "teacher" not in config:
+        raise ValueError(f"config.{role}.weights='teacher', but this run has no teacher")
+    return config.teacher.weights
 
 
 def _abstract(config, role, source):
     """A role's Denoiser, abstract; a `model` that its file does not hold is refused."""
     spec, path = config[role], _path(config, role)
     compute = dict(spec.get("compute", {}))
-    if path is not None and "model" not in spec:
-        return weights.abstract(path, **compute)
+    if path is not None:
+        try:
+            held = weights.abstract(path, **compute)
+        except (TypeError, ValueError, FileNotFoundError) as error:
+            raise ValueError(f"config.{role}: {error}") from error
+        if "model" not in spec:
+            return held
     size, _, channels = source.image_shape
     given = dict(image_size=size, channels=channels, num_classes=source.num_classes, **compute)
     model = construct(spec.model, f"config.{role}.model", **given)
@@ -178,7 +197,6 @@ def _abstract(config, role, source):
     if path is None:
         schedule = construct(spec.schedule, f"config.{role}.schedule")
         return Denoiser(net, schedule, construct(spec.prediction, f"config.{role}.prediction"))
-    held = weights.abstract(path, **compute)
     if lines := weights.differing(weights.shapes(net), weights.shapes(held.net)):
         raise ValueError(
             f"config.{role}.model is not the network in {path}; change the model, or start from "
@@ -276,14 +294,18 @@ def train(run, workdir):
     _claim(run.config, workdir)
     shape = run.state_shape()
     with (
-        checkpoint.Preemption() as preemption,
         checkpoint.Checkpointer(workdir, keep=run.config.checkpoint.keep) as checkpoints,
         Writer(workdir, tensorboard=run.config.log.tensorboard) as writer,
     ):
         checkpoints.check_space(shape, shape.ema)
         restored = checkpoints.restore_latest(shape)
         finished = workdir / evaluate.REPORT
-        if restored is not None and restored[1] >= run.config.steps and finished.exists():
+        if restored is not None and restored[1] > run.config.steps:
+            raise ValueError(
+                f"config.steps={run.config.steps}, but the run in {workdir} has taken "
+                f"{restored[1]}: ask for as many or more, or choose another --workdir"
+            )
+        if restored is not None and restored[1] == run.config.steps and finished.exists():
             log.info("this run is finished; its report again, from %s", finished)
             print(finished.read_text())
             return finished
@@ -293,18 +315,29 @@ def train(run, workdir):
             (state, _, extra), frozen = restored, run.load_frozen()
             log.info("going on from step %d in %s", int(state.step), workdir)
         writer.rewind(int(state.step))
-        state = _loop(run, state, frozen, extra, checkpoints, writer, preemption)
+        finished.unlink(missing_ok=True)  # whatever it reports, it is not the end of this run
+        try:
+            with checkpoint.Preemption() as preemption:
+                state = _loop(run, state, frozen, extra, checkpoints, writer, preemption)
+        except health.Diverged:
+            _export_best(run, shape.ema, checkpoints, workdir)
+            raise
         if int(state.step) < run.config.steps:
             log.info("stopped and saved at step %d; the same command goes on", int(state.step))
             return None
-        report_path = _report(run, _export(run, state, workdir), workdir)
-        writer.texts(run.config.steps, "report", report_path.read_text())
-        return report_path
+        trained = sharding.replicate(state.ema)
+        _export(run, trained, workdir / EXPORT, run.config.steps)
+        _export_best(run, shape.ema, checkpoints, workdir)
+        text = _report(run, trained, workdir)
+        writer.texts(run.config.steps, "report", text)
+        return finished
 
 
 def _claim(config, workdir):
     """Writes the resolved config, or refuses a directory that holds another run."""
     path, now = workdir / "config.json", flatten(config)
+    if "teacher" in config:  # the file itself: another one may come to lie at the same path
+        now["teacher.sha256"] = weights.fingerprint(config.teacher.weights)
     if path.exists():
         stored = json.loads(path.read_text())
         if lines := differences(stored, now):
@@ -313,9 +346,7 @@ def _claim(config, workdir):
                 f"take back the difference:\n{lines}"
             )
     if jax.process_index() == 0:
-        partial_file = path.with_suffix(".partial")
-        partial_file.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
-        partial_file.replace(path)
+        evaluate.write_text(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 
 def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
@@ -324,12 +355,12 @@ def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
     if first == config.steps:
         return state
     root = jax.random.key(config.seed, impl="threefry2x32")
-    judge = evaluate.data_judge(config.data.name, config.data.data_dir)
     window = health.Window(config.log.every, extra.get("window"))
     monitor = health.Monitor(state=extra.get("monitor"))
     progress = Progress(config.steps, config.batch_size)
 
     def heed(record):
+        checkpoints.check()
         if record is not None:
             writer.scalars(record[0], record[1] | progress.report(*record))
             monitor.update(*record)
@@ -343,47 +374,66 @@ def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
             progress.report(done, {name: float(value) for name, value in metrics.items()})
         heed(window.add(done, metrics))
         last = done == config.steps or preemption.requested(done)
-        if done % config.evaluate.every == 0 and not last:
-            _judge(run, state, done, judge, checkpoints, writer)
+        if done % config.evaluate.every == 0:
+            _judge(run, state, done, checkpoints, writer)
         if done % config.checkpoint.every == 0 or last:
             heed(window.flush())
-            if not monitor.suspicious:
+            if last or not monitor.suspicious:
                 extra = {"window": window.state, "monitor": monitor.state}
                 checkpoints.save(done, state, extra)
-            checkpoints.check()
         if last:
             break
     checkpoints.wait()
     return state
 
 
-def _judge(run, state, step, judge, checkpoints, writer):
-    """Judges the average on a few samples, shows some, and keeps the best."""
+def _judge(run, state, step, checkpoints, writer):
+    """Shows some samples of the average, judges more of them, and keeps the best."""
     sampler, *_ = run.samplers()
     num_classes = run.source.num_classes
     labels = sample.balanced(run.config.evaluate.samples, num_classes)
     images = sample.draw(state.ema, sampler, labels)
+    writer.images(step, sampler.name, report.grid(images[: 8 * num_classes], num_classes))
+    judge = run.judge()
+    if judge is None:
+        return
     numbers = {f"quality/{key}": value for key, value in judge(images, labels).items()}
     writer.scalars(step, numbers)
-    writer.images(step, sampler.name, report.grid(images[: 8 * num_classes], num_classes))
-    checkpoints.save_best(step, state.ema, numbers["quality/fd"])
+    # One process's number for all: they must agree on whether this is the best.
+    fd = float(multihost_utils.broadcast_one_to_all(np.float32(numbers["quality/fd"])))
+    checkpoints.save_best(step, state.ema, fd)
 
 
-def _export(run, state, workdir):
-    """Writes the averaged network for everybody's use; returns its path."""
-    path = workdir / EXPORT
-    notes = {"step": int(state.step), "method": type(run.method).__name__.lower()}
+def _export_best(run, shape, checkpoints, workdir):
+    """Writes the average that judged best, where one was judged."""
+    if (best := checkpoints.restore_best(shape)) is not None:
+        average, step, _ = best
+        _export(run, sharding.replicate(average), workdir / BEST, step)
+
+
+def _export(run, trained, path, step):
+    """Writes the averaged network for everybody's use."""
+    notes = {"step": step, "method": type(run.method).__name__.lower()}
     if hasattr(run.method, "times"):
         notes |= {"times": run.method.times, "shift": run.method.shift}
-    weights.save(path, state.ema, **notes)
-    return path
+    if jax.process_index() == 0:
+        weights.save(path, trained, **notes)
 
 
 def _report(run, trained, workdir):
-    """Judges the exported network beside real images and its teacher, and writes the report."""
+    """Judges the trained network beside real images and its teacher; writes and returns the report.
+
+    Every process computes all of it, with whole weights of its own; the first one writes.
+    """
     spec, name, data_dir = run.config.evaluate, run.config.data.name, run.config.data.data_dir
     num_classes, seed = run.source.num_classes, evaluate.SEED
-    judge, denoiser = evaluate.data_judge(name, data_dir), weights.load(trained)
+    judge = run.judge()
+    title = f"{type(run.method).__name__} on {name}, {run.config.steps:,} steps"
+    if judge is None:
+        text = f"# {title}\n\nNot judged: config.evaluate.features names no feature network.\n"
+        if jax.process_index() == 0:
+            evaluate.write_text(workdir / evaluate.REPORT, text)
+        return text
     labels = np.sort(sample.balanced(2 * num_classes, num_classes))
     test, test_labels = data.arrays(data.load(name, "test", data_dir))
     rows = np.concatenate([np.flatnonzero(test_labels == k)[:2] for k in range(num_classes)])
@@ -395,10 +445,11 @@ def _report(run, trained, workdir):
         table += evaluate.teacher_rows(path, teachers, judge, spec.num, store=kept)
         many = teachers[0]
         pictures[many.title] = sample.draw(weights.load(path), many, labels, seed)
-    table += evaluate.rows(denoiser, run.samplers(), judge, spec.num)
+    table += evaluate.rows(trained, run.samplers(), judge, spec.num)
     for sampler in run.samplers():
-        pictures[sampler.title] = sample.draw(denoiser, sampler, labels, seed)
-    title = f"{type(run.method).__name__} on {name}, {run.config.steps:,} steps"
-    path = evaluate.write_report(workdir, title, table, pictures, labels, judge.name)
-    print(path.read_text())
-    return path
+        pictures[sampler.title] = sample.draw(trained, sampler, labels, seed)
+    text = evaluate.report_text(title, table, judge.name)
+    if jax.process_index() == 0:
+        evaluate.write_report(workdir, title, table, pictures, labels, judge.name)
+        print(text)
+    return text

@@ -1,10 +1,13 @@
 """Settings of all tests: eight virtual devices, a compiler in a hurry, data and a teacher."""
 
+import sys
+
 import jax
 import programs
 import pytest
+from absl import app, flags
 
-from dmd_jax import data
+from dmd_jax import data, evaluate, features
 
 # By configuration and not by XLA_FLAGS: programs that a test starts decide for themselves.
 jax.config.update("jax_platforms", "cpu")
@@ -31,3 +34,28 @@ def teacher(tmp_path_factory):
 def cache(tmp_path_factory):
     """A compilation cache that all processes of a session share: only the first pays."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def real_judge(data_dir):
+    """The judge of the embedded digits, whose features of the test images are made once."""
+    return evaluate.data_judge("mnist5k", data_dir, features.SHIPPED)
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """Sets sys.argv; the flags that a program then defines are forgotten after it."""
+    app.define_help_flags()  # absl does so once in a process
+    known = set(flags.FLAGS)
+
+    def forget():
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+
+    def give(*args):
+        forget()
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, args)])
+
+    yield give
+    forget()

@@ -42,12 +42,18 @@ def tiny(seed=0, **changes):
     return Denoiser(toys.weights(lambda rngs: DiT(config, rngs=rngs), seed))
 
 
-def load_config(path="configs/dmd.py", arg=None):
-    """What the config program of that path, with that argument, says."""
+def load_module(path):
+    """The module of a config program, by its path in the repository."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config() if arg is None else module.get_config(arg)
+    return module
+
+
+def load_config(path="configs/dmd.py", variant=""):
+    """The config of a program and, after the colon, its variant."""
+    get_config = load_module(path).get_config
+    return get_config(variant) if variant else get_config()
 
 
 def short(teacher, data_dir, **overrides):
@@ -55,9 +61,9 @@ def short(teacher, data_dir, **overrides):
     return SHORT | {"teacher.weights": str(teacher), "data.data_dir": data_dir} | overrides
 
 
-def config(teacher, data_dir, path="configs/dmd.py", arg=None, **overrides):
+def config(teacher, data_dir, path="configs/dmd.py", variant="", **overrides):
     """The config of a tiny run."""
-    made = load_config(path, arg)
+    made = load_config(path, variant)
     made.update_from_flattened_dict(short(teacher, data_dir, **overrides))
     return made
 

@@ -208,7 +208,7 @@ def test_damaged_newest_falls_back_says_so_and_is_not_deleted(tmp_path, caplog, 
         assert_same(checkpointer.restore_latest(ABSTRACT)[0], new_state(20))
 
 
-def test_a_fallback_is_told_in_two_lines_not_in_hundreds(tmp_path):
+def test_a_fallback_is_told_in_a_few_lines_not_in_hundreds(tmp_path):
     program = """
         import os, sys
         from pathlib import Path
@@ -226,8 +226,10 @@ def test_a_fallback_is_told_in_two_lines_not_in_hundreds(tmp_path):
     """
     child = in_child(program, tmp_path)
     assert child.returncode == 0
-    damaged, moved = child.stderr.splitlines()
-    assert "2 is damaged: state cannot be read" in damaged and "was moved to" in moved
+    lines = child.stderr.splitlines()
+    assert sum("2 is damaged: state cannot be read" in line for line in lines) == 1
+    assert sum("was moved to" in line for line in lines) == 1
+    assert len(lines) < 6  # the compiler may have a word of its own on a busy machine
 
 
 def test_all_damaged_is_an_error_naming_each_and_touching_none(tmp_path):

@@ -9,30 +9,33 @@ import pytest
 
 LIBRARY = Path(__file__).parents[1] / "dmd_jax"
 
-# Rooms from the ground up; a room may import those above it in this list, never its neighbours in
-# the same line. A package is one room.
-FLOORS = [
+# Rooms from the ground up. A room may import those on the floors below its own; a floor that must
+# have stairs within has several lines. A package is one room.
+BELOW_THE_PROGRAMS = [
     # 0. Infrastructure: knows nothing about diffusion.
     {"paths"},
-    {"sharding", "randomness", "optimizer", "checkpoint", "health", "metrics", "writers", "data"},
+    {"sharding", "randomness", "optimizer", "checkpoint", "health", "metrics", "writers"},
+    {"data", "report"},
     # 1. Noise schedules and network families.
     {"schedule", "models"},
     # 2. A network as a function to x0; files of weights.
     {"denoiser"},
     {"weights"},
-    # 3. The papers; how a generator makes a sample.
-    {"losses", "rollout"},
+    # 3. The papers; how a generator makes a sample; what samples are judged by.
+    {"losses", "rollout", "features"},
+    {"judge"},
     # 4. A method is its losses; the train step.
     {"methods", "step"},
-    # 5. Programs, and what they alone use.
-    {"configuration", "features", "report"},
-    {"judge", "metric_network", "sample"},
+]
+PROGRAMS = [
+    # 5.
+    {"configuration", "metric_network", "sample"},
     {"evaluate"},
     {"train"},
     # 6. Flags, distributed start, mesh.
     {"main"},
 ]
-PROGRAMS = set().union(*FLOORS[7:])
+FLOORS = BELOW_THE_PROGRAMS + PROGRAMS
 
 # The heart is mathematics on jax: no layer library, optimizer, mesh, file or config in it.
 ONLY = {
@@ -47,8 +50,9 @@ ONLY = {
 
 # Libraries that are not for everybody, and the rooms that may use them.
 RESERVED = {
-    "ml_collections": PROGRAMS,  # configs stop at the programs; below, arguments are plain
-    "absl": PROGRAMS,
+    # Configs and flags stop at the programs; below them, arguments are plain.
+    "ml_collections": set().union(*PROGRAMS),
+    "absl": set().union(*PROGRAMS),
     "flax": {"models", "weights", "features", "metric_network"},
     "optax": {"optimizer", "step", "metric_network"},
     "orbax": {"checkpoint"},

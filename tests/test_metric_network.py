@@ -31,7 +31,8 @@ def test_a_few_steps_learn_and_the_seed_decides_every_bit():
 
 
 def test_scaling_gives_features_of_variance_one_and_keeps_the_logits():
-    classifier = Classifier(ClassifierConfig(1, 10), rngs=nnx.Rngs(0))
+    config = ClassifierConfig(1, 10)
+    classifier = jax.jit(lambda: Classifier(config, rngs=nnx.Rngs(0)))()
     images, _ = bars(200, 0)
     features, logits = extract(metric_network.scaled(classifier, images), images)
     before, logits_before = extract(classifier, images)

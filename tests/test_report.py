@@ -79,6 +79,16 @@ def test_figure_sorts_columns_by_label_and_keeps_the_order_of_rows(tmp_path):
     assert all(height > 28 and abs(height - width) <= 1 for _, _, height, width in upper)
 
 
+def test_figure_of_two_columns_a_label_draws_the_first_of_each(tmp_path):
+    labels = np.repeat(np.arange(10), 2)
+    tiles = np.zeros((20, 8, 8, 3), np.uint8)
+    tiles[::2, ..., 0], tiles[1::2, ..., 1] = 200, 200
+    report.figure(tmp_path / "f.png", ROWS, {"real": tiles}, labels, metric="FD", title="")
+    picture = read(tmp_path / "f.png")[..., :3]
+    assert (picture == (200, 0, 0)).all(-1).any()
+    assert not (picture == (0, 200, 0)).all(-1).any()
+
+
 def test_figure_takes_grey_images_and_a_single_model(tmp_path):
     images = {"real": np.zeros((2, 8, 8, 1), np.uint8)}
     report.figure(tmp_path / "f.png", ROWS[-1:], images, np.arange(2), metric="FD", title="")

@@ -186,6 +186,8 @@ class DMD:
         gap = jnp.mean(jnp.abs(fake - real), axis=tuple(range(1, x0.ndim)))
         band = jnp.clip((t * BANDS).astype(jnp.int32), 0, BANDS - 1)
         good = finite_samples(real) & finite_samples(fake) & finite_samples(x0)
+        if self.normalize:  # a teacher error of zero leaves nothing to divide by
+            good &= jnp.any(real != x0, axis=tuple(range(1, x0.ndim)))
         metrics = {
             f"gap/{i}": jnp.sum(gap, where=good & (band == i)) / jnp.sum(good & (band == i))
             for i in range(BANDS)

@@ -44,11 +44,13 @@ class Classifier(nnx.Module):
         d = config.features
         outputs, strides = (d // 4, d // 2, d // 2, d, d), (2, 1, 2, 1, 1)
         inputs = (config.channels, *outputs[:-1])
+        init = nnx.initializers.he_normal()
+        # Full float32 on every device: a metric must not depend on where it is computed.
         self.convolutions = nnx.List(
-            nnx.Conv(i, o, (3, 3), strides=s, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+            nnx.Conv(i, o, (3, 3), s, kernel_init=init, precision="highest", rngs=rngs)
             for i, o, s in zip(inputs, outputs, strides, strict=True)
         )
-        self.head = nnx.Linear(d, config.num_classes, rngs=rngs)
+        self.head = nnx.Linear(d, config.num_classes, precision="highest", rngs=rngs)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """images float32 [B, H, W, C] in [-1, 1] -> (logits [B, K], features [B, D], D >= 0)."""

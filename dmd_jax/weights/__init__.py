@@ -6,6 +6,7 @@ ever imported or executed.
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def find(path):
             return candidate
     shipped = sorted(file.stem for file in ASSETS.glob("*.safetensors"))
     raise FileNotFoundError(f"no checkpoint file at {path!r}; shipped are {shipped}")
+
+
+def fingerprint(path):
+    """SHA-256 of a file, or of a shipped one, in hexadecimal."""
+    with find(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(path, denoiser, **notes):

@@ -1,0 +1,163 @@
+"""Judging from files: the rows of a teacher are computed once, and again when anything differs."""
+
+import json
+
+import numpy as np
+import programs
+import pytest
+from absl import app
+
+from dmd_jax import evaluate, weights
+from dmd_jax.sample import FewStep, ManyStep
+
+SAMPLERS = [ManyStep(2, 1.5), ManyStep(1, 1.5)]
+
+
+class Count:
+    """A judge that takes any samples, and remembers how often it was asked."""
+
+    name, fingerprint = "FD-NONE", "a metric and its data"
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, images, labels):
+        self.seen.append((images, labels))
+        return {"fd": float(len(self.seen))}
+
+
+@pytest.fixture
+def judge():
+    return Count()
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A teacher's file that a test may change."""
+    return programs.save_tiny(tmp_path / "teacher.safetensors")
+
+
+def test_rows_say_what_was_judged_and_at_what_cost(judge):
+    table = evaluate.rows(programs.tiny(), [FewStep((1.0, 0.5)), ManyStep(2, 1.5)], judge, 20)
+    assert table == [
+        {"name": "student", "steps": 2, "calls": 2, "fd": 1.0},
+        {"name": "teacher", "steps": 2, "calls": 4, "fd": 2.0},
+    ]
+    for images, labels in judge.seen:
+        assert images.shape == (20, 28, 28, 1)
+        np.testing.assert_array_equal(np.bincount(labels), [2] * 10)
+
+
+def test_stored_rows_of_the_same_teacher_and_metric_are_used_again(judge, file, tmp_path):
+    store = tmp_path / "kept.json"
+    first = evaluate.teacher_rows(file, SAMPLERS, judge, 10, store=store)
+    assert evaluate.teacher_rows(file, SAMPLERS, judge, 10, store=store) == first
+    assert len(judge.seen) == len(SAMPLERS)
+
+
+def test_rows_beside_the_teacher_are_found_and_those_of_a_run_are_not_written_there(judge, file):
+    beside = file.with_suffix(".rows.json")
+    evaluate.teacher_rows(file, SAMPLERS, judge, 10)
+    assert not beside.exists()
+    first = evaluate.teacher_rows(file, SAMPLERS, judge, 10, store=beside)
+    assert evaluate.teacher_rows(file, SAMPLERS, judge, 10, store=file.parent / "other") == first
+    assert len(judge.seen) == 2 * len(SAMPLERS)
+
+
+def other_metric(judge, **_):
+    judge.fingerprint = "another metric, or other data"
+
+
+def other_weights(file, **_):
+    programs.save_tiny(file, seed=1)
+
+
+@pytest.mark.parametrize(
+    "change, arguments",
+    [
+        (other_metric, {}),
+        (other_weights, {}),
+        (None, {"num": 20}),
+        (None, {"samplers": [ManyStep(2, 1.25), ManyStep(1, 1.5)]}),
+        (None, {"recompute": True}),
+    ],
+)
+def test_rows_are_computed_anew_where_anything_differs(judge, file, tmp_path, change, arguments):
+    store = tmp_path / "kept.json"
+    asked = {"samplers": SAMPLERS, "num": 10, "store": store}
+    evaluate.teacher_rows(file, judge=judge, **asked)
+    if change is not None:
+        change(judge=judge, file=file, store=store)
+    again = evaluate.teacher_rows(file, judge=judge, **asked | arguments)
+    assert len(judge.seen) == 2 * len(SAMPLERS)
+    assert json.loads(store.read_text())["rows"] == again
+
+
+def test_shipped_rows_are_those_that_the_shipped_configs_ask_for(real_judge, monkeypatch):
+    monkeypatch.setattr(evaluate, "rows", None)  # nothing may be computed
+    for variant in programs.load_module("configs/dmd.py").VARIANTS:
+        config = programs.load_config("configs/dmd.py", variant)
+        spec = config.evaluate
+        teachers = [ManyStep(n, spec.teacher_guidance) for n in spec.teacher_steps]
+        found = evaluate.teacher_rows(config.teacher.weights, teachers, real_judge, spec.num)
+        assert [row["steps"] for row in found] == list(spec.teacher_steps)
+
+
+@pytest.fixture
+def program(command_line, monkeypatch, real_judge, data_dir):
+    """Calls `python -m dmd_jax.evaluate` in this process; what it exits with: None for success."""
+    monkeypatch.setattr(evaluate, "data_judge", lambda *_: real_judge)
+
+    def call(*args):
+        command_line(*args, f"--data_dir={data_dir}")
+        evaluate.define_flags()
+        with pytest.raises(SystemExit) as end:
+            app.run(evaluate.main)
+        return end.value.code
+
+    return call
+
+
+def test_program_prints_a_table_beside_the_floor_and_writes_its_rows(
+    program, file, capsys, tmp_path
+):
+    out = tmp_path / "rows.json"
+    args = "--num=100", "--steps=2,1", "--guidance=1,1.5", f"--out={out}", "--store"
+    assert program(f"--checkpoint={file}", *args) is None
+    rows = json.loads(out.read_text())
+    assert [(row["name"], row["steps"], row["calls"]) for row in rows] == [
+        ("real images", 0, 0),
+        ("teacher", 2, 2),
+        ("teacher", 1, 1),
+        ("teacher", 2, 4),
+        ("teacher", 1, 2),
+    ]
+    printed = capsys.readouterr().out
+    assert printed.count("| teacher |") == 4 and "FD-MNIST64" in printed
+    stored = json.loads(file.with_suffix(".rows.json").read_text())["rows"]
+    assert stored == rows[1:]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--checkpoint=nowhere"], "no checkpoint file at 'nowhere'"),
+        (["--checkpoint={file}", "--steps=four"], "--steps=four"),
+        (["--checkpoint={file}", "--steps=2,0"], "steps=0 must be 1 or more"),
+        (["--checkpoint={file}", "--guidance=much"], "--guidance=much"),
+        (["--checkpoint={file}", "--num=101"], "cannot take 101 images, equally many"),
+        (["--checkpoint={file}", "--num=50"], "against 50 samples in 64 dimensions"),
+        (["--checkpoint={small}"], "(14, 14, 1)"),
+        (["--checkpoint={student}", "--guidance=2"], "guidance is in its weights already"),
+        (["--checkpoint={file}", "--out={file}/a.json"], "cannot be written to"),
+    ],
+)
+def test_program_refuses_with_one_message_before_it_samples(
+    program, file, tmp_path, monkeypatch, args, message
+):
+    small = programs.save_tiny(tmp_path / "small.safetensors", image_size=14, patch=7)
+    student = tmp_path / "student.safetensors"
+    weights.save(student, programs.tiny(), times=(1.0,), shift=1.0)
+    monkeypatch.setattr(evaluate.sample, "draw", None)
+    said = program(*(arg.format(file=file, small=small, student=student) for arg in args))
+    assert str(said).startswith("error: ") and message in said

@@ -1,0 +1,193 @@
+"""The entry point: what cannot run is refused with one clear message, before it computes."""
+
+import programs
+import pytest
+
+from dmd_jax import main, train
+
+
+@pytest.fixture
+def start(command_line):
+    """Calls the program in this process; what it exits with: None for success."""
+
+    def call(*args):
+        command_line(*args, "--compilation_cache=")
+        with pytest.raises(SystemExit) as end:
+            main.start()
+        return end.value.code
+
+    return call
+
+
+@pytest.fixture
+def refusal(start, monkeypatch, capsys, teacher, data_dir, tmp_path):
+    """What the program says when it refuses a tiny run of configs/dmd.py with these overrides."""
+
+    def compute(*_, **__):
+        raise AssertionError("weights were loaded, or something compiled")
+
+    monkeypatch.setattr(train.Run, "start", compute)
+    monkeypatch.setattr(train, "compile_steps", compute)
+
+    def call(*args, workdir=tmp_path / "run", **overrides):
+        values = programs.short(teacher, data_dir, **overrides)
+        code = start(*programs.flags(workdir, values), *args)
+        assert code not in (0, None)
+        return capsys.readouterr().err if isinstance(code, int) else code
+
+    return call
+
+
+def test_dry_run_prints_every_role_and_computes_nothing(start, capsys, teacher, data_dir, tmp_path):
+    values = programs.short(teacher, data_dir)
+    assert start(*programs.flags(tmp_path / "run", values), "--dry_run") is None
+    table = capsys.readouterr().out
+    for role in ("generator", "fake_score", "teacher"):
+        assert f"{role:<12}{16_100:>14,}" in table
+    assert "one checkpoint: 0.4 MiB" in table
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "build", lambda config: exit(seen.append(main.workdir())))
+    for config in ("configs/dmd.py", "configs/dmd.py:one_step"):
+        start(f"--config={config}")
+    assert [str(path) for path in seen] == ["runs/dmd", "runs/dmd_one_step"]
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("method.guidanc", 2, 'Did you mean "guidance"'),
+        ("batchsize", 2, 'Did you mean "batch_size"'),
+        ("steps", "many", "config.steps=many"),
+        ("steps", 0, "config.steps is 0; it must be 1 or more"),
+        ("log.every", 0, "config.log.every is 0; it must be 1 or more"),
+        ("checkpoint.every", 0, "config.checkpoint.every is 0; it must be 1 or more"),
+        ("evaluate.every", -1, "config.evaluate.every is -1; it must be 1 or more"),
+        ("checkpoint.keep", 1, "config.checkpoint.keep is 1; it must be 2 or more"),
+        ("seed", -1, "config.seed is -1; it must be 0 or more"),
+        ("method.times", "('one',)", "config.method.times"),
+        ("method.strides", "(3,)", "config.method: strides=(3,) must divide"),
+        ("generator.optimizer.decay", "never", "config.generator.optimizer: decay='never'"),
+        ("generator.compute.dtype", "float33", "config.generator: dtype='float33'"),
+        ("fake_score.compute.remat", "some", "config.fake_score: remat='some'"),
+        ("batch_size", 12, "config.batch_size=12 does not divide into 8 parts"),
+        ("accumulate", 2, "config.batch_size=8 does not divide into 16 parts"),
+        ("mesh.fsdp", 3, "fsdp=3, context=1, tensor=1) does not fit 8 devices"),
+        ("data.name", "mnist5l", "there is no data set 'mnist5l'. Did you mean"),
+        ("teacher.weights", "mnist_teachr", "no checkpoint file at 'mnist_teachr'; shipped are"),
+    ],
+)
+def test_a_bad_override_is_refused_by_its_path(refusal, name, value, message):
+    said = refusal(**{name: value})
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_truncated_teacher_is_refused(refusal, teacher, tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(teacher.read_bytes()[:-40])
+    assert "config.teacher: " in (said := refusal(**{"teacher.weights": cut}))
+    assert "cut.safetensors is damaged or not safetensors" in said
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_size": 14, "patch": 7}, "(14, 14, 1) of 10 classes, but .*(28, 28, 1) of 10"),
+        ({"channels": 3}, "(28, 28, 3) of 10 classes, but .*(28, 28, 1) of 10"),
+        ({"num_classes": 5}, "(28, 28, 1) of 5 classes, but .*(28, 28, 1) of 10"),
+    ],
+)
+def test_a_teacher_of_other_data_is_refused_with_both_shapes(refusal, tmp_path, changes, message):
+    other = programs.save_tiny(tmp_path / "other.safetensors", **changes)
+    said = refusal(**{"teacher.weights": other})
+    for part in message.split(".*"):
+        assert part in said
+
+
+def test_a_model_that_is_not_the_file_s_is_refused_path_by_path(start, teacher, data_dir, tmp_path):
+    said = start(
+        "--config=configs/pretrain.py",
+        f"--config.generator.weights={teacher}",
+        f"--config.data.data_dir={data_dir}",
+        "--config.generator.model.patch=14",
+        "--config.generator.model.dim=16",
+        "--config.generator.model.heads=2",
+        "--config.generator.model.hidden=8",
+        f"--workdir={tmp_path}",
+    )
+    assert said.splitlines()[1:] == [
+        f"  blocks/{name}: expected (6, {wanted}), found (1, {found})"
+        for name, wanted, found in [
+            ("down/bias", "16", "16"),
+            ("down/kernel", "8, 16", "32, 16"),
+            ("gate/bias", "8", "32"),
+            ("gate/kernel", "16, 8", "16, 32"),
+            ("key_norm/scale", "8", "8"),
+            ("offset", "6, 16", "6, 16"),
+            ("out/bias", "16", "16"),
+            ("out/kernel", "16, 16", "16, 16"),
+            ("qkv/bias", "48", "48"),
+            ("qkv/kernel", "16, 48", "16, 48"),
+            ("query_norm/scale", "8", "8"),
+            ("up/bias", "8", "32"),
+            ("up/kernel", "16, 8", "16, 32"),
+        ]
+    ]
+
+
+def test_a_role_whose_weights_are_a_teacher_that_is_not_there_is_refused(start, data_dir):
+    said = start(
+        "--config=configs/pretrain.py",
+        "--config.generator.weights=teacher",
+        f"--config.data.data_dir={data_dir}",
+    )
+    assert "config.generator.weights='teacher', but this run has no teacher" in said
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(refusal, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file/run cannot be written to" in refusal(workdir=tmp_path / "file" / "run")
+
+
+def test_a_config_that_is_not_there_is_refused(start):
+    assert "configs/dmc.py" in start("--config=configs/dmc.py")
+
+
+def test_an_unknown_variant_is_refused_with_the_one_that_was_meant(start):
+    said = start("--config=configs/dmd.py:one_stp")
+    assert said.startswith("error: ") and len(said.splitlines()) == 1
+    assert "unknown variant configs/dmd.py:one_stp: did you mean 'one_step'?" in said
+
+
+def test_help_tells_of_the_flags(start, capsys):
+    start("--helpfull")
+    told = capsys.readouterr().out
+    assert all(f"--{name}" in told for name in ("config", "workdir", "[no]dry_run"))
+
+
+def test_a_word_without_dashes_is_refused(start):
+    assert "unknown argument 'steps=3'" in start("steps=3")
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("method.guidanc", 2, "guidance"),  # refused by the parser
+        ("generator.optimizer.decay", "never", "use 'constant', 'linear' or 'cosine'"),  # by build
+    ],
+)
+def test_a_process_that_refuses_says_so_once_and_exits_with_an_error(
+    teacher, data_dir, tmp_path, name, value, message
+):
+    values = programs.short(teacher, data_dir, **{name: value})
+    ended = programs.python("-m", "dmd_jax.main", *programs.flags(tmp_path / "run", values))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert [line for line in ended.stderr.splitlines() if message in line] == [
+        ended.stderr.splitlines()[-1]
+    ]
+    assert ended.stderr.splitlines()[-1].startswith("error: ")

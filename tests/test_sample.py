@@ -1,0 +1,167 @@
+"""Sampling from files: the formats, the noise that belongs to an index, and what is refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import programs
+import pytest
+import toys
+from absl import app
+from PIL import Image
+
+from dmd_jax import rollout, sample, sharding, weights
+from dmd_jax.sample import FewStep, ManyStep, balanced, draw, fewer, sampler_for
+
+TIMES = (1.0, 0.75, 0.5, 0.25)
+LABELS = balanced(7, 10)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """The file of a distilled student of four steps."""
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    weights.save(path, programs.tiny(), times=TIMES, shift=2.0, step=1, method="dmd")
+    return path
+
+
+@pytest.fixture
+def program(command_line):
+    """Calls `python -m dmd_jax.sample` in this process; what it exits with: None for success."""
+
+    def call(*args):
+        command_line(*args)
+        sample.define_flags()
+        with pytest.raises(SystemExit) as end:
+            app.run(sample.main)
+        return end.value.code
+
+    return call
+
+
+def test_thinned_steps_are_the_student_s_own_where_that_is_possible():
+    assert fewer(TIMES, 4) == TIMES
+    assert fewer(TIMES, 2) == (1.0, 0.5)
+    assert fewer(TIMES, 1) == (1.0,)
+    assert fewer(TIMES, 3) == pytest.approx((1.0, 2 / 3, 1 / 3))
+    assert fewer((1.0,), 2) == (1.0, 0.5)
+
+
+def test_calls_are_network_calls():
+    assert FewStep(TIMES).calls == FewStep(TIMES).steps == 4
+    assert ManyStep(50).calls == 50
+    assert ManyStep(50, guidance=1.5).calls == 100
+
+
+def test_sampler_comes_from_the_file_s_notes(student, teacher):
+    assert sampler_for(student) == FewStep(TIMES, 2.0)
+    assert sampler_for(student, steps=2, shift=1.0) == FewStep((1.0, 0.5), 1.0)
+    assert sampler_for(teacher) == ManyStep(50, 1.0)
+    assert sampler_for(teacher, steps=8, guidance=1.5, shift=3.0) == ManyStep(8, 1.5, 3.0)
+
+
+def test_a_student_refuses_guidance(student):
+    with pytest.raises(ValueError, match="guidance is in its weights already; drop"):
+        sampler_for(student, guidance=1.5)
+
+
+def test_sample_i_is_the_same_at_any_batch_size():
+    for sampler in (FewStep(TIMES, 2.0), ManyStep(3, 1.5)):
+        whole = draw(programs.tiny(), sampler, LABELS)
+        assert whole.shape == (7, 28, 28, 1) and whole.dtype == np.uint8
+        # Matrix products of other shapes may round otherwise: one grey level, and seldom.
+        parts = draw(programs.tiny(), sampler, LABELS, batch=3)
+        off = np.abs(parts.astype(int) - whole)
+        assert off.max() <= 1 and np.mean(off > 0) < 0.01
+        few = draw(programs.tiny(), sampler, LABELS[:2])
+        assert np.abs(few.astype(int) - whole[:2]).max() <= 1
+
+
+def test_all_samplers_start_from_the_same_noise():
+    noises = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Spy(sample.Sampler):
+        steps: int
+
+        def __call__(self, denoiser, noise, cond, key, index):
+            return noise
+
+    for steps in (1, 4):
+        noises.append(draw(programs.tiny(), Spy(steps), LABELS, batch=4))
+    np.testing.assert_array_equal(*noises)
+
+
+def test_another_seed_makes_other_images_and_the_same_seed_the_same():
+    one, again, other = (draw(programs.tiny(), FewStep((1.0,)), LABELS, s) for s in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert np.mean(one != other) > 0.5
+
+
+def test_the_batch_splits_over_the_devices_of_a_mesh():
+    alone = draw(programs.tiny(), FewStep(TIMES), LABELS)
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=4)):
+        spread = draw(programs.tiny(), FewStep(TIMES), LABELS)
+    assert np.abs(spread.astype(int) - alone).max() <= 1
+
+
+def test_guidance_moves_samples_away_from_the_unconditional():
+    plain, guided, null = (
+        draw(programs.tiny(), ManyStep(3, w), LABELS).astype(float) for w in (1.0, 2.0, 0.0)
+    )
+    assert np.abs(guided - null).mean() > np.abs(plain - null).mean() > 0
+
+
+def test_few_step_is_the_rollout_to_its_last_step():
+    denoiser, key, index = toys.affine(0.5, 0.1), jax.random.key(5), np.arange(2)
+    noise = jax.random.normal(key, (2, 3))
+    how = {"times": TIMES, "shift": 2.0, "schedule": denoiser.schedule, "exit_step": 3}
+    made = rollout.backward_simulation(denoiser, noise, None, key, **how)
+    x0 = FewStep(TIMES, 2.0)(denoiser, noise, None, key, index)
+    np.testing.assert_allclose(x0, made.x0, rtol=1e-6)
+
+
+def test_program_writes_images_and_labels(program, student, tmp_path):
+    out = tmp_path / "samples.npz"
+    args = "--num=23", "--steps=2", "--seed=3"
+    assert program(f"--checkpoint={student}", f"--out={out}", *args) is None
+    with np.load(out) as file:
+        images, labels = file["images"], file["labels"]
+    assert images.shape == (23, 28, 28, 1) and images.dtype == np.uint8
+    np.testing.assert_array_equal(labels, np.arange(23) % 10)
+    wanted = draw(weights.load(student), FewStep((1.0, 0.5), 2.0), labels, 3)
+    np.testing.assert_array_equal(images, wanted)
+
+
+def test_program_draws_a_grid_with_a_column_for_each_class(program, teacher, tmp_path):
+    out = tmp_path / "samples.png"
+    args = "--num=20", "--steps=2", "--guidance=1.5"
+    assert program(f"--checkpoint={teacher}", f"--out={out}", *args) is None
+    with Image.open(out) as image:
+        assert image.size == (10 * 58 - 2, 2 * 58 - 2)  # twice enlarged, two pixels between
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--checkpoint=nowhere"], "no checkpoint file at 'nowhere'"),
+        (["--checkpoint={student}", "--guidance=2"], "guidance is in its weights already"),
+        (["--checkpoint={student}", "--out=a.jpg"], "--out=a.jpg: the ending says the format"),
+        (["--checkpoint={student}", "--out={student}/a.npz"], "cannot be written to"),
+    ],
+)
+def test_program_refuses_with_one_message_before_it_samples(
+    program, student, monkeypatch, args, message
+):
+    monkeypatch.setattr(sample, "draw", None)
+    said = program(*(arg.format(student=student) for arg in args))
+    assert said.startswith("error: ") and message in said
+
+
+def test_module_runs_as_a_program(student, tmp_path):
+    out = tmp_path / "samples.npz"
+    ended = programs.python(
+        "-m", "dmd_jax.sample", f"--checkpoint={student}", "--num=3", f"--out={out}"
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert out.exists() and str(out) in ended.stdout + ended.stderr
