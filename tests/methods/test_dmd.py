@@ -62,6 +62,47 @@ def test_only_sid_differentiates_the_scores(method, reached):
     assert moved == {"generator": True, "teacher": reached, "fake_score": reached}
 
 
+@pytest.mark.parametrize(
+    "times", [(), (1.5, 0.5), (0.5, 0.75), (1.0, 0.5, 0.5), (1.0, 0.0), (1.0, -0.5)]
+)
+def test_times_that_do_not_descend_are_refused(times):
+    with pytest.raises(ValueError, match="must descend, from 1 at most"):
+        DMD((2,), times=times)
+
+
+def test_strides_that_do_not_divide_the_times_are_refused():
+    with pytest.raises(ValueError, match=r"strides=\(1, 3\) must divide the number of times"):
+        DMD((2,), strides=(1, 3))
+
+
+def test_one_step_from_an_early_time_starts_there():
+    # DMD2's one-step SDXL is conditioned on 399 of 1000, whatever its input.
+    method = DMD((2,), times=(0.4,))
+    made = method.rollout(affine(1.0, 0.0), {}, BATCH, KEY)
+    assert (made.t_from, made.t_to) == (pytest.approx(0.4), 0.0)
+    full = DMD((2,), times=(1.0,)).rollout(affine(1.0, 0.0), {}, BATCH, KEY)
+    np.testing.assert_allclose(made.x0, 0.4 * full.x0, rtol=1e-5)
+
+
+def test_strides_train_one_generator_for_several_numbers_of_calls():
+    method = DMD((2,), strides=(1, 2, 4))
+    keys = jax.random.split(KEY, 2000)
+    rollout = jax.vmap(lambda key: method.rollout(affine(1.0, 0.0), {}, BATCH, key))
+    made = jax.jit(rollout)(keys)
+    intervals, counts = np.unique(np.stack([made.t_from, made.t_to], 1), axis=0, return_counts=True)
+    wanted = {
+        (0.25, 0.0): 1 / 12,
+        (0.5, 0.0): 1 / 6,
+        (0.5, 0.25): 1 / 12,
+        (0.75, 0.5): 1 / 12,
+        (1.0, 0.0): 1 / 3,
+        (1.0, 0.5): 1 / 6,
+        (1.0, 0.75): 1 / 12,
+    }
+    assert [tuple(pair) for pair in intervals.tolist()] == list(wanted)
+    np.testing.assert_allclose(counts / 2000, list(wanted.values()), atol=4 * 0.47 / np.sqrt(2000))
+
+
 def times_of(method, made, n=4000):
     method = dataclasses.replace(method, clip=(0.0, 1.0))
     x0 = jnp.zeros((n, 1))
