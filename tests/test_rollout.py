@@ -77,7 +77,7 @@ def test_one_compilation_serves_every_exit_step(counted):
 def test_every_schedule_renoises_to_its_own_levels(schedule):
     generator = affine(0.3, 0.1, schedule)
     x, t = by_hand(generator, 2, schedule=schedule, shift=1.0)
-    made = simulate(generator, schedule=schedule, exit_step=2)
+    made = jax.jit(lambda g: simulate(g, schedule=schedule, exit_step=2))(generator)
     np.testing.assert_allclose(made.x0, generator(x, t, None), rtol=1e-5, atol=1e-5)
 
 
@@ -123,12 +123,13 @@ def test_a_stride_makes_a_student_of_fewer_steps(stride, times):
     """Thinned by a traced stride, the rollout is that of the shorter list of times."""
     generator = affine(0.3, 0.1)
     run = jax.jit(lambda stride, step: simulate(generator, stride=stride, exit_step=step))
-    for exit_step in range(len(times)):
-        made = run(stride, exit_step)
-        wanted = backward_simulation(
-            generator, NOISE, None, KEY, times=times, schedule=FLOW, exit_step=exit_step
+    short = jax.jit(
+        lambda step: backward_simulation(
+            generator, NOISE, None, KEY, times=times, schedule=FLOW, exit_step=step
         )
-        assert_close(made, wanted, rtol=1e-5)
+    )
+    for exit_step in range(len(times)):
+        assert_close(run(stride, exit_step), short(exit_step), rtol=1e-5)
     drawn = jax.jit(jax.vmap(lambda key: simulate(generator, key=key, stride=stride).t_from))
     assert set(np.asarray(drawn(jax.random.split(KEY, 100))).tolist()) == set(times)
 
@@ -136,14 +137,15 @@ def test_a_stride_makes_a_student_of_fewer_steps(stride, times):
 def test_noise_between_steps_is_fresh_and_of_the_right_level():
     # A generator that says 2 until its last call, where it shows its input: 2 alpha + sigma eps.
     noise = jnp.asarray(np.random.default_rng(1).standard_normal((4096, 2)), jnp.float32)
-    eps = [noise]
-    for step in (1, 2, 3):
-        made = simulate(
-            lambda x, t, _, last=TIMES[step]: jnp.where(t[:, None] == last, x, 2.0),
-            noise,
-            exit_step=step,
-        )
-        eps.append((made.x0 - 2.0 * (1 - TIMES[step])) / TIMES[step])
+
+    @jax.jit
+    def run(step):
+        last = jnp.asarray(TIMES)[step]
+        generator = lambda x, t, _: jnp.where(t[:, None] == last, x, 2.0)  # noqa: E731
+        made = simulate(generator, noise, exit_step=step)
+        return (made.x0 - 2.0 * (1 - last)) / last
+
+    eps = [noise, *(run(step) for step in (1, 2, 3))]
     eps = np.stack([np.ravel(e) for e in eps])
     assert np.abs(eps.mean(1)).max() < 4 / np.sqrt(8192)
     np.testing.assert_allclose(np.cov(eps), np.eye(4), atol=5 / np.sqrt(8192))
@@ -164,9 +166,10 @@ def test_no_gradient_reaches_the_noise_or_the_earlier_calls():
 
 def test_samples_do_not_depend_on_how_the_batch_is_split():
     generator = Denoiser(tiny_mlp(0))
-    whole = simulate(generator, exit_step=3).x0
+    run = jax.jit(lambda noise, index: simulate(generator, noise, index=index, exit_step=3))
+    whole = run(NOISE, jnp.arange(6)).x0
     for part in (jnp.array([0, 2, 4]), jnp.array([5])):
-        made = simulate(generator, NOISE[part], index=part, exit_step=3)
+        made = run(NOISE[part], part)
         np.testing.assert_allclose(made.x0, whole[part], rtol=1e-5, atol=1e-5)
 
 
