@@ -17,9 +17,10 @@ KEY = jax.random.key(7)
 TIMES = (1.0, 0.75, 0.5, 0.25)
 NOISE = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2)), jnp.float32)
 SCHEDULES = [FlowMatching(), EDM(), VP()]
+FLOW = FlowMatching()
 
 
-def simulate(generator, noise=NOISE, key=KEY, *, schedule=FlowMatching(), **settings):  # noqa: B008
+def simulate(generator, noise=NOISE, key=KEY, *, schedule=FLOW, **settings):
     return backward_simulation(
         generator, noise, None, key, times=TIMES, schedule=schedule, **settings
     )
@@ -59,7 +60,7 @@ def counted():
 def test_rollout_is_the_plain_loop_and_its_gradient_that_of_the_last_call(exit_step, counted):
     generator = Denoiser(tiny_mlp(0))
     made, grad = counted[0](generator, exit_step)
-    x, t = by_hand(generator, exit_step, schedule=FlowMatching(), shift=5.0)
+    x, t = by_hand(generator, exit_step, schedule=FLOW, shift=5.0)
     np.testing.assert_allclose(made.x0, generator(x, t, None), rtol=1e-4, atol=1e-5)
     wanted = jax.grad(lambda g: jnp.sum(jnp.sin(g(x, t, None))))(generator)
     assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
@@ -76,7 +77,7 @@ def test_one_compilation_serves_every_exit_step(counted):
 def test_every_schedule_renoises_to_its_own_levels(schedule):
     generator = affine(0.3, 0.1, schedule)
     x, t = by_hand(generator, 2, schedule=schedule, shift=1.0)
-    made = simulate(generator, schedule=schedule, exit_step=2)
+    made = jax.jit(lambda g: simulate(g, schedule=schedule, exit_step=2))(generator)
     np.testing.assert_allclose(made.x0, generator(x, t, None), rtol=1e-5, atol=1e-5)
 
 
@@ -105,17 +106,46 @@ def test_exit_steps_are_uniform_and_shared_by_the_batch():
     assert np.sum((counts - 1000) ** 2 / 1000) < 16.3  # chi-squared, 3 degrees, one in a thousand
 
 
+def test_a_share_of_rollouts_runs_to_the_last_step():
+    keys = jax.random.split(KEY, 4000)
+
+    def last(share):
+        run = jax.vmap(lambda key: simulate(affine(1.0, 0.0), key=key, last_step_share=share).t_to)
+        return np.mean(np.asarray(jax.jit(run)(keys)) == 0.0)
+
+    # With probability 0.6 for sure, and with 0.4 one of four.
+    assert last(0.6) == pytest.approx(0.7, abs=4 * np.sqrt(0.21 / 4000))
+    assert last(1.0) == 1.0  # the last_step_only of Self-Forcing
+
+
+@pytest.mark.parametrize("stride, times", [(1, TIMES), (2, (1.0, 0.5)), (4, (1.0,))])
+def test_a_stride_makes_a_student_of_fewer_steps(stride, times):
+    """Thinned by a traced stride, the rollout is that of the shorter list of times."""
+    generator = affine(0.3, 0.1)
+    run = jax.jit(lambda stride, step: simulate(generator, stride=stride, exit_step=step))
+    short = jax.jit(
+        lambda step: backward_simulation(
+            generator, NOISE, None, KEY, times=times, schedule=FLOW, exit_step=step
+        )
+    )
+    for exit_step in range(len(times)):
+        assert_close(run(stride, exit_step), short(exit_step), rtol=1e-5)
+    drawn = jax.jit(jax.vmap(lambda key: simulate(generator, key=key, stride=stride).t_from))
+    assert set(np.asarray(drawn(jax.random.split(KEY, 100))).tolist()) == set(times)
+
+
 def test_noise_between_steps_is_fresh_and_of_the_right_level():
     # A generator that says 2 until its last call, where it shows its input: 2 alpha + sigma eps.
     noise = jnp.asarray(np.random.default_rng(1).standard_normal((4096, 2)), jnp.float32)
-    eps = [noise]
-    for step in (1, 2, 3):
-        made = simulate(
-            lambda x, t, _, last=TIMES[step]: jnp.where(t[:, None] == last, x, 2.0),
-            noise,
-            exit_step=step,
-        )
-        eps.append((made.x0 - 2.0 * (1 - TIMES[step])) / TIMES[step])
+
+    @jax.jit
+    def run(step):
+        last = jnp.asarray(TIMES)[step]
+        generator = lambda x, t, _: jnp.where(t[:, None] == last, x, 2.0)  # noqa: E731
+        made = simulate(generator, noise, exit_step=step)
+        return (made.x0 - 2.0 * (1 - last)) / last
+
+    eps = [noise, *(run(step) for step in (1, 2, 3))]
     eps = np.stack([np.ravel(e) for e in eps])
     assert np.abs(eps.mean(1)).max() < 4 / np.sqrt(8192)
     np.testing.assert_allclose(np.cov(eps), np.eye(4), atol=5 / np.sqrt(8192))
@@ -129,16 +159,17 @@ def test_no_gradient_reaches_the_noise_or_the_earlier_calls():
     for exit_step in range(4):
         to_noise, to_scale = run(NOISE, 0.3, exit_step)
         np.testing.assert_array_equal(to_noise, 0.0)
-        x, _ = by_hand(affine(0.3, 0.5), exit_step, schedule=FlowMatching(), shift=1.0)
+        x, _ = by_hand(affine(0.3, 0.5), exit_step, schedule=FLOW, shift=1.0)
         # d (scale x + shift) / d scale = x; the earlier calls used scale as well.
         np.testing.assert_allclose(to_scale, jnp.sum(x), rtol=1e-4)
 
 
 def test_samples_do_not_depend_on_how_the_batch_is_split():
     generator = Denoiser(tiny_mlp(0))
-    whole = simulate(generator, exit_step=3).x0
+    run = jax.jit(lambda noise, index: simulate(generator, noise, index=index, exit_step=3))
+    whole = run(NOISE, jnp.arange(6)).x0
     for part in (jnp.array([0, 2, 4]), jnp.array([5])):
-        made = simulate(generator, NOISE[part], index=part, exit_step=3)
+        made = run(NOISE[part], part)
         np.testing.assert_allclose(made.x0, whole[part], rtol=1e-5, atol=1e-5)
 
 

@@ -121,7 +121,7 @@ def test_a_hosts_rows_become_a_global_array():
     np.testing.assert_array_equal(made, rows)
 
 
-METHOD = DMD((2,), times=(1.0, 0.5), guidance=2.0)
+METHOD = DMD((2,), times=(1.0,))
 ROLES = ("generator", "fake_score")
 TX = per_role({role: AdamW(1e-2, weight_decay=0.1).transform(10) for role in ROLES})
 MLP_RULES = ((r"(second|last)/kernel$", P("fsdp", None)), (r"first/kernel$", P(None, "fsdp")))

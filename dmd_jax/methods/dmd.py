@@ -5,6 +5,7 @@ numbers.
 """
 
 import dataclasses
+from itertools import pairwise
 from typing import ClassVar
 
 import jax
@@ -70,6 +71,9 @@ class DMD:
     batched_guidance: bool = True
 
     def __post_init__(self):
+        levels = (*self.times, 0.0)
+        if not 0.0 < levels[0] <= 1.0 or any(a <= b for a, b in pairwise(levels)):
+            raise ValueError(f"times={self.times} must descend, from 1 at most, and end above 0")
         if any(len(self.times) % stride for stride in self.strides):
             raise ValueError(f"strides={self.strides} must divide the number of times={self.times}")
 
@@ -78,7 +82,7 @@ class DMD:
         noise_key, stride_key, step_key = jax.random.split(key, 3)
         noise = randomness.normal(noise_key, batch["index"], self.sample_shape)
         cond, schedule = batch["cond"], generator.schedule
-        if len(self.times) == 1:
+        if self.times == (1.0,):
             return rollout.one_step(generator, noise, cond, schedule=schedule)
         return rollout.backward_simulation(
             generator,
