@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping
@@ -567,14 +568,26 @@ def _first_line(error: BaseException, limit: int = 140) -> str:
 def _mute_abandoned_io() -> None:
     """Keeps one failed read or write from printing hundreds of tracebacks.
 
-    When one array fails, Orbax raises and abandons the others, each of which then reports in a
-    thread of its own that nobody listens. The one error that counts is raised all the same.
+    When one array fails, Orbax raises and abandons the others. Each then reports for itself, by
+    way of the interpreter or of asyncio, whichever comes first. The one error that counts is raised
+    all the same.
     """
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        message = str(unraisable.exc_value)
-        if not ("Event loop is closed" in message or "TensorStore" in message):
+        if not _of_abandoned_io(unraisable.exc_value):
             previous(unraisable)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(_not_of_abandoned_io)
+
+
+def _not_of_abandoned_io(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _of_abandoned_io(record.exc_info[1]))
+
+
+def _of_abandoned_io(error: BaseException | None) -> bool:
+    if any(word in str(error) for word in ("Event loop is closed", "TensorStore")):
+        return True
+    frames = traceback.walk_tb(getattr(error, "__traceback__", None))
+    return any(frame.f_globals.get("__name__", "").startswith("orbax.") for frame, _ in frames)

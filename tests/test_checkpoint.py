@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -230,6 +231,23 @@ def test_a_fallback_is_told_in_a_few_lines_not_in_hundreds(tmp_path):
     assert sum("2 is damaged: state cannot be read" in line for line in lines) == 1
     assert sum("was moved to" in line for line in lines) == 1
     assert len(lines) < 6  # the compiler may have a word of its own on a busy machine
+
+
+def test_what_orbax_abandons_is_not_told_by_asyncio_either(tmp_path, caplog):
+    with Checkpointer(tmp_path):
+        pass
+    abandoned = own = None
+    try:
+        ocp.StandardCheckpointHandler().restore(tmp_path / "nothing")
+    except Exception as error:  # whatever type Orbax chooses
+        abandoned = error
+    try:
+        raise RuntimeError("mine")
+    except RuntimeError as error:
+        own = error
+    for error in (abandoned, own):
+        logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=error)
+    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [own]
 
 
 def test_all_damaged_is_an_error_naming_each_and_touching_none(tmp_path):

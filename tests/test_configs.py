@@ -29,7 +29,7 @@ def made(name, variant, teacher, data_dir):
     return config
 
 
-@pytest.mark.parametrize("name, variant", found())
+@pytest.mark.parametrize("name, variant", list(found()))
 def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, data_dir):
     run = train.build(made(name, variant, teacher, data_dir))
     config, state = run.config, run.state_shape()
@@ -52,7 +52,7 @@ def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, 
     assert kinds and len(run.samplers()) == len(config.evaluate.steps)
 
 
-@pytest.mark.parametrize("name, variant", found())
+@pytest.mark.parametrize("name, variant", list(found()))
 def test_config_names_nothing_that_the_program_does_not_read(name, variant):
     config = programs.load_config(f"configs/{name}", variant)
     sections = {"log": {"every", "tensorboard"}, "checkpoint": {"every", "keep"}}
@@ -63,7 +63,7 @@ def test_config_names_nothing_that_the_program_does_not_read(name, variant):
     assert set(config.evaluate) == judged | of_the_teacher
 
 
-@pytest.mark.parametrize("name, variant", found())
+@pytest.mark.parametrize("name, variant", list(found()))
 def test_config_says_the_command_that_runs_it(name, variant):
     command = f"python -m dmd_jax.main --config=configs/{name}"
     module = programs.load_module(Path("configs") / name)
