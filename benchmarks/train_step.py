@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from dmd_jax import rollout, train
 from dmd_jax.denoiser import guided
+from dmd_jax.run import build
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/dmd.py")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds over all parts; the median is printed.")
@@ -46,7 +47,7 @@ def forward_flops(net, batch):
 
 
 def main(_):
-    run = train.build(CONFIG.value)
+    run = build(CONFIG.value)
     with jax.set_mesh(run.mesh):
         measure(run)
 

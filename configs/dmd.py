@@ -13,9 +13,11 @@ import ml_collections
 from ml_collections import config_dict
 
 from dmd_jax.configuration import complete, unknown
+from dmd_jax.health import Thresholds
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
 from dmd_jax.optimizer import AdamW
+from dmd_jax.step import EMA
 
 
 def get_config(arg=""):
@@ -46,9 +48,10 @@ def get_config(arg=""):
         compute=compute,
         optimizer=dict(cls=AdamW, learning_rate=4e-4, b1=0.0, b2=0.99),
     )
-    config.ema = dict(decay=0.97, start=0)
+    config.ema = dict(cls=EMA, decay=0.97, start=0)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.log = dict(every=50, tensorboard=True)
+    config.health = dict(cls=Thresholds)
     config.checkpoint = dict(every=600, keep=2)
     config.evaluate = dict(
         features="mnist_metric",
@@ -58,6 +61,7 @@ def get_config(arg=""):
         steps=(4, 2, 1),
         teacher_steps=(50, 16, 8, 4),
         teacher_guidance=1.25,
+        recompute=False,  # the teacher's rows, which are kept as long as nothing changes them
     )
     if arg not in VARIANTS:
         raise KeyError(unknown(f"variant configs/dmd.py:{arg}", arg, VARIANTS))

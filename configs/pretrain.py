@@ -13,10 +13,12 @@ from ml_collections import config_dict
 
 from dmd_jax.configuration import complete
 from dmd_jax.denoiser import Velocity
+from dmd_jax.health import Thresholds
 from dmd_jax.methods.pretrain import Pretrain
 from dmd_jax.models.dit import DiTConfig
 from dmd_jax.optimizer import AdamW
 from dmd_jax.schedule import FlowMatching
+from dmd_jax.step import EMA
 
 
 def get_config():
@@ -46,9 +48,10 @@ def get_config():
             decay="cosine",
         ),
     )
-    config.ema = dict(decay=0.999, start=1_000)
+    config.ema = dict(cls=EMA, decay=0.999, start=1_000)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.log = dict(every=100, tensorboard=True)
+    config.health = dict(cls=Thresholds)
     config.checkpoint = dict(every=1_000, keep=2)
     config.evaluate = dict(
         features="mnist_metric", every=2_000, samples=500, num=2_000, steps=(50,), guidance=1.25

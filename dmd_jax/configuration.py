@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 # What a resumed run may change: its length, what is written down along the way, and where and how
 # it is computed.
-FREE = ("steps", "log", "checkpoint", "evaluate", "mesh", "accumulate")
+FREE = ("steps", "log", "checkpoint", "health", "evaluate", "mesh", "accumulate")
 
 
 def complete(config):

@@ -53,6 +53,17 @@ def require_fit(what, denoiser, source):
         )
 
 
+def require_numbers(judge, num_classes, **counts):
+    """Raises ValueError where so many samples cannot be judged, class by class."""
+    least = max(2 * num_classes, judge.dim + 1)
+    for name, count in counts.items():
+        if count % num_classes or count < least:
+            raise ValueError(
+                f"{name}={count} must be a multiple of the {num_classes} classes, {least} at least "
+                f"({judge.name} has {judge.dim} features)"
+            )
+
+
 def rows(denoiser, samplers, judge, num, seed=SEED):
     """Judges a network under each sampler.
 
@@ -85,19 +96,30 @@ def teacher_rows(path, samplers, judge, num, *, recompute=False, store=None):
         store: where to keep, and look for, rows that are not beside the teacher; None for nowhere.
     """
     path = weights.find(path)
-    asked = f"{samplers} {num} {SEED} {judge.fingerprint}".encode()
-    fingerprint = hashlib.sha256(path.read_bytes() + asked).hexdigest()
-    for stored in (path.with_suffix(".rows.json"), store):
-        if stored and stored.exists() and not recompute:
-            held = json.loads(stored.read_text())
-            if held["fingerprint"] == fingerprint:
-                return held["rows"]
-    log.info("no rows are stored for this teacher, metric and data: judging the teacher")
-    table = rows(weights.load(path), samplers, judge, num)
-    if store and jax.process_index() == 0:
-        kept = {"fingerprint": fingerprint, "rows": table}
-        write_text(store, json.dumps(kept, indent=1) + "\n")
-    return table
+    common = f"{weights.fingerprint(path)} {judge.fingerprint} {num} {SEED}"
+    keys = {sampler: f"{sampler} {_digest(common)}" for sampler in samplers}
+    stored = _stored_rows(store) | _stored_rows(path.with_suffix(".rows.json"))
+    held = {} if recompute else stored
+    missing = [sampler for sampler in samplers if keys[sampler] not in held]
+    if missing:
+        log.info("judging the teacher: no rows are stored for %s", missing)
+        table = rows(weights.load(path), missing, judge, num)
+        held |= dict(zip((keys[sampler] for sampler in missing), table, strict=True))
+        if store and jax.process_index() == 0:
+            write_text(store, json.dumps(_stored_rows(store) | held, indent=1) + "\n")
+    return [held[key] for key in keys.values()]
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stored_rows(path):
+    """{key: row} of a file of rows; {} where there is none that can be read."""
+    try:
+        return json.loads(path.read_text()) if path else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def report_text(title, table, metric):

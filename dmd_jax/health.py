@@ -15,6 +15,7 @@ a resumed run is judged exactly as one that was never stopped.
             extra = {"window": window.state, "monitor": monitor.state}
 """
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,23 @@ ADVICE = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """When a `Monitor` calls a run lost. The defaults are far from what healthy digits show.
+
+    Attributes:
+        patience: records in a row that must show a symptom.
+        explosion: factor over the running median of a loss.
+        saturation: fraction of |x| > 1.05. Latents are not bounded by 1: give 1.0, which is never.
+        collapse: fraction of the diversity at the start.
+    """
+
+    patience: int = 3
+    explosion: float = 10.0
+    saturation: float = 0.6
+    collapse: float = 0.25
+
+
 class Monitor:
     """Reads the records of a run and raises `Diverged` when it is past saving.
 
@@ -123,10 +141,7 @@ class Monitor:
     threshold for them is known to hold across data sets.
 
     Args:
-        patience: records in a row.
-        explosion: factor over the running median.
-        saturation: fraction. Latents are not bounded by 1: give 1.0 there, which is never.
-        collapse: fraction of the diversity at the start.
+        thresholds: when a symptom is one.
         state: `state` of an earlier monitor, to go on where that one stood.
     """
 
@@ -136,18 +151,9 @@ class Monitor:
     least_median = 0.1
 
     def __init__(
-        self,
-        *,
-        patience: int = 3,
-        explosion: float = 10.0,
-        saturation: float = 0.6,
-        collapse: float = 0.25,
-        state: Mapping[str, Any] | None = None,
+        self, thresholds: Thresholds = Thresholds(), state: Mapping[str, Any] | None = None
     ):
-        self.patience = patience
-        self.explosion = explosion
-        self.saturation = saturation
-        self.collapse = collapse
+        self.thresholds = thresholds
         state = state or {"step": 0, "past": {}, "showing": {}}
         self._step: int = state["step"]
         self._past = {key: list(values) for key, values in state["past"].items()}
@@ -180,11 +186,11 @@ class Monitor:
                 continue
             well_until, times = self._showing.get(symptom, (self._step, 0))
             self._showing[symptom] = well_until, times + 1
-            if times + 1 >= self.patience:
+            if times + 1 >= self.thresholds.patience:
                 raise Diverged(
                     f"The run has diverged at step {step}, {symptom}: {evidence}; {times + 1} "
                     f"records in a row, all was well until step {well_until}. What may help: "
-                    f"{ADVICE[symptom.split()[0]]}.",
+                    f"{ADVICE[symptom.split()[0]]}; then start in a new directory.",
                     well_until,
                 )
         self._step = step
@@ -202,7 +208,7 @@ class Monitor:
             bad = numbers[key] >= 0.5
             yield "non-finite samples", f"{key} is {numbers[key]:.3g}" if bad else None
         if (key := "samples/saturation") in numbers:
-            bad = numbers[key] > self.saturation
+            bad = numbers[key] > self.thresholds.saturation
             yield "saturating samples", f"{key} is {numbers[key]:.3g}" if bad else None
         if (key := "samples/diversity") in numbers:
             yield "collapsing samples", self._collapsing(key, numbers)
@@ -221,7 +227,7 @@ class Monitor:
         size = abs(numbers[key])
         if len(past) >= self.warm_up:
             usual = max(statistics.median(past), self.least_median)
-            if size > self.explosion * usual:
+            if size > self.thresholds.explosion * usual:
                 return (
                     f"{key} is {numbers[key]:.3g}, {size / usual:.0f} times its usual {usual:.3g}"
                 )
@@ -234,5 +240,5 @@ class Monitor:
             start.append(numbers[key])
             return None
         usual = statistics.median(start)
-        bad = numbers[key] < self.collapse * usual
+        bad = numbers[key] < self.thresholds.collapse * usual
         return f"{key} is {numbers[key]:.3g}, at the start it was {usual:.3g}" if bad else None

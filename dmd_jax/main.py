@@ -21,6 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dmd_jax import checkpoint, health, train
+from dmd_jax.run import build, describe
 
 FLAGS = flags.FLAGS
 
@@ -46,6 +47,8 @@ def define_flags():
 def workdir():
     """--workdir, or runs/<the config's name>, its argument included: runs/dmd_one_step."""
     if FLAGS.workdir:
+        if "://" in FLAGS.workdir:
+            refuse(f"--workdir={FLAGS.workdir}: mount the bucket, and give a directory")
         return Path(FLAGS.workdir)
     path, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     return Path("runs") / "_".join(filter(None, (Path(path).stem, argument)))
@@ -82,10 +85,10 @@ def main(argv):
     if FLAGS.distributed:
         join()
     try:
-        run = train.build(FLAGS.config)
+        run = build(FLAGS.config)
     except (ValueError, FileNotFoundError) as error:
         refuse(error)
-    print(train.describe(run), flush=True)
+    print(describe(run), flush=True)
     if FLAGS.dry_run:
         return
     try:

@@ -132,8 +132,27 @@ def replicate(tree):
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
+def batch_part(mesh, size):
+    """Which part of a global batch of `size` rows this host's devices hold: (index, count).
+
+    Hosts whose devices differ along context or tensor alone hold the same part.
+
+    Raises:
+        ValueError: its devices hold rows that are no such part; order the mesh by hosts.
+    """
+    held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
+    rows = sorted({(part.start or 0, size if part.stop is None else part.stop) for (part,) in held})
+    start, length = rows[0][0], sum(stop - first for first, stop in rows)
+    if start + length != rows[-1][1] or size % length or start % length:
+        raise ValueError(
+            f"this host's devices hold rows {rows} of a batch of {size}, which are no equal part "
+            f"of it: make the mesh's data and fsdp axes follow the hosts, unlike {mesh}"
+        )
+    return start // length, size // length
+
+
 def global_batch(tree):
-    """Makes global arrays, split over data and fsdp, from each host's own rows of a batch."""
+    """Makes global arrays, split over data and fsdp, from each host's own part of a batch."""
     if not _has_mesh():
         return jax.tree.map(jax.numpy.asarray, tree)
     sharding = NamedSharding(jax.sharding.get_mesh(), P(BATCH))

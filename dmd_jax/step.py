@@ -40,10 +40,17 @@ class EMA:
     """Moving average of the generator: ema <- decay ema + (1 - decay) generator, once an update.
 
     Before step `start` the average is the generator itself.
+
+    Raises:
+        ValueError: the decay is not in [0, 1), or the start is negative.
     """
 
     decay: float = 0.99
     start: int = 0
+
+    def __post_init__(self):
+        if not 0.0 <= self.decay < 1.0 or self.start < 0:
+            raise ValueError(f"decay={self.decay} must be in [0, 1), start={self.start} 0 or more")
 
     def __call__(self, ema, generator, step):
         decay = jnp.where(step >= self.start, self.decay, 0.0)

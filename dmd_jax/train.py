@@ -1,256 +1,28 @@
-"""The training program: a config becomes networks, a method and a step; the loop runs and reports.
+"""The training program: the loop over the steps of a run, and what is left when it ends.
 
-    run = build(config)         resolve and check everything; nothing is computed
+    run = build(config)         see run.py
     train(run, workdir)         start or resume, loop, save, export, report
 
-Imports every room below. Configs stop here.
+Imports every room below.
 """
 
-import dataclasses
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dmd_jax import checkpoint, data, evaluate, health, optimizer, report, sample, sharding, weights
-from dmd_jax.configuration import construct, differences, flatten, unknown
-from dmd_jax.denoiser import Denoiser
-from dmd_jax.step import EMA, init_state, train_step
+from dmd_jax import checkpoint, data, evaluate, health, report, sample, sharding, weights
+from dmd_jax.configuration import construct, differences, flatten
+from dmd_jax.step import train_step
 from dmd_jax.writers import Progress, Writer
 
-KEYS = (
-    *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
-    *("data", "method", "ema", "mesh", "log", "checkpoint", "evaluate"),
-)
-# The least value of numbers that no class checks.
-LEAST = {"seed": 0, "checkpoint.keep": 2} | dict.fromkeys(
-    (
-        *("steps", "batch_size", "accumulate", "generator_every"),
-        *("log.every", "checkpoint.every", "evaluate.every"),
-    ),
-    1,
-)
 log = logging.getLogger(__name__)
 
 EXPORT, BEST = "generator.safetensors", "best.safetensors"
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A config, resolved. Networks are abstract (jax.ShapeDtypeStruct) until `start`.
-
-    Attributes:
-        config: the ConfigDict that all this was made from.
-        method: a dataclass of `methods/`.
-        nets: {role: Denoiser}, trainable.
-        frozen: {role: Denoiser}, which nothing changes.
-        tx: the optimizer of all trainable roles.
-        source: the training data.
-        mesh: the devices.
-    """
-
-    config: Any
-    method: Any
-    nets: dict[str, Denoiser]
-    frozen: dict[str, Denoiser]
-    tx: Any
-    source: data.Source
-    mesh: jax.sharding.Mesh
-
-    def updates_generator(self, step):
-        """Whether the generator learns at this step: the one clock of everything."""
-        return step % self.config.generator_every == 0
-
-    def state_shape(self):
-        """The TrainState, as jax.ShapeDtypeStructs with shardings."""
-        shapes = jax.eval_shape(lambda: init_state(_zeros(self.nets), self.tx))
-        return _placed(shapes, self.nets, self.mesh)
-
-    def start(self):
-        """(TrainState at step 0, frozen nets), loaded and placed."""
-        nets = {role: _load(self.config, role, net) for role, net in self.nets.items()}
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape())
-        state = jax.jit(partial(init_state, tx=self.tx), out_shardings=shardings)(nets)
-        return state, self.load_frozen()
-
-    def load_frozen(self):
-        """The frozen nets, in the dtype that they compute in."""
-        placed = _placed(self.frozen, self.frozen, self.mesh)
-        loaded = {role: _load(self.config, role, net) for role, net in self.frozen.items()}
-        return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), loaded, placed)
-
-    def samplers(self):
-        """What the trained network is judged under, the run's own first."""
-        spec = self.config.evaluate
-        if hasattr(self.method, "times"):
-            times, shift = self.method.times, self.method.shift
-            return [sample.FewStep(sample.fewer(times, n), shift) for n in spec.steps]
-        return [sample.ManyStep(n, spec.guidance) for n in spec.steps]
-
-    def judge(self):
-        """The Judge of the run's data; None where the config names no feature network."""
-        spec = self.config
-        return evaluate.data_judge(spec.data.name, spec.data.data_dir, spec.evaluate.features)
-
-    def batches(self, step):
-        """This host's batches from `step` on: {"cond", "uncond"} and what the method wants."""
-        local = data.Batches(
-            self.source,
-            self.config.batch_size,
-            self.config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        null = self.nets["generator"].net.config.uncond
-        for batch in local.iterate(step):
-            made = {"cond": batch["label"], "uncond": np.full_like(batch["label"], null)}
-            if self.method.uses_data:
-                made["data"] = batch["image"]
-            yield sharding.global_batch(made)
-
-
-def build(config, devices=None):
-    """Checks a config and resolves it; reads headers, loads no weights, computes nothing.
-
-    Raises:
-        ValueError, FileNotFoundError: the offending path, both values and what to do.
-    """
-    kind = config.method.cls
-    _check_numbers(config, (*KEYS, *kind.trainable, *kind.frozen))
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
-    if config.batch_size % parts:
-        raise ValueError(
-            f"config.batch_size={config.batch_size} does not divide into {parts} parts "
-            f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x "
-            f"config.accumulate={config.accumulate})"
-        )
-    source = data.load(config.data.name, "train", config.data.data_dir)
-    # The teacher first: others may start from its file, and a wrong path is the teacher's.
-    frozen = {role: _abstract(config, role, source) for role in kind.frozen}
-    nets = {role: _abstract(config, role, source) for role in kind.trainable}
-    _check_fit(nets | frozen, source)
-    shape = nets["generator"].net.config.sample_shape
-    method = construct(config.method, "config.method", sample_shape=shape)
-    transforms = {}
-    for role in nets:
-        every = config.generator_every if role == "generator" else 1
-        adamw = construct(config[role].optimizer, f"config.{role}.optimizer")
-        transforms[role] = adamw.transform(-(-config.steps // every))
-    return Run(config, method, nets, frozen, optimizer.per_role(transforms), source, mesh)
-
-
-def _check_numbers(config, known):
-    for name in config:
-        if name not in known:
-            raise ValueError(unknown(f"config.{name}", name, known))
-    if missing := [name for name in known if name not in config]:
-        raise ValueError(f"config lacks {missing}; {config.method.cls.__name__} needs them")
-    values = flatten(config)
-    for name, least in LEAST.items():
-        if values[name] < least:
-            raise ValueError(f"config.{name} is {values[name]}; it must be {least} or more")
-
-
-def _check_fit(nets, source):
-    """All networks speak of the data's images and classes; the two scores share a schedule."""
-    for role, denoiser in nets.items():
-        evaluate.require_fit(f"config.{role}", denoiser, source)
-    schedules = {role: nets[role].schedule for role in ("teacher", "fake_score") if role in nets}
-    if len(set(schedules.values())) > 1:
-        raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
-
-
-def _path(config, role):
-    """The file that a role starts from; None for a fresh network."""
-    path = config[role].weights
-    if path == "random":
-        return None
-    if path != "teacher":
-        return path
-    if "teacher" not in config:
-        raise ValueError(f"config.{role}.weights='teacher', but this run has no teacher")
-    return config.teacher.weights
-
-
-def _abstract(config, role, source):
-    """A role's Denoiser, abstract; a `model` that its file does not hold is refused."""
-    spec, path = config[role], _path(config, role)
-    compute = dict(spec.get("compute", {}))
-    if path is not None:
-        try:
-            held = weights.abstract(path, **compute)
-        except (TypeError, ValueError, FileNotFoundError) as error:
-            raise ValueError(f"config.{role}: {error}") from error
-        if "model" not in spec:
-            return held
-    size, _, channels = source.image_shape
-    given = dict(image_size=size, channels=channels, num_classes=source.num_classes, **compute)
-    model = construct(spec.model, f"config.{role}.model", **given)
-    net = jax.eval_shape(lambda: weights.build(model))
-    if path is None:
-        schedule = construct(spec.schedule, f"config.{role}.schedule")
-        return Denoiser(net, schedule, construct(spec.prediction, f"config.{role}.prediction"))
-    if lines := weights.differing(weights.shapes(net), weights.shapes(held.net)):
-        raise ValueError(
-            f"config.{role}.model is not the network in {path}; change the model, or start from "
-            f"config.{role}.weights='random':\n{lines}"
-        )
-    return held
-
-
-def _load(config, role, abstract):
-    path = _path(config, role)
-    if path is None:
-        net = weights.build(abstract.net.config, seed=config.seed)
-        return dataclasses.replace(abstract, net=net)
-    loaded = weights.load(path, **dict(config[role].get("compute", {})))
-    if role == "teacher":
-        return jax.tree.map(lambda x: x.astype(abstract.net.config.dtype), loaded)
-    return loaded
-
-
-def _zeros(tree):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-
-def _placed(shapes, nets, mesh):
-    """`shapes` with shardings, by the rules of the families of `nets`."""
-    rules = tuple(
-        dict.fromkeys(r for net in nets.values() for r in weights.sharding_rules(net.net))
-    )
-    shardings = sharding.infer(shapes, rules, mesh) if nets else shapes
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-
-
-def describe(run):
-    """Parameters and bytes by role, as a table in text: what the devices have to hold."""
-    state = run.state_shape()
-
-    def mebibytes(tree):
-        return checkpoint.tree_bytes(tree) / 2**20
-
-    lines = [f"{'role':<12}{'parameters':>14}{'dtype':>10}{'weights':>14}"]
-    for role, denoiser in (run.nets | run.frozen).items():
-        count = sum(x.size for x in jax.tree.leaves(denoiser))
-        dtype = denoiser.net.config.dtype if role in run.frozen else "float32"
-        size = count * jnp.dtype(dtype).itemsize / 2**20
-        lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB")
-    lines += [
-        f"{'average':<36}{mebibytes(state.ema):>10.1f} MiB",
-        f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",
-        f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
-        f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",
-    ]
-    return "\n".join(lines)
 
 
 def compile_steps(run, state, frozen, batch, key):
@@ -261,7 +33,7 @@ def compile_steps(run, state, frozen, batch, key):
             train_step,
             method=run.method,
             tx=run.tx,
-            ema=EMA(**config.ema),
+            ema=run.ema,
             reuse_rollout=config.reuse_rollout,
             accumulate=config.accumulate,
         ),
@@ -291,6 +63,11 @@ def train(run, workdir):
         health.Diverged: the run went bad; its last good checkpoint stays.
     """
     checkpoint.check_writable(workdir)
+    if (judge := run.judge()) is not None:
+        counts = {
+            f"config.evaluate.{name}": run.config.evaluate[name] for name in ("samples", "num")
+        }
+        evaluate.require_numbers(judge, run.source.num_classes, **counts)
     _claim(run.config, workdir)
     shape = run.state_shape()
     with (
@@ -356,7 +133,7 @@ def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
         return state
     root = jax.random.key(config.seed, impl="threefry2x32")
     window = health.Window(config.log.every, extra.get("window"))
-    monitor = health.Monitor(state=extra.get("monitor"))
+    monitor = health.Monitor(construct(config.health, "config.health"), extra.get("monitor"))
     progress = Progress(config.steps, config.batch_size)
 
     def heed(record):
@@ -442,9 +219,12 @@ def _report(run, trained, workdir):
         path = run.config.teacher.weights
         teachers = [sample.ManyStep(n, spec.teacher_guidance) for n in spec.teacher_steps]
         kept = workdir / "teacher.rows.json"
-        table += evaluate.teacher_rows(path, teachers, judge, spec.num, store=kept)
-        many = teachers[0]
-        pictures[many.title] = sample.draw(weights.load(path), many, labels, seed)
+        table += evaluate.teacher_rows(
+            path, teachers, judge, spec.num, recompute=spec.recompute, store=kept
+        )
+        teacher = weights.load(path)
+        for sampler in (teachers[0], teachers[-1]):
+            pictures[sampler.title] = sample.draw(teacher, sampler, labels, seed)
     table += evaluate.rows(trained, run.samplers(), judge, spec.num)
     for sampler in run.samplers():
         pictures[sampler.title] = sample.draw(trained, sampler, labels, seed)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import programs
 import pytest
 
-from dmd_jax import train
-from dmd_jax.step import EMA, train_step
+from dmd_jax.run import build
+from dmd_jax.step import train_step
 
 
 def found():
@@ -31,7 +31,7 @@ def made(name, variant, teacher, data_dir):
 
 @pytest.mark.parametrize("name, variant", list(found()))
 def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, data_dir):
-    run = train.build(made(name, variant, teacher, data_dir))
+    run = build(made(name, variant, teacher, data_dir))
     config, state = run.config, run.state_shape()
     assert {leaf.sharding.mesh.size for leaf in jax.tree.leaves(state)} == {jax.device_count()}
     label = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
@@ -43,7 +43,7 @@ def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, 
     kinds = {run.updates_generator(step) for step in range(config.generator_every)}
     for kind in kinds:
         step = partial(
-            train_step, method=run.method, tx=run.tx, update_generator=kind, ema=EMA(**config.ema),
+            train_step, method=run.method, tx=run.tx, update_generator=kind, ema=run.ema,
             reuse_rollout=config.reuse_rollout, accumulate=config.accumulate,
         )  # fmt: skip
         after, metrics = jax.eval_shape(step, state, run.frozen, batch, key)
@@ -59,8 +59,8 @@ def test_config_names_nothing_that_the_program_does_not_read(name, variant):
     for section, known in sections.items():
         assert set(config[section]) == known
     judged = {"features", "every", "samples", "num", "steps"}
-    of_the_teacher = {"teacher_steps", "teacher_guidance"} if "teacher" in config else {"guidance"}
-    assert set(config.evaluate) == judged | of_the_teacher
+    teacher = {"teacher_steps", "teacher_guidance", "recompute"}
+    assert set(config.evaluate) == judged | (teacher if "teacher" in config else {"guidance"})
 
 
 @pytest.mark.parametrize("name, variant", list(found()))

@@ -68,6 +68,10 @@ def other_metric(judge, **_):
     judge.fingerprint = "another metric, or other data"
 
 
+def damaged_store(store, **_):
+    store.write_text(store.read_text()[:-20])
+
+
 def other_weights(file, **_):
     programs.save_tiny(file, seed=1)
 
@@ -77,8 +81,9 @@ def other_weights(file, **_):
     [
         (other_metric, {}),
         (other_weights, {}),
+        (damaged_store, {}),
         (None, {"num": 20}),
-        (None, {"samplers": [ManyStep(2, 1.25), ManyStep(1, 1.5)]}),
+        (None, {"samplers": [ManyStep(3, 1.5), ManyStep(2, 1.25)]}),
         (None, {"recompute": True}),
     ],
 )
@@ -90,7 +95,15 @@ def test_rows_are_computed_anew_where_anything_differs(judge, file, tmp_path, ch
         change(judge=judge, file=file, store=store)
     again = evaluate.teacher_rows(file, judge=judge, **asked | arguments)
     assert len(judge.seen) == 2 * len(SAMPLERS)
-    assert json.loads(store.read_text())["rows"] == again
+    stored = json.loads(store.read_text()).values()
+    assert all(row in stored for row in again)
+
+
+def test_a_sampler_that_was_judged_before_is_not_judged_again(judge, file, tmp_path):
+    asked = {"judge": judge, "num": 10, "store": tmp_path / "kept.json"}
+    first = evaluate.teacher_rows(file, SAMPLERS, **asked)
+    more = evaluate.teacher_rows(file, [ManyStep(3, 1.5), *SAMPLERS], **asked)
+    assert more[1:] == first and len(judge.seen) == len(SAMPLERS) + 1
 
 
 def test_shipped_rows_are_those_that_the_shipped_configs_ask_for(real_judge, monkeypatch):
@@ -134,8 +147,8 @@ def test_program_prints_a_table_beside_the_floor_and_writes_its_rows(
     ]
     printed = capsys.readouterr().out
     assert printed.count("| teacher |") == 4 and "FD-MNIST64" in printed
-    stored = json.loads(file.with_suffix(".rows.json").read_text())["rows"]
-    assert stored == rows[1:]
+    stored = json.loads(file.with_suffix(".rows.json").read_text())
+    assert list(stored.values()) == rows[1:]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ PROGRAMS = [
     # 5.
     {"configuration", "metric_network", "sample"},
     {"evaluate"},
+    {"run"},
     {"train"},
     # 6. Flags, distributed start, mesh.
     {"main"},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.health import Diverged, Monitor, Window
+from dmd_jax.health import Diverged, Monitor, Thresholds, Window
 
 
 def scalars(**metrics: float) -> dict:
@@ -238,7 +238,7 @@ def test_what_is_remembered_stays_small():
 
 
 def test_thresholds_are_arguments():
-    assert watch(Monitor(patience=5), SICK["saturation"]) == 5
-    assert watch(Monitor(saturation=1.0), SICK["saturation"]) == 0
-    assert watch(Monitor(explosion=100), SICK["critic explodes"]) == 0
-    assert watch(Monitor(collapse=0.0), SICK["mode collapse"]) == 0
+    assert watch(Monitor(Thresholds(patience=5)), SICK["saturation"]) == 5
+    assert watch(Monitor(Thresholds(saturation=1.0)), SICK["saturation"]) == 0
+    assert watch(Monitor(Thresholds(explosion=100)), SICK["critic explodes"]) == 0
+    assert watch(Monitor(Thresholds(collapse=0.0)), SICK["mode collapse"]) == 0

@@ -4,6 +4,7 @@ import programs
 import pytest
 
 from dmd_jax import main, train
+from dmd_jax.run import Run
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def refusal(start, monkeypatch, capsys, teacher, data_dir, tmp_path):
     def compute(*_, **__):
         raise AssertionError("weights were loaded, or something compiled")
 
-    monkeypatch.setattr(train.Run, "start", compute)
+    monkeypatch.setattr(Run, "start", compute)
     monkeypatch.setattr(train, "compile_steps", compute)
 
     def call(*args, workdir=tmp_path / "run", **overrides):
@@ -50,7 +51,7 @@ def test_dry_run_prints_every_role_and_computes_nothing(start, capsys, teacher, 
 
 def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "build", lambda config: exit(seen.append(main.workdir())))
+    monkeypatch.setattr(main, "build", lambda config: exit(seen.append(main.workdir())))
     for config in ("configs/dmd.py", "configs/dmd.py:one_step"):
         start(f"--config={config}")
     assert [str(path) for path in seen] == ["runs/dmd", "runs/dmd_one_step"]

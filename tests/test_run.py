@@ -12,6 +12,8 @@ import toys
 from jax.experimental.compilation_cache import compilation_cache
 
 from dmd_jax import checkpoint, evaluate, health, sample, train, weights
+from dmd_jax.run import Run
+from dmd_jax.run import build as resolve
 
 STEPS = programs.SHORT["steps"]
 
@@ -33,7 +35,7 @@ def build(teacher, data_dir):
 
     def call(devices=1, **overrides):
         config = programs.config(teacher, data_dir, **overrides)
-        return train.build(config, jax.devices()[:devices])
+        return resolve(config, jax.devices()[:devices])
 
     return call
 
@@ -247,8 +249,8 @@ def test_a_teacher_that_says_nothing_finite_stops_the_run_at_its_last_good_check
     often = {"log.every": 1, "generator_every": 1, "evaluate.every": 100, "checkpoint.every": 2}
     run, workdir = build(steps=4, **often), tmp_path / "run"
     start(run, workdir)
-    load = train.Run.load_frozen
-    monkeypatch.setattr(train.Run, "load_frozen", lambda self: programs.poisoned(load(self)))
+    load = Run.load_frozen
+    monkeypatch.setattr(Run, "load_frozen", lambda self: programs.poisoned(load(self)))
     with pytest.raises(health.Diverged, match=r"all was well until step 4\. What may help"):
         start(build(**often), workdir)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4"}
@@ -269,7 +271,7 @@ def test_pretraining_runs_to_its_report(data_dir, tmp_path, capsys):
     values |= {"evaluate.steps": (2,), "steps": 6, "evaluate.every": 4}
     config = programs.load_config("configs/pretrain.py")
     config.update_from_flattened_dict(values)
-    start(train.build(config, jax.devices()[:1]), tmp_path / "run")
+    start(resolve(config, jax.devices()[:1]), tmp_path / "run")
     trained = tmp_path / "run" / "generator.safetensors"
     assert sample.sampler_for(trained) == sample.ManyStep(50)
     assert "times" not in weights.notes(trained)

@@ -11,7 +11,8 @@ import numpy as np
 import programs
 import pytest
 
-from dmd_jax import checkpoint, train
+from dmd_jax import checkpoint
+from dmd_jax.run import build
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,7 @@ def straight(launch, tmp_path_factory):
 @pytest.fixture(scope="module")
 def final_state(teacher, data_dir):
     """Reads all of a run's last state: {path: array}."""
-    run = train.build(programs.config(teacher, data_dir, **RUN), devices=jax.devices()[:1])
+    run = build(programs.config(teacher, data_dir, **RUN), devices=jax.devices()[:1])
 
     def read(workdir):
         state, extra = checkpoint.read(workdir / "checkpoints" / str(STEPS), run.state_shape())

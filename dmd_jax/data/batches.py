@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from dmd_jax.data.pixels import to_float
 from dmd_jax.data.source import Source
 
 # Batches made ahead of the step, each on a thread of its own.
@@ -21,8 +20,8 @@ PREFETCH = 4
 class Batches:
     """The batches of one host: `batches[step]`, or `batches.iterate(start_step)` to read ahead.
 
-    A batch is {'image': float32 [b, H, W, C] in [-1, 1], 'label': int32 [b]}: rows
-    `process_index * b` to `(process_index + 1) * b` of the global batch, b = batch_size /
+    A batch is what the source's `examples` returns, or its `conditions` where no data are wanted:
+    rows `process_index * b` to `(process_index + 1) * b` of the global batch, b = batch_size /
     process_count. An epoch ends where the examples end, inside a batch if need be.
     """
 
@@ -32,6 +31,7 @@ class Batches:
         batch_size: int,
         seed: int,
         *,
+        with_data: bool = True,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -41,8 +41,9 @@ class Batches:
             source: the examples.
             batch_size: samples per step over all hosts.
             seed: of the order, not negative; the same on all hosts.
-            process_index: this host, as `jax.process_index()`.
-            process_count: hosts, as `jax.process_count()`.
+            with_data: read the examples whole, or their conditions alone.
+            process_index, process_count: which part of each batch, of how many equal ones; hosts
+                whose devices hold the same rows ask for the same part (`sharding.batch_part`).
 
         Raises:
             ValueError: the hosts cannot share the batch evenly, there is no such host, or the
@@ -57,7 +58,7 @@ class Batches:
             raise ValueError(f"process_index {process_index} is not in [0, {process_count})")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        self._source = source
+        self._read = source.examples if with_data else source.conditions
         self._batch_size = batch_size
         self._local_size = batch_size // process_count
         self._offset = process_index * self._local_size
@@ -67,10 +68,7 @@ class Batches:
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
         start = int(step) * self._batch_size + self._offset
-        images, labels = self._source.take(
-            [self._order[position] for position in range(start, start + self._local_size)]
-        )
-        return {"image": to_float(images), "label": labels}
+        return self._read([self._order[i] for i in range(start, start + self._local_size)])
 
     def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Yields `self[start_step]`, `self[start_step + 1]`, ... without end, made ahead of time.

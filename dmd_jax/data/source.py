@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dmd_jax.data.pixels import to_float
+
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
@@ -92,6 +94,23 @@ class Source:
         self._is_kept[missing] = True
         images, labels = self._kept
         return images[rows], labels[rows]
+
+    def examples(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """What training sees of n examples.
+
+        Returns:
+            {"data": float32 [n, H, W, C] in [-1, 1], "cond": int32 [n], "uncond": int32 [n]}: the
+            labels, and the label `num_classes`, which stands for none.
+        """
+        images, labels = self.take(rows)
+        return {"data": to_float(images), **self._conditions(labels)}
+
+    def conditions(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """`examples` without "data": decodes no image."""
+        return self._conditions(np.array([self._examples[r]["label"] for r in rows], np.int32))
+
+    def _conditions(self, labels: np.ndarray) -> dict[str, np.ndarray]:
+        return {"cond": labels, "uncond": np.full_like(labels, self.num_classes)}
 
     def _empty(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         return np.empty((count, *self.image_shape), np.uint8), np.empty(count, np.int32)

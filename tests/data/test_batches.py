@@ -7,7 +7,7 @@ from dmd_jax import data
 
 
 class Counting:
-    """A source whose example i has the label i."""
+    """A source whose example i has the condition i."""
 
     def __init__(self, length):
         self.length = length
@@ -15,17 +15,16 @@ class Counting:
     def __len__(self):
         return self.length
 
-    def take(self, indices):
-        labels = np.array(indices, np.int32)
-        return labels.astype(np.uint8).reshape(-1, 1, 1, 1), labels
+    def examples(self, rows):
+        return {"cond": np.array(rows, np.int32)}
 
 
 def order(batches, steps):
-    return np.concatenate([batches[step]["label"] for step in steps])
+    return np.concatenate([batches[step]["cond"] for step in steps])
 
 
 def assert_same(batch, expected):
-    assert batch.keys() == expected.keys() == {"image", "label"}
+    assert batch.keys() == expected.keys()
     for key in batch:
         np.testing.assert_array_equal(batch[key], expected[key])
 
@@ -33,14 +32,17 @@ def assert_same(batch, expected):
 def test_a_batch_holds_floats_in_minus_one_to_one_and_their_labels(data_dir):
     train = data.load("mnist5k", "train", data_dir)
     batch = data.Batches(train, 64, seed=0)[3]
-    assert batch["image"].shape == (64, 28, 28, 1) and batch["image"].dtype == np.float32
-    assert batch["image"].min() == -1 and batch["image"].max() == 1
-    assert batch["label"].shape == (64,) and batch["label"].dtype == np.int32
+    assert batch["data"].shape == (64, 28, 28, 1) and batch["data"].dtype == np.float32
+    assert batch["data"].min() == -1 and batch["data"].max() == 1
+    assert batch["cond"].shape == (64,) and batch["cond"].dtype == np.int32
+    np.testing.assert_array_equal(batch["uncond"], np.full(64, 10))
+    conditions = data.Batches(train, 64, seed=0, with_data=False)[3]
+    assert_same(conditions, {key: batch[key] for key in ("cond", "uncond")})
     # Each image is found again in the split, under the same label.
     images, labels = data.arrays(train)
     known = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
-    found = [known[image.tobytes()] for image in data.to_uint8(batch["image"])]
-    assert found == batch["label"].tolist()
+    found = [known[image.tobytes()] for image in data.to_uint8(batch["data"])]
+    assert found == batch["cond"].tolist()
 
 
 @pytest.mark.parametrize("batch_size", [4, 5, 25])

@@ -26,4 +26,4 @@ def test_the_builder_in_the_docs_works_as_it_stands(tmp_path, monkeypatch):
     grey = {int(40 * n): n % 2 for n in range(6)}
     examples = [names["source"][i] for i in range(6)]
     assert {int(e["image"][0, 0, 0]): e["label"] for e in examples} == grey
-    assert names["batch"]["image"].shape == (4, 32, 32, 3)
+    assert names["batch"]["data"].shape == (4, 32, 32, 3)
