@@ -1,8 +1,13 @@
 """Meshes and rules; and that eight devices compute what one does."""
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from toys import assert_close, exact, tiny_mlp
 
@@ -178,3 +183,47 @@ def test_eight_devices_train_as_one_does(axes, one_device):
     assert_close(seen, one_device[0], rtol=1e-4, atol=1e-5)
     # Adam divides by the gradient's size: a weight whose gradient is rounding may move either way.
     assert_close(state, one_device[1], rtol=1e-3, atol=1e-4)
+
+
+HOST = """
+import sys
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+import numpy as np
+from dmd_jax import sharding
+from dmd_jax.data import Batches
+
+
+class Rows:
+    def __len__(self):
+        return 1000
+
+    def examples(self, rows):
+        return {"cond": np.array(rows, np.int32)}
+
+
+whole = Batches(Rows(), 8, seed=0)[3]["cond"]
+for axes in dict(data=4), dict(data=2, context=2), dict(data=1, context=4), dict(fsdp=4, data=1):
+    mesh = sharding.make_mesh(**axes)
+    index, count = sharding.batch_part(mesh, 8)
+    part = Batches(Rows(), 8, seed=0, process_index=index, process_count=count)[3]
+    with jax.set_mesh(mesh):
+        cond = sharding.global_batch(part)["cond"]
+    assert cond.shape == whole.shape, cond.shape
+    for shard in cond.addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
+print("the same batch on every mesh")
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_make_one_batch_also_where_they_share_its_rows():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    with ThreadPoolExecutor() as pool:
+        run = partial(programs.python, "-c", HOST, **flags)
+        hosts = list(pool.map(lambda host: run(host, port), (0, 1)))
+    for host in hosts:
+        assert "the same batch on every mesh" in host.stdout, host.stderr[-3000:]
