@@ -2,9 +2,10 @@
 
     python benchmarks/train_step.py --config=configs/dmd.py
 
-Each part is compiled and timed by itself, in turn with the others, and the median of all rounds is
-printed. FLOPs are arithmetic: two per weight of a layer and token, plus attention, forward; twice
-that again, backward. The peak is the best of a few large float32 matmuls in the same process.
+Each part is compiled and timed by itself, in turn with the others; medians of all rounds are
+printed, and of the whole step the mean, over exit steps as they are drawn. FLOPs are arithmetic:
+two per weight of a layer and token, plus attention, forward; twice that again, backward. The peak
+is the best of a few large float32 matmuls in the same process.
 """
 
 import statistics
@@ -15,12 +16,12 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from dmd_jax import rollout, train
+from dmd_jax import rollout, sample, train
 from dmd_jax.denoiser import guided
 from dmd_jax.run import build
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/dmd.py")
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds over all parts; the median is printed.")
+ROUNDS = flags.DEFINE_integer("rounds", 25, "Rounds over all parts.")
 
 
 def matmul_peak():
@@ -44,6 +45,13 @@ def forward_flops(net, batch):
     layer_weights = sum(x.size for x in jax.tree.leaves(net.blocks))
     attention = 4 * tokens * config.dim * config.depth
     return 2 * batch * tokens * (layer_weights + attention / 2)
+
+
+def expected_calls(method):
+    """Mean number of generator calls in a rollout, over strides and exit steps."""
+    steps = [len(method.times) // stride for stride in method.strides]
+    share = method.last_step_share
+    return statistics.mean(share * n + (1 - share) * (n + 1) / 2 for n in steps)
 
 
 def main(_):
@@ -79,10 +87,11 @@ def measure(run):
 
         return jax.grad(loss)(nets["fake_score"])
 
+    longest = sample.FewStep(method.times, method.shift)
     calls = {
-        "rollout, no gradient": (
-            lambda n: method.rollout(n["generator"], n, batch, key).x0,
-            (len(method.times) + 1) / 2,
+        "rollout to the last call, no gradient": (
+            lambda n: longest(n["generator"], x, batch["cond"], key, batch["index"]),
+            longest.calls,
         ),
         "teacher, guided": (teacher, 1 if method.guidance == 1 else 2),
         "fake score, one pass": (lambda n: n["fake_score"](x, t, batch["cond"]), 1),
@@ -107,7 +116,7 @@ def measure(run):
             times[kind].append(time.perf_counter() - start)
 
     peak, unit = matmul_peak(), forward_flops(run.nets["generator"].net, config.batch_size)
-    rollout_passes = parts["rollout, no gradient"][1]
+    rollout_passes = expected_calls(method)
     teacher_passes = parts["teacher, guided"][1]
     passes = {name: count for name, (_, count) in parts.items()}
     passes[True] = rollout_passes + 2 + teacher_passes + 1 + 3  # the last call has a backward
@@ -116,10 +125,11 @@ def measure(run):
     print(f"matmul peak {peak / 1e9:.1f} GFLOP/s (measured)")
     names = {True: "whole step with generator", False: "whole step without"}
     for name, seconds in times.items():
-        median = statistics.median(seconds)
-        rate = passes[name] * unit / median
+        # A whole step draws its exit step: the mean goes with the mean number of calls.
+        typical = statistics.mean(seconds) if name in names else statistics.median(seconds)
+        rate = passes[name] * unit / typical
         print(
-            f"{names.get(name, name):<34}{1e3 * median:8.1f} ms {rate / 1e9:7.1f} GFLOP/s "
+            f"{names.get(name, name):<38}{1e3 * typical:8.1f} ms {rate / 1e9:7.1f} GFLOP/s "
             f"{rate / peak:6.1%} of peak"
         )
 

@@ -42,17 +42,6 @@ def data_judge(name, data_dir=None, features=SHIPPED):
     return Judge(load_features(features), test=test, train=train)
 
 
-def require_fit(what, denoiser, source):
-    """Raises ValueError where a network and a data set differ in images or classes."""
-    net = denoiser.net.config
-    makes, has = (net.sample_shape, net.num_classes), (source.image_shape, source.num_classes)
-    if makes != has:
-        raise ValueError(
-            f"{what} makes images {makes[0]} of {makes[1]} classes, but the data set "
-            f"{source.name!r} has {has[0]} of {has[1]}"
-        )
-
-
 def require_numbers(judge, num_classes, **counts):
     """Raises ValueError where so many samples cannot be judged, class by class."""
     least = max(2 * num_classes, judge.dim + 1)
@@ -179,7 +168,7 @@ def judge_checkpoint():
         for steps in _numbers("steps", int)
     ]
     source = data.load(FLAGS.data, "test", FLAGS.data_dir)
-    require_fit(f"--checkpoint={path}", weights.abstract(path), source)
+    source.require_fit(f"--checkpoint={path}", weights.abstract(path).net.config)
     if FLAGS.out:
         checkpoint.check_writable(Path(FLAGS.out).parent)
     judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features)

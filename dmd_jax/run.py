@@ -122,13 +122,12 @@ def build(config, devices=None):
             f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x "
             f"config.accumulate={config.accumulate})"
         )
-    source = data.load(config.data.name, "train", config.data.data_dir)
+    source = _source(config)
     # The teacher first: others may start from its file, and a wrong path is the teacher's.
     frozen = {role: _abstract(config, role, source) for role in kind.frozen}
     nets = {role: _abstract(config, role, source) for role in kind.trainable}
     _check_fit(nets | frozen, source)
-    shape = nets["generator"].net.config.sample_shape
-    method = construct(config.method, "config.method", sample_shape=shape)
+    method = construct(config.method, "config.method", sample_shape=source.sample_shape)
     transforms = {}
     for role in nets:
         every = config.generator_every if role == "generator" else 1
@@ -151,10 +150,17 @@ def _check_numbers(config, known):
             raise ValueError(f"config.{name} is {values[name]}; it must be {least} or more")
 
 
+def _source(config):
+    """What the run learns from: a data set by name, or what a class of the data room reads."""
+    if "cls" in config.data:
+        return construct(config.data, "config.data")
+    return data.load(config.data.name, "train", config.data.data_dir)
+
+
 def _check_fit(nets, source):
-    """All networks speak of the data's images and classes; the two scores share a schedule."""
+    """All networks speak of the source's samples and conditions; the scores share a schedule."""
     for role, denoiser in nets.items():
-        evaluate.require_fit(f"config.{role}", denoiser, source)
+        source.require_fit(f"config.{role}", denoiser.net.config)
     schedules = {role: nets[role].schedule for role in ("teacher", "fake_score") if role in nets}
     if len(set(schedules.values())) > 1:
         raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
@@ -183,9 +189,7 @@ def _abstract(config, role, source):
             raise ValueError(f"config.{role}: {error}") from error
         if "model" not in spec:
             return held
-    size, _, channels = source.image_shape
-    given = dict(image_size=size, channels=channels, num_classes=source.num_classes, **compute)
-    model = construct(spec.model, f"config.{role}.model", **given)
+    model = construct(spec.model, f"config.{role}.model", **source.model_fields, **compute)
     net = jax.eval_shape(lambda: weights.build(model))
     if path is None:
         schedule = construct(spec.schedule, f"config.{role}.schedule")

@@ -95,6 +95,26 @@ class Source:
         images, labels = self._kept
         return images[rows], labels[rows]
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape of what a generator of such data makes."""
+        return self.image_shape
+
+    @property
+    def model_fields(self) -> dict[str, int]:
+        """What the config of a new network need not say, since the data do."""
+        size, _, channels = self.image_shape
+        return dict(image_size=size, channels=channels, num_classes=self.num_classes)
+
+    def require_fit(self, what: str, model: Any) -> None:
+        """Raises ValueError where a network's config names other images or classes than these."""
+        makes, has = (model.sample_shape, model.num_classes), (self.image_shape, self.num_classes)
+        if makes != has:
+            raise ValueError(
+                f"{what} makes images {makes[0]} of {makes[1]} classes, but the data set "
+                f"{self.name!r} has {has[0]} of {has[1]}"
+            )
+
     def examples(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """What training sees of n examples.
 
