@@ -65,7 +65,7 @@ def measure(run):
     state, frozen = run.start()
     batch = next(run.batches(0))
     key = jax.random.key(0)
-    steps = train.compile_steps(run, state, frozen, batch, key)
+    steps = {kind: step.result() for kind, step in train.compile_steps(run).items()}
     batch = batch | {"index": jnp.arange(config.batch_size)}
     nets = state.nets | frozen
     x = jnp.zeros((config.batch_size, *method.sample_shape))

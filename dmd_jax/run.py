@@ -40,7 +40,7 @@ class Run:
         config: the ConfigDict that all this was made from.
         method: a dataclass of `methods/`.
         nets: {role: Denoiser}, trainable.
-        frozen: {role: Denoiser}, which nothing changes.
+        frozen: {role: Denoiser}, which nothing changes, in the dtype that they compute in.
         tx: the optimizer of all trainable roles.
         ema: the generator's average.
         source: the training data.
@@ -72,9 +72,13 @@ class Run:
         state = jax.jit(partial(init_state, tx=self.tx), out_shardings=shardings)(nets)
         return state, self.load_frozen()
 
+    def frozen_shape(self):
+        """The frozen nets, as jax.ShapeDtypeStructs with shardings."""
+        return _placed(self.frozen, self.frozen, self.mesh)
+
     def load_frozen(self):
-        """The frozen nets, in the dtype that they compute in."""
-        placed = _placed(self.frozen, self.frozen, self.mesh)
+        """The frozen nets, loaded and placed."""
+        placed = self.frozen_shape()
         loaded = {role: _load(self.config, role, net) for role, net in self.frozen.items()}
         return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), loaded, placed)
 
@@ -90,6 +94,13 @@ class Run:
         """The Judge of the run's data; None where the config names no feature network."""
         spec = self.config
         return evaluate.data_judge(spec.data.name, spec.data.data_dir, spec.evaluate.features)
+
+    def require_judgeable(self):
+        """Raises ValueError where the numbers of samples asked for cannot be judged."""
+        if (judge := self.judge()) is not None:
+            spec = self.config.evaluate
+            counts = {f"config.evaluate.{name}": spec[name] for name in ("samples", "num")}
+            evaluate.require_numbers(judge, self.source.num_classes, **counts)
 
     def batches(self, step):
         """This host's part of the batches from `step` on, as global arrays."""
@@ -124,7 +135,7 @@ def build(config, devices=None):
         )
     source = _source(config)
     # The teacher first: others may start from its file, and a wrong path is the teacher's.
-    frozen = {role: _abstract(config, role, source) for role in kind.frozen}
+    frozen = {role: _in_compute_dtype(_abstract(config, role, source)) for role in kind.frozen}
     nets = {role: _abstract(config, role, source) for role in kind.trainable}
     _check_fit(nets | frozen, source)
     method = construct(config.method, "config.method", sample_shape=source.sample_shape)
@@ -202,6 +213,12 @@ def _abstract(config, role, source):
     return held
 
 
+def _in_compute_dtype(denoiser):
+    """What nothing trains need not be float32."""
+    dtype = jnp.dtype(denoiser.net.config.dtype)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), denoiser)
+
+
 def _load(config, role, abstract):
     path, kind = _path(config, role), config.method.cls
     if path is None:
@@ -209,9 +226,7 @@ def _load(config, role, abstract):
         seed = config.seed + kind.trainable.index(role)
         return dataclasses.replace(abstract, net=weights.build(abstract.net.config, seed=seed))
     loaded = weights.load(path, **dict(config[role].get("compute", {})))
-    if role in kind.frozen:
-        return jax.tree.map(lambda x: x.astype(abstract.net.config.dtype), loaded)
-    return loaded
+    return jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, abstract)
 
 
 def _zeros(tree):

@@ -25,9 +25,14 @@ log = logging.getLogger(__name__)
 EXPORT, BEST = "generator.safetensors", "best.safetensors"
 
 
-def compile_steps(run, state, frozen, batch, key):
-    """{update_generator: the compiled step}; both compile at once, each on a thread of its own."""
+def compile_steps(run):
+    """Starts to compile the steps of a run, in the background and from shapes alone.
+
+    Returns:
+        {update_generator: a Future of the compiled step}; the kind of step 0 is ready first.
+    """
     config = run.config
+    state, frozen = run.state_shape(), run.frozen_shape()
     jitted = jax.jit(
         partial(
             train_step,
@@ -41,10 +46,21 @@ def compile_steps(run, state, frozen, batch, key):
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
-    kinds = sorted({run.updates_generator(step) for step in range(config.generator_every)})
-    lowered = [jitted.lower(state, frozen, batch, key, update_generator=kind) for kind in kinds]
-    with ThreadPoolExecutor(len(kinds)) as pool:
-        return dict(zip(kinds, pool.map(lambda low: low.compile(), lowered), strict=True))
+    batch, key = next(run.batches(0)), root_key(config)
+
+    def compiled(kind):
+        with jax.set_mesh(run.mesh):  # it is in force on the thread that set it alone
+            return jitted.lower(state, frozen, batch, key, update_generator=kind).compile()
+
+    # One after the other: the first step can be seen before the second kind is ready.
+    pool = ThreadPoolExecutor(1)
+    kinds = dict.fromkeys(map(run.updates_generator, range(config.generator_every)))
+    return {kind: pool.submit(compiled, kind) for kind in kinds}
+
+
+def root_key(config):
+    """The key from which all of a run's random numbers are folded."""
+    return jax.random.key(config.seed, impl="threefry2x32")
 
 
 def train(run, workdir):
@@ -63,11 +79,6 @@ def train(run, workdir):
         health.Diverged: the run went bad; its last good checkpoint stays.
     """
     checkpoint.check_writable(workdir)
-    if (judge := run.judge()) is not None:
-        counts = {
-            f"config.evaluate.{name}": run.config.evaluate[name] for name in ("samples", "num")
-        }
-        evaluate.require_numbers(judge, run.source.num_classes, **counts)
     _claim(run.config, workdir)
     shape = run.state_shape()
     with (
@@ -86,6 +97,9 @@ def train(run, workdir):
             log.info("this run is finished; its report again, from %s", finished)
             print(finished.read_text())
             return finished
+        first = 0 if restored is None else restored[1]
+        steps = compile_steps(run) if first < run.config.steps else {}
+        run.require_judgeable()
         if restored is None:
             (state, frozen), extra = run.start(), {}
         else:
@@ -95,7 +109,7 @@ def train(run, workdir):
         finished.unlink(missing_ok=True)  # whatever it reports, it is not the end of this run
         try:
             with checkpoint.Preemption() as preemption:
-                state = _loop(run, state, frozen, extra, checkpoints, writer, preemption)
+                state = _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption)
         except health.Diverged:
             _export_best(run, shape.ema, checkpoints, workdir)
             raise
@@ -126,12 +140,12 @@ def _claim(config, workdir):
         evaluate.write_text(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 
-def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
+def _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption):
     """Steps from `state.step` to the end, or to a signal; returns the last state, saved."""
     config, first = run.config, int(state.step)
     if first == config.steps:
         return state
-    root = jax.random.key(config.seed, impl="threefry2x32")
+    root = root_key(config)
     window = health.Window(config.log.every, extra.get("window"))
     monitor = health.Monitor(construct(config.health, "config.health"), extra.get("monitor"))
     progress = Progress(config.steps, config.batch_size)
@@ -142,11 +156,9 @@ def _loop(run, state, frozen, extra, checkpoints, writer, preemption):
             writer.scalars(record[0], record[1] | progress.report(*record))
             monitor.update(*record)
 
-    batches, compiled = run.batches(first), None
-    for done, batch in enumerate(batches, first + 1):
-        if compiled is None:
-            compiled = compile_steps(run, state, frozen, batch, root)
-        state, metrics = compiled[run.updates_generator(done - 1)](state, frozen, batch, root)
+    for done, batch in enumerate(run.batches(first), first + 1):
+        step = steps[run.updates_generator(done - 1)].result()
+        state, metrics = step(state, frozen, batch, root)
         if done == first + 1:  # the one step that is waited for, so that a user sees it at once
             progress.report(done, {name: float(value) for name, value in metrics.items()})
         heed(window.add(done, metrics))

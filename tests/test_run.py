@@ -301,3 +301,13 @@ def test_devices_change_a_run_by_rounding_only(mesh, build, no_report, tmp_path)
     if "fsdp" in mesh:
         kernel = eight.nets["generator"].net.blocks.qkv.kernel[...]
         assert kernel.addressable_shards[0].data.shape == (1, 4, 48)
+
+
+@pytest.mark.parametrize("number", ["samples", "num"])
+def test_numbers_of_samples_that_cannot_be_judged_are_refused_before_the_first_step(
+    build, tmp_path, number
+):
+    for value in (60, 101):  # the metric network has 64 features; there are 10 classes
+        with pytest.raises(ValueError, match=rf"evaluate\.{number}={value} must be a multiple"):
+            start(build(**{f"evaluate.{number}": value}), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
