@@ -1,12 +1,13 @@
 """Distils the shipped teacher, 50 guided steps, into a student of four, two or one.
 
-Variants and their commands, on two CPU cores:
+Variants and their commands:
 
     python -m dmd_jax.main --config=configs/dmd.py             one student for 4, 2 and 1 steps
     python -m dmd_jax.main --config=configs/dmd.py:one_step    a student for 1 step alone
     python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
 
-README.md has the times and the quality to expect.
+On two CPU cores each takes about five minutes. Expect, as means of three seeds, an FD-MNIST64 of
+0.52 in 4 steps, 0.46 in 2 and 1.29 in 1, and 0.81 from `one_step`; the teacher has 0.36 in 50.
 """
 
 import ml_collections
