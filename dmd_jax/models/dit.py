@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 
 from dmd_jax import sharding
+from dmd_jax.models.layers import MLP, check_compute, linear, scan, stack, timestep_embedding
 
 P = jax.P
 
@@ -26,11 +27,6 @@ SHARDING_RULES = (
 )
 
 
-def _linear(inputs, outputs, *, dtype=jnp.float32, rngs, zero=False):
-    init = nnx.initializers.zeros_init() if zero else nnx.initializers.xavier_uniform()
-    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
-
-
 def _norm(dim, *, rngs):
     return nnx.RMSNorm(dim, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
 
@@ -41,36 +37,18 @@ def _plain_norm(x):
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
-def timestep_embedding(t, dim):
-    """Sinusoids of t [B]: float32 [B, dim], cosines first; the lowest frequency is 1 / 10000."""
-    frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(dim // 2) / (dim // 2))
-    angles = t[:, None].astype(jnp.float32) * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class MLP(nnx.Module):
-    """Linear, SiLU, Linear: [B, inputs] -> [B, dim]."""
-
-    def __init__(self, inputs, dim, *, rngs):
-        self.up = _linear(inputs, dim, rngs=rngs)
-        self.down = _linear(dim, dim, rngs=rngs)
-
-    def __call__(self, x):
-        return self.down(jax.nn.silu(self.up(x)))
-
-
 class Block(nnx.Module):
     """Attention and SwiGLU, each modulated and gated: tokens [B, L, D], modulation [B, 6, D]."""
 
     def __init__(self, dim, heads, hidden, *, dtype, rngs):
         self.heads = heads
-        self.qkv = _linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
+        self.qkv = linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.query_norm = _norm(dim // heads, rngs=rngs)
         self.key_norm = _norm(dim // heads, rngs=rngs)
-        self.out = _linear(dim, dim, dtype=dtype, rngs=rngs)
-        self.gate = _linear(dim, hidden, dtype=dtype, rngs=rngs)
-        self.up = _linear(dim, hidden, dtype=dtype, rngs=rngs)
-        self.down = _linear(hidden, dim, dtype=dtype, rngs=rngs)
+        self.out = linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.gate = linear(dim, hidden, dtype=dtype, rngs=rngs)
+        self.up = linear(dim, hidden, dtype=dtype, rngs=rngs)
+        self.down = linear(hidden, dim, dtype=dtype, rngs=rngs)
         self.offset = nnx.Param(jnp.zeros((6, dim)))
 
     def __call__(self, x, modulation):
@@ -128,12 +106,7 @@ class DiTConfig:
             raise ValueError(f"patch={self.patch} does not divide image_size={self.image_size}")
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r}: use 'float32' or 'bfloat16'")
-        if self.remat not in ("none", "full") and not hasattr(jax.checkpoint_policies, self.remat):
-            raise ValueError(
-                f"remat={self.remat!r}: use 'none', 'full' or a name of jax.checkpoint_policies"
-            )
+        check_compute(self.dtype, self.remat)
 
     @property
     def sample_shape(self):
@@ -156,19 +129,19 @@ class DiT(nnx.Module):
         hidden = c.hidden or 32 * round(c.dim / 12)
         dtype = jnp.dtype(c.dtype)
 
-        def block(key):
-            return Block(c.dim, c.heads, hidden, dtype=dtype, rngs=nnx.Rngs(key))
+        def block(rngs):
+            return Block(c.dim, c.heads, hidden, dtype=dtype, rngs=rngs)
 
-        self.patch = _linear(pixels, c.dim, dtype=dtype, rngs=rngs)
+        self.patch = linear(pixels, c.dim, dtype=dtype, rngs=rngs)
         # As large as what they are added to: embeddings that start small take long to be heard.
         init = nnx.initializers.normal(0.5)
         self.position = nnx.Param(init(rngs.params(), (tokens, c.dim)))
         self.label = nnx.Embed(c.num_classes + 1, c.dim, embedding_init=init, rngs=rngs)
-        self.time_mlp = MLP(256, c.dim, rngs=rngs)
-        self.modulation = _linear(c.dim, 6 * c.dim, rngs=rngs, zero=True)
-        self.blocks = jax.vmap(block)(jax.random.split(rngs.params(), c.depth))
-        self.head_modulation = _linear(c.dim, 2 * c.dim, rngs=rngs, zero=True)
-        self.head = _linear(c.dim, pixels, rngs=rngs, zero=True)
+        self.time_mlp = MLP(256, c.dim, c.dim, activation=jax.nn.silu, rngs=rngs)
+        self.modulation = linear(c.dim, 6 * c.dim, rngs=rngs, zero=True)
+        self.blocks = stack(block, c.depth, rngs=rngs)
+        self.head_modulation = linear(c.dim, 2 * c.dim, rngs=rngs, zero=True)
+        self.head = linear(c.dim, pixels, rngs=rngs, zero=True)
 
     def __call__(self, x, t, label):
         """x [B, H, W, C], t [B] in 0..1000, label int32 [B] -> [B, H, W, C]."""
@@ -193,11 +166,5 @@ class DiT(nnx.Module):
             out = sharding.gather(block, SHARDING_RULES)(tokens, modulation)
             return sharding.shard_tokens(out.astype(tokens.dtype)), None
 
-        config = self.config
-        if config.remat != "none":
-            keep = (
-                None if config.remat == "full" else getattr(jax.checkpoint_policies, config.remat)
-            )
-            layer = jax.checkpoint(layer, policy=keep)
-        tokens = tokens.astype(config.dtype)
-        return jax.lax.scan(layer, tokens, self.blocks, unroll=config.unroll)[0]
+        c = self.config
+        return scan(layer, tokens.astype(c.dtype), self.blocks, remat=c.remat, unroll=c.unroll)[0]
