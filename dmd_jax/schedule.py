@@ -20,8 +20,17 @@ def align(t, x):
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
+def _float32(t):
+    """(t in float32, the numpy that computes with it): an array of numpy's stays on the host."""
+    xp = t.__array_namespace__() if hasattr(t, "__array_namespace__") else jnp
+    return xp.asarray(t, dtype=xp.float32), xp
+
+
 class Schedule:
-    """A path from data to noise: `alpha(t)` scales the data, `sigma(t)` the noise; both float32."""
+    """A path from data to noise: `alpha(t)` scales the data, `sigma(t)` the noise; both float32.
+
+    Of numpy's arrays the schedules below make numpy's, without a device; of all else, jax's.
+    """
 
     def alpha(self, t):
         raise TypeError(f"{type(self).__name__} must define alpha(t)")
@@ -43,10 +52,10 @@ class FlowMatching(Schedule):
     """
 
     def alpha(self, t):
-        return 1.0 - jnp.asarray(t, jnp.float32)
+        return 1.0 - self.sigma(t)
 
     def sigma(self, t):
-        return jnp.asarray(t, jnp.float32)
+        return _float32(t)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +71,12 @@ class EDM(Schedule):
     rho: float = 7.0
 
     def alpha(self, t):
-        return jnp.ones_like(jnp.asarray(t, jnp.float32))
+        t, xp = _float32(t)
+        return xp.ones_like(t)
 
     def sigma(self, t):
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (low + jnp.asarray(t, jnp.float32) * (high - low)) ** self.rho
+        return (low + _float32(t)[0] * (high - low)) ** self.rho
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +90,17 @@ class VP(Schedule):
     beta_max: float = 20.0
 
     def _log_alpha(self, t):
-        t = jnp.asarray(t, jnp.float32)
-        return -0.5 * t * self.beta_min - 0.25 * t**2 * (self.beta_max - self.beta_min)
+        t, xp = _float32(t)
+        return -0.5 * t * self.beta_min - 0.25 * t**2 * (self.beta_max - self.beta_min), xp
 
     def alpha(self, t):
-        return jnp.exp(self._log_alpha(t))
+        log_alpha, xp = self._log_alpha(t)
+        return xp.exp(log_alpha)
 
     def sigma(self, t):
+        log_alpha, xp = self._log_alpha(t)
         # expm1, because 1 - alpha^2 loses every digit near t = 0.
-        return jnp.sqrt(-jnp.expm1(2.0 * self._log_alpha(t)))
+        return xp.sqrt(-xp.expm1(2.0 * log_alpha))
 
 
 def shift_time(t, shift):

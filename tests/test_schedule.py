@@ -26,6 +26,15 @@ def test_flow_matching_is_the_straight_path():
     np.testing.assert_array_equal(flow.alpha(TIMES), 1 - TIMES)
 
 
+@pytest.mark.parametrize("schedule", [FlowMatching(), EDM(), VP()])
+def test_numbers_of_the_host_are_computed_on_the_host(schedule):
+    for level in (schedule.alpha, schedule.sigma):
+        host, device = level(TIMES), level(jnp.asarray(TIMES))
+        assert isinstance(host, np.ndarray) and isinstance(device, jax.Array)
+        assert host.dtype == device.dtype == np.float32
+        np.testing.assert_allclose(host, device, rtol=16 * ULP, atol=ULP)
+
+
 def test_vp_preserves_variance_and_follows_its_beta():
     vp = VP()
     np.testing.assert_allclose(vp.alpha(TIMES) ** 2 + vp.sigma(TIMES) ** 2, 1.0, atol=4 * ULP)
