@@ -1,28 +1,36 @@
 """Checkpoint files, to and from our trees. Imports the denoiser and the network families.
 
 Our own files are safetensors: one tensor a weight, named by its path, and a header that holds the
-family's name and plain numbers. The tables below resolve the names; nothing read from a file is
-ever imported or executed.
+family's name and plain numbers. Those of others are read through tables of names (`table`), from
+whatever `files` can open. The tables below resolve families; nothing read from a file is ever
+imported or executed.
 """
 
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
 from dmd_jax.models import dit
+from dmd_jax.models import wan as wan_model
+from dmd_jax.models.umt5 import UMT5
+from dmd_jax.models.wan_vae import WanVAE
 from dmd_jax.paths import named_leaves, path_name
 from dmd_jax.schedule import EDM, VP, FlowMatching
+from dmd_jax.weights import files, umt5, wan, wan_vae
+from dmd_jax.weights.table import Row, differing, fill, their_shapes
 
 # name: (config, network, sharding rules)
-FAMILIES = {"dit": (dit.DiTConfig, dit.DiT, dit.SHARDING_RULES)}
+FAMILIES = {
+    "dit": (dit.DiTConfig, dit.DiT, dit.SHARDING_RULES),
+    "wan": (wan_model.WanConfig, wan_model.Wan, wan_model.SHARDING_RULES),
+}
 SCHEDULES = {"flow_matching": FlowMatching, "edm": EDM, "vp": VP}
 PREDICTIONS = {
     "velocity": Velocity,
@@ -30,6 +38,33 @@ PREDICTIONS = {
     "x0": X0,
     "edm_preconditioned": EDMPreconditioned,
 }
+# What the files of others hold: (part, network, its tables, {layout: a name that tells it}).
+PARTS = (
+    (
+        "transformer",
+        wan_model.Wan,
+        wan,
+        {
+            "diffusers": "condition_embedder.time_proj.weight",
+            "original": "time_projection.1.weight",
+        },
+    ),
+    (
+        "vae",
+        WanVAE,
+        wan_vae,
+        {"diffusers": "encoder.conv_in.weight", "original": "encoder.conv1.weight"},
+    ),
+    (
+        "text_encoder",
+        UMT5,
+        umt5,
+        {
+            "diffusers": "encoder.block.0.layer.0.SelfAttention.q.weight",
+            "original": "blocks.0.attn.q.weight",
+        },
+    ),
+)
 ASSETS = Path(__file__).parent.parent / "assets"
 HEADER = "dmd_jax"
 
@@ -100,13 +135,100 @@ def save(path, denoiser, **notes):
 
 
 def notes(path):
-    """What `save` was told to note in the file at `path`; {} if nothing."""
-    return _read(path)[0]["notes"]
+    """What `save` was told to note in the file at `path`; {} if nothing, or if others wrote it."""
+    header = _header(_open(path, "transformer"))
+    return header["notes"] if header else {}
 
 
 def abstract(path, **overrides):
-    """The Denoiser at `path` with jax.ShapeDtypeStructs for weights: reads the header alone."""
-    header, _ = _read(path)
+    """The Denoiser at `path` with jax.ShapeDtypeStructs for weights: reads headers alone.
+
+    Its weights are float32 in our own files, and as they are stored in those of others.
+    """
+    return _denoiser(_source(path, "transformer", overrides).module)
+
+
+def denoiser(path, *, shardings=None, **overrides):
+    """The Denoiser at `path`.
+
+    Args:
+        path: a file that `save` wrote, or the name of a shipped one; or a Wan transformer of
+            others: a file, a folder, or a name on the Hugging Face hub (`files.locate`).
+        shardings: a tree like `abstract(path)` of jax.sharding.Sharding; None for one device.
+        **overrides: fields of the network's config that say how it runs (dtype, remat, unroll).
+
+    Raises:
+        FileNotFoundError: there is no such file, or a part of it is missing.
+        ValueError: it is damaged, holds something else, or its tensors differ from its header or
+            from those of its family; every differing path is named with both shapes.
+    """
+    source = _source(path, "transformer", overrides)
+    made = _denoiser(source.module)
+    return dataclasses.replace(made, net=_filled(source, made.net, shardings))
+
+
+def load(path, dtype=None, *, part=None, shardings=None):
+    """The network that lies at `path`, of whoever wrote it.
+
+    Args:
+        path: a file, a folder, or a name on the Hugging Face hub (`files.locate`).
+        dtype: of the weights; None for what each is stored in.
+        part: of a model of several parts: "transformer", "transformer_2", "vae" or
+            "text_encoder"; None is the only part, or the transformer.
+        shardings: a tree like `abstract_part` of jax.sharding.Sharding; None for one device.
+
+    Returns:
+        A module: `models.wan.Wan`, or that of another line of PARTS.
+
+    Raises:
+        FileNotFoundError, ValueError: as `denoiser`.
+    """
+    source = _source(path, part, {})
+    return _filled(source, _in_dtype(_net(source.module), dtype), shardings)
+
+
+def abstract_part(path, dtype=None, *, part=None):
+    """What `load` returns, with jax.ShapeDtypeStructs for weights: reads headers alone."""
+    return _in_dtype(_net(_source(path, part, {}).module), dtype)
+
+
+class _Source(NamedTuple):
+    """A checkpoint whose headers were read, and found to fit."""
+
+    module: Any  # abstract: a Denoiser in our own files, a network in those of others
+    rows: list[Row]
+    tensors: files.Tensors
+
+
+def _source(path, part, overrides):
+    tensors = _open(path, part)
+    header = _header(tensors)
+    if header is None:
+        source = _theirs(tensors, part, overrides)
+    else:
+        source = _ours(tensors, header, overrides)
+    if lines := differing(their_shapes(_net(source.module), source.rows), tensors.shapes):
+        kind = files.stranger(tensors.shapes) or "damaged, or of another version"
+        raise ValueError(
+            f"{tensors.path} does not hold the network of its header and names; it may be {kind}:\n"
+            + lines
+        )
+    return source
+
+
+def _open(path, part):
+    """The tensors of a part of what lies at `path`, or of the shipped file of that name."""
+    known = Path(path).expanduser().exists() or files.hub_name(path)
+    return files.open_tensors(files.locate(path, part) if known else find(path))
+
+
+def _header(tensors):
+    """The header that `save` wrote; None in the files of others."""
+    header = tensors.metadata.get(HEADER)
+    return None if header is None else json.loads(header)
+
+
+def _ours(tensors, header, overrides):
     try:
         family_config, network, _ = FAMILIES[header["family"]]
         config = family_config(**header["model"])
@@ -114,63 +236,70 @@ def abstract(path, **overrides):
         prediction = _made(PREDICTIONS, header["prediction"])
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: its header is not of this version of dmd_jax: {error}"
+            f"{tensors.path}: its header is not of this version of dmd_jax: {error}"
         ) from error
-    config = dataclasses.replace(config, **overrides)
-    net = jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
-    return Denoiser(net, schedule, prediction)
+    net = _abstract_net(network, dataclasses.replace(config, **overrides))
+    rows = [Row(name, name) for name in shapes(net)]
+    return _Source(Denoiser(net, schedule, prediction), rows, tensors)
 
 
-def load(path, **overrides):
-    """The Denoiser in a file that `save` wrote.
-
-    Args:
-        path: a file, or the name of a shipped one.
-        **overrides: fields of the network's config that say how it runs (dtype, remat, unroll).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another program, or its tensors differ from its header; every
-            differing path is named with both shapes.
-    """
-    path = find(path)
-    denoiser = abstract(path, **overrides)
-    _, tensors = _read(path, tensors=True)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if lines := differing(shapes(denoiser.net), found):
-        raise ValueError(f"{path} does not hold the network of its header:\n" + lines)
-    net = jax.tree_util.tree_map_with_path(
-        lambda p, leaf: jnp.asarray(tensors[path_name(p)], leaf.dtype), denoiser.net
-    )
-    return dataclasses.replace(denoiser, net=net)
-
-
-def differing(wanted, found):
-    """One line for every path whose shape differs between two {path: shape}; '' if none does."""
-    lines = []
-    for name in sorted(wanted.keys() | found.keys()):
-        a, b = wanted.get(name, "nothing"), found.get(name, "nothing")
-        if a != b:
-            lines.append(f"  {name}: expected {a}, found {b}")
-    return "\n".join(lines)
-
-
-def _read(path, *, tensors=False):
-    path = find(path)
+def _theirs(tensors, part, overrides):
+    kind, network, names, layout = _recognised(tensors)
+    tensors = tensors.renamed(getattr(names, "ALIASES", {}))
+    if part is not None and kind != part.removesuffix("_2"):
+        raise ValueError(f"{tensors.path} looks like a {kind}, and a {part} is wanted")
     try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            header = (file.metadata() or {}).get(HEADER)
-            if header is None:
-                some = ", ".join(sorted(names)[:3])
-                raise ValueError(
-                    f"{path} is a safetensors file, but not one that dmd_jax wrote (it holds "
-                    f"{some}, ...): see dmd_jax.weights for the families that can be read"
-                )
-            arrays = {name: file.get_tensor(name) for name in names} if tensors else {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not safetensors ({error})") from None
-    return json.loads(header), arrays
+        config = names.config_of(tensors.shapes, layout, tensors.settings)
+    except ValueError as error:
+        raise ValueError(f"{tensors.path}: {error}") from error
+    net = _abstract_net(network, dataclasses.replace(config, **overrides))
+    rows = names.table(config, layout)
+    stored = {row.ours: tensors.dtypes.get(row.theirs.format(0)) for row in rows}
+    net = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, stored[path_name(path)] or x.dtype), net
+    )
+    return _Source(net, rows, tensors)
+
+
+def _recognised(tensors):
+    """(part, network, its tables, layout) of others' tensors."""
+    for part, network, names, layouts in PARTS:
+        for layout, name in layouts.items():
+            if name in tensors.shapes:
+                return part, network, names, layout
+    some, kind = ", ".join(sorted(tensors.shapes)[:3]), files.stranger(tensors.shapes)
+    looks = f"looks like {kind}" if kind else "is none that dmd_jax wrote, nor of a known family"
+    known = sorted({part for part, *_ in PARTS})
+    raise ValueError(f"{tensors.path} {looks} (it holds {some}, ...); read are Wan's {known}")
+
+
+def _abstract_net(network, config):
+    return jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+
+
+def _net(module):
+    return module.net if isinstance(module, Denoiser) else module
+
+
+def _denoiser(module):
+    if isinstance(module, Denoiser):
+        return module
+    return Denoiser(module, FlowMatching(), Velocity(time_scale=1000))
+
+
+def _in_dtype(net, dtype):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), net)
+
+
+def _filled(source, net, shardings):
+    """The abstract `net` with its weights, in its dtypes."""
+    if shardings is not None:
+        net = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            net,
+            _net(shardings),
+        )
+    return fill(net, source.rows, source.tensors.read)
 
 
 def _name(table, fits, value):

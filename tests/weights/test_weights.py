@@ -36,7 +36,7 @@ def rewritten(path, out, *, change=lambda tensors, header: None):
 def test_round_trip_keeps_every_bit_and_what_the_network_means(tmp_path, schedule, prediction):
     denoiser = Denoiser(programs.tiny().net, schedule, prediction)
     weights.save(tmp_path / "a.safetensors", denoiser, times=(1.0, 0.5), method="dmd")
-    again = weights.load(tmp_path / "a.safetensors")
+    again = weights.denoiser(tmp_path / "a.safetensors")
     toys.assert_same(again, denoiser)
     assert (again.schedule, again.prediction) == (schedule, prediction)
     assert again.net.config == denoiser.net.config
@@ -57,7 +57,7 @@ def test_header_alone_gives_the_shapes(teacher):
 
 
 def test_overrides_say_how_a_network_runs(teacher):
-    loaded = weights.load(teacher, dtype="bfloat16", remat="full", unroll=2)
+    loaded = weights.denoiser(teacher, dtype="bfloat16", remat="full", unroll=2)
     config = loaded.net.config
     assert (config.dtype, config.remat, config.unroll) == ("bfloat16", "full", 2)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype("float32")}
@@ -81,7 +81,7 @@ def test_a_shipped_file_is_found_by_its_name():
 
 def test_no_file_is_an_error_that_names_what_is_shipped(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*shipped are \[.*mnist_metric"):
-        weights.load(tmp_path / "nowhere")
+        weights.denoiser(tmp_path / "nowhere")
 
 
 def test_every_differing_path_is_named_with_both_shapes(teacher, tmp_path):
@@ -92,7 +92,7 @@ def test_every_differing_path_is_named_with_both_shapes(teacher, tmp_path):
 
     path = rewritten(teacher, tmp_path / "other", change=change)
     with pytest.raises(ValueError) as error:
-        weights.load(path)
+        weights.denoiser(path)
     assert str(error.value).splitlines()[1:] == [
         "  head/bias: expected (196,), found nothing",
         "  label/embedding: expected (11, 16), found (3, 16)",
@@ -110,8 +110,8 @@ def test_a_damaged_file_is_refused_before_a_weight_is_read(teacher, tmp_path, si
 
 def test_a_file_of_another_program_is_told_apart_from_damage(tmp_path):
     save_file({"unet.conv.weight": np.zeros(3, np.float32)}, tmp_path / "theirs")
-    with pytest.raises(ValueError, match=r"not one that dmd_jax wrote \(it holds unet\.conv"):
-        weights.load(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"none that dmd_jax wrote.*\(it holds unet\.conv"):
+        weights.denoiser(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_file_of_another_program_is_told_apart_from_damage(tmp_path):
 def test_names_that_no_table_holds_are_never_resolved(teacher, tmp_path, key, value):
     path = rewritten(teacher, tmp_path / "new", change=lambda _, head: head.update({key: value}))
     with pytest.raises(ValueError, match="its header is not of this version of dmd_jax"):
-        weights.load(path)
+        weights.denoiser(path)
 
 
 def test_a_network_without_a_family_cannot_be_saved(tmp_path):
@@ -152,7 +152,7 @@ def test_weights_spread_over_devices_are_written_whole(tmp_path):
     mesh = jax.make_mesh((8,), ("fsdp",))
     spread = jax.device_put(denoiser, jax.sharding.NamedSharding(mesh, jax.P()))
     weights.save(tmp_path / "a", spread)
-    toys.assert_same(weights.load(tmp_path / "a"), denoiser)
+    toys.assert_same(weights.denoiser(tmp_path / "a"), denoiser)
 
 
 def test_a_fresh_network_depends_on_its_seed_alone():

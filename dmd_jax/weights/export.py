@@ -1,0 +1,176 @@
+"""Wan transformers written for other programs: diffusers, the Wan repository, Self-Forcing.
+
+Tensors go to disk one at a time, and a file or folder is there whole or not at all. Imports the
+tables of names and the formats beside it.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmd_jax.weights import files, pickles, wan
+from dmd_jax.weights.table import their_shapes, theirs
+
+SHARD = 5 * 10**9  # bytes; larger networks are written in several files
+STEM = "diffusion_pytorch_model"
+# The parts of a pipeline that are not taken from its base.
+OWN = ("transformer", "transformer_2", "scheduler")
+
+
+def diffusers(path, net, *, scheduler, dtype=None, base=None):
+    """Writes a folder that a pipeline of diffusers is loaded from.
+
+    Args:
+        path: the folder; it must not exist, or be empty.
+        net: a Wan.
+        scheduler: the settings of its scheduler, with "_class_name" (`few_step`, `many_step`).
+        dtype: of the tensors; None for that of the weights, the widest if they differ.
+        base: a folder of such a pipeline, of which VAE, text encoder and all else are copied. None
+            writes transformer and scheduler alone; the others are then for the caller to give to
+            `from_pretrained`.
+
+    Raises:
+        ValueError: the folder holds something, or `base` is no pipeline.
+    """
+    base_index = {} if base is None else _index_of(Path(base))
+    with _whole(path) as folder:
+        _network(folder / "transformer", net, "diffusers", dtype)
+        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        image = net.config.in_channels > net.config.out_channels
+        index = {
+            "_class_name": "WanImageToVideoPipeline" if image else "WanPipeline",
+            **dict.fromkeys(("vae", "text_encoder", "tokenizer"), (None, None)),
+            **base_index,
+            "transformer": ("diffusers", "WanTransformer3DModel"),
+            "transformer_2": (None, None),
+            "scheduler": ("diffusers", scheduler["_class_name"]),
+            "boundary_ratio": None,
+        }
+        _write_json(folder / "model_index.json", index)
+        for part in base_index.keys() - set(OWN):
+            if (Path(base) / part).is_dir():
+                shutil.copytree(Path(base) / part, folder / part)
+
+
+def original(path, net, *, dtype=None):
+    """Writes a folder as the Wan repository's: safetensors that ComfyUI and LightX2V read too, and
+    config.json. Arguments and errors are those of `diffusers`."""
+    with _whole(path) as folder:
+        _network(folder, net, "original", dtype)
+
+
+def self_forcing(path, net, *, dtype=None):
+    """Writes a file of torch as Self-Forcing's: {"generator_ema": {"model.<original name>": ...}}.
+
+    Arguments are those of `diffusers`; a file that is there is replaced.
+    """
+    plan, arrays = _plan(net, "original", dtype)
+    tree = {f"model.{name}": (name, *place) for name, place in plan.items()}
+    with _whole(path) as file:
+        pickles.write(file, {"generator_ema": tree}, arrays)
+
+
+def few_step(shift):
+    """Settings of the scheduler that samples as a student is trained: x0, fresh noise, next time.
+
+    Its times go to `scheduler.set_timesteps(sigmas=times)`; it applies the shift.
+    """
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": shift,
+        "stochastic_sampling": True,
+    }
+
+
+def many_step(shift):
+    """Settings of the scheduler of the published Wans: UniPC (Zhao et al. 2023)."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": shift,
+    }
+
+
+def _index_of(base):
+    try:
+        return json.loads((base / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{base} is no folder of a diffusers pipeline: {error}") from error
+
+
+def _network(folder, net, layout, dtype):
+    """Writes config.json and the tensors, in shards and with an index where they are many."""
+    _write_json(folder / "config.json", wan.to_settings(net.config, layout))
+    plan, arrays = _plan(net, layout, dtype)
+    shards = _shards(plan)
+    if len(shards) == 1:
+        files.write_safetensors(folder / f"{STEM}.safetensors", plan, arrays)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = f"{STEM}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        files.write_safetensors(folder / name, shard, arrays)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(_bytes(place) for place in plan.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / f"{STEM}{files.INDEX}", index)
+
+
+def _plan(net, layout, dtype):
+    """({name: (shape, dtype)}, iterator of (name, array)) of a network's file, in one order."""
+    rows = wan.table(net.config, layout)
+    dtype = np.dtype(dtype or jnp.result_type(*jax.tree.leaves(net)))
+    plan = {name: (shape, dtype) for name, shape in their_shapes(net, rows).items()}
+    return plan, ((name, array.astype(dtype)) for name, array in theirs(net, rows))
+
+
+def _shards(plan):
+    """`plan` in runs of at most SHARD bytes."""
+    shards, room = [], 0
+    for name, place in plan.items():
+        if not shards or _bytes(place) > room:
+            shards.append({})
+            room = SHARD
+        shards[-1][name] = place
+        room -= _bytes(place)
+    return shards
+
+
+def _bytes(place):
+    shape, dtype = place
+    return math.prod(shape) * dtype.itemsize
+
+
+def _write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _whole(path):
+    """A path beside `path` that takes its place in the end, or is removed."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} is there and holds files: choose another folder")
+    partial = path.with_name(path.name + ".partial")
+    _remove(partial)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

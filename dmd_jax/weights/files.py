@@ -1,0 +1,429 @@
+"""Files of others, opened without reading them: names, shapes and places of tensors.
+
+A safetensors file, a folder of shards and a file of torch all become one thing: a table that says
+where the bytes of each tensor lie. A tensor is mapped into memory when it is asked for, in the
+dtype it is stored in, and nothing is ever executed. Imports the reader of torch's files.
+"""
+
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from dmd_jax.weights import pickles
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+TORCH = (".pth", ".pt", ".ckpt")
+INDEX = ".safetensors.index.json"
+# What training programs wrap a network in, and leave in the names of its tensors.
+WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+PREFIXES = re.compile(r"^((model|module|diffusion_model)\.)+")
+
+# The parts of a model: sub-folders of diffusers and of Wan's repository, and files of the latter.
+SUBFOLDERS = {
+    "transformer": ("transformer", "high_noise_model"),
+    "transformer_2": ("transformer_2", "low_noise_model"),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoder",),
+}
+PART_FILES = {
+    "transformer": "diffusion_pytorch_model*",
+    "vae": "*VAE*.pth",
+    "text_encoder": "models_t5*.pth",
+}
+
+# What is not read, told by a name among its tensors (a regular expression), in words.
+STRANGERS = {
+    r"lora_": "a LoRA, which is the change of a network: merge it into its network first",
+    r"^double_blocks\.": "a Flux or Hunyuan transformer",
+    r"^single_transformer_blocks\.": "a Flux transformer",
+    r"^joint_blocks\.": "a Stable Diffusion 3 transformer",
+    r"^down_blocks\.": "a UNet",
+    r"^vace_blocks\.": "a Wan VACE transformer, which has layers of its own",
+    r"^face_adapter\.": "a Wan Animate transformer, which has layers of its own",
+    r"^vision_model\.|^visual\.": "a CLIP image encoder",
+    r"^text_model\.": "a CLIP text encoder",
+    r"^lm_head\.": "a language model",
+}
+
+
+class Place(NamedTuple):
+    """Where one tensor lies."""
+
+    file: Path
+    offset: int  # in bytes
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None  # in elements, where it is not contiguous
+
+
+class Tensors:
+    """What lies at a path: a table of tensors that are read one at a time.
+
+    Attributes:
+        path: the file or folder.
+        shapes: {name: shape}.
+        dtypes: {name: numpy dtype}.
+        settings: the parsed config.json beside it; None if there is none.
+        metadata: of a safetensors file, its own strings; {} elsewhere.
+
+    Nothing is held open, so there is nothing to close.
+    """
+
+    def __init__(self, path, places, settings=None, metadata=None):
+        self.path, self.settings, self.metadata = path, settings, metadata or {}
+        self._places = _plain_names(path, places)
+        self.shapes = {name: place.shape for name, place in self._places.items()}
+        self.dtypes = {name: place.dtype for name, place in self._places.items()}
+
+    def renamed(self, aliases):
+        """The same under other names, {old: new}; who is there under both is taken once."""
+        places = {aliases.get(name, name): place for name, place in self._places.items()}
+        return Tensors(self.path, places, self.settings, self.metadata)
+
+    def read(self, name):
+        """The tensor of this name, as stored: a read-only view of the file."""
+        place = self._places[name]
+        if 0 in place.shape:
+            return np.empty(place.shape, place.dtype)
+        strides = place.strides or _contiguous(place.shape)
+        last = sum((n - 1) * stride for n, stride in zip(place.shape, strides, strict=True))
+        size = (last + 1) * place.dtype.itemsize
+        data = np.memmap(place.file, np.uint8, "r", place.offset, (size,)).view(place.dtype)
+        strides = [place.dtype.itemsize * stride for stride in strides]
+        return np.lib.stride_tricks.as_strided(data, place.shape, strides, writeable=False)
+
+
+def open_tensors(path):
+    """Opens the checkpoint at `path`: reads headers, no tensor.
+
+    Args:
+        path: a .safetensors file; a .pth, .pt or .ckpt file of torch; or a folder with one of
+            these or with shards.
+
+    Returns:
+        Tensors. Their names are without what wrappers put before them ("model.", "module.", ...).
+
+    Raises:
+        FileNotFoundError: there is nothing, or the folder lacks a shard.
+        ValueError: a file is damaged, cut short, or holds more than tensors; the message says which
+            and what to do.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _open_file(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no file or folder at {path}")
+    files = _files_of(path)
+    if len(files) == 1:
+        return _open_file(files[0])
+    places = {}
+    for file in files:
+        places |= _safetensors(file)[0]
+    return Tensors(path, places, _settings(path))
+
+
+def _open_file(file):
+    if file.suffix in TORCH:
+        found = _state_dict(pickles.read(file))
+        if not found:
+            raise ValueError(f"{file} holds no dict of tensors")
+        # config.json beside it is another's: Wan's repository keeps all its parts in one folder.
+        return Tensors(file, {name: Place(file, *stored) for name, stored in found.items()})
+    places, metadata = _safetensors(file)
+    return Tensors(file, places, _settings(file.parent), metadata)
+
+
+def _settings(folder):
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+def _plain_names(path, places):
+    plain = {PREFIXES.sub("", WRAPPERS.sub("", name)): place for name, place in places.items()}
+    if len(plain) != len(places):
+        raise ValueError(
+            f"{path} holds tensors whose names differ only in the prefixes of wrappers: take out "
+            "the network that is wanted"
+        )
+    return plain
+
+
+def _contiguous(shape):
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+# Folders.
+
+
+def _files_of(folder):
+    """The files that hold the tensors of a folder."""
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    single = sorted(folder.glob("*.safetensors"))
+    if len(indices) > 1:
+        raise ValueError(f"{folder} has several indices {_names(indices)}: name one file")
+    if indices:
+        return _shards(folder, _indexed(indices[0]))
+    if match := single and re.search(r"-(\d+)-of-(\d+)\.safetensors$", single[0].name):
+        stem, count = single[0].name[: match.start()], match[2]
+        numbers = range(1, int(count) + 1)
+        return _shards(
+            folder, [f"{stem}-{i:0{len(match[1])}}-of-{count}.safetensors" for i in numbers]
+        )
+    found = single or sorted(p for p in folder.iterdir() if p.suffix in TORCH)
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no .safetensors, {' or '.join(TORCH)} file{_half(folder)}"
+        )
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds several checkpoints {_names(found)}: name one file")
+    return found
+
+
+def _indexed(index):
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error!r}); fetch it again") from None
+
+
+def _shards(folder, names):
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(absent)} of {len(names)} shards: {', '.join(absent)}"
+            f"{_half(folder)}; finish the download"
+        )
+    return [folder / name for name in names]
+
+
+def _half(folder):
+    """Says so where a download has begun and not ended."""
+    begun = sorted(p.name for p in folder.rglob("*.incomplete"))
+    return f" (begun and not ended: {', '.join(begun)})" if begun else ""
+
+
+def _names(paths):
+    return [path.name for path in paths]
+
+
+# One file.
+
+
+def _safetensors(path):
+    """({name: Place}, metadata) of a safetensors file, each place proven to lie within it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = 8 + length
+        text = file.read(length) if start <= size else b""
+    try:
+        if not text:
+            raise ValueError(_stranger_file(path, size))
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        places = {name: _place(path, start, entry) for name, entry in header.items()}
+        ends = [start + entry["data_offsets"][1] for entry in header.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or not safetensors ({error})") from None
+    if (end := max(ends, default=start)) != size:
+        raise ValueError(
+            f"{path} is damaged or not safetensors (it has {size} bytes, and its header says {end}"
+            f"{': it was cut short' if size < end else ''}); fetch it again"
+        )
+    return places, metadata
+
+
+def _place(path, start, entry):
+    dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if begin < 0 or min(shape, default=1) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{entry} is no place of a tensor")
+    return Place(path, start + begin, dtype, shape)
+
+
+def _stranger_file(path, size):
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs: run `git lfs pull`"
+    return f"its {size} bytes begin with {head[:8]!r}, no header"
+
+
+def write_safetensors(path, plan, arrays):
+    """Writes a safetensors file, one tensor after the other.
+
+    Args:
+        path: the file.
+        plan: {name: (shape, dtype)}, in the order of the file.
+        arrays: an iterator of (name, array) in this order, from which as many are taken.
+
+    Raises:
+        ValueError: an array is not the one that is planned.
+    """
+    codes = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, dtype) in plan.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that all tensors are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (wanted, place), (name, array) in zip(plan.items(), arrays, strict=False):
+            if (wanted, *place) != (name, array.shape, array.dtype):
+                raise ValueError(
+                    f"{name} {array.shape} {array.dtype} in the place of {wanted} {place}"
+                )
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+# Files of torch.
+
+
+def _state_dict(tree):
+    """The dict of tensors in what torch had saved; of several networks, the averaged generator."""
+    if not isinstance(tree, dict):
+        return {}
+    for name in ("generator_ema", "generator", "model", "state_dict", "module"):
+        if found := _state_dict(tree.get(name)):
+            return found
+    return {name: leaf for name, leaf in tree.items() if isinstance(leaf, pickles.Stored)}
+
+
+# Models of several parts, and the hub.
+
+
+def locate(path, part=None):
+    """The file or folder of one part of a model.
+
+    Args:
+        path: a file, a folder (a part, a pipeline of diffusers, a download of Wan's repository), or
+            the name of a model on the Hugging Face hub: "organisation/name", or with a sub-folder.
+        part: "transformer", "transformer_2" (the low-noise expert of Wan 2.2), "vae" or
+            "text_encoder"; None is the transformer of a model and the only part of a part.
+
+    Raises:
+        FileNotFoundError: nothing is there, the model has no such part, or the hub is not reached.
+    """
+    if part is not None and part not in SUBFOLDERS:
+        raise ValueError(f"part={part!r}: use one of {sorted(SUBFOLDERS)}")
+    local = Path(path).expanduser()
+    if local.exists():
+        return _part_of(local, part)
+    if name := hub_name(path):
+        return _from_hub(*name, part)
+    raise FileNotFoundError(f"there is no file or folder at {str(path)!r}")
+
+
+def hub_name(path):
+    """(name, sub-folder or None) where `path` could name a model on the hub; None elsewhere."""
+    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", str(path))
+    is_file = Path(path).suffix in (".safetensors", *TORCH)
+    return None if found is None or is_file else found.groups()
+
+
+def _part_of(root, part):
+    if root.is_file():
+        return root
+    wanted = part or "transformer"
+    for name in SUBFOLDERS[wanted]:
+        if (root / name).is_dir():
+            return root / name
+    if wanted in ("vae", "text_encoder") and (files := sorted(root.glob(PART_FILES[wanted]))):
+        return files[0]
+    parts = {name for names in SUBFOLDERS.values() for name in names if (root / name).is_dir()}
+    if parts or (wanted == "transformer_2"):
+        raise FileNotFoundError(f"{root} has no {wanted}; its parts are {sorted(parts)}")
+    return root
+
+
+def companion(path, folders):
+    """The root folder of a model, for what it holds beside its weights: a tokenizer, say.
+
+    Args:
+        path: a file or folder, or the name of a model on the Hugging Face hub.
+        folders: sub-folders, of which one at least is brought here from the hub.
+
+    Raises:
+        FileNotFoundError: nothing is there, or the hub is not reached.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if not (name := hub_name(path)):
+        raise FileNotFoundError(f"there is no file or folder at {str(path)!r}")
+
+    def checked(root):
+        if not any((root / folder).is_dir() for folder in folders):
+            raise FileNotFoundError(f"{path} has none of {', '.join(folders)}")
+        return root
+
+    return _download(name[0], [f"{folder}/*" for folder in folders], checked)
+
+
+def _from_hub(name, subfolder, part):
+    wanted = part or "transformer"
+    patterns = [f"{subfolder}/*"] if subfolder else ["config.json", PART_FILES.get(wanted, "-")]
+    patterns += [f"{folder}/*" for folder in SUBFOLDERS[wanted]]
+
+    def checked(root):
+        found = _part_of(root / (subfolder or ""), part)
+        if not found.is_file():
+            _files_of(found)  # all of them, or it raises
+        return found
+
+    return _download(name, patterns, checked)
+
+
+def _download(name, patterns, checked):
+    """`checked` of a model's folder: as the cache has it, or else, with these files, the hub."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(
+            f"there is no file or folder at {name!r}, and the Hugging Face hub needs "
+            "huggingface_hub: pip install 'dmd_jax[wan]'"
+        ) from None
+    download = partial(snapshot_download, name, allow_patterns=patterns)
+    try:
+        return checked(Path(download(local_files_only=True)))
+    except FileNotFoundError:
+        pass  # not, or not all, in the cache
+    try:
+        root = Path(download())
+    except Exception as error:  # its errors of networks have no common class
+        raise FileNotFoundError(
+            f"there is no file or folder at {name!r}, and it did not come from the Hugging Face "
+            f"hub: {error}\nCheck the name and the network, or give the folder of a download made "
+            f"elsewhere: hf download {name} --local-dir=..."
+        ) from error
+    return checked(root)
+
+
+def stranger(names):
+    """What the tensors of these names look like, in words; None if it is not recognised."""
+    for pattern, words in STRANGERS.items():
+        if any(re.search(pattern, name) for name in names):
+            return words
+    return None
