@@ -10,13 +10,13 @@ from __future__ import annotations
 import difflib
 import io
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from dmd_jax.data.pixels import to_float
+from dmd_jax.data.pixels import to_float, to_uint8
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -105,6 +105,28 @@ class Source:
         """What the config of a new network need not say, since the data do."""
         size, _, channels = self.image_shape
         return dict(image_size=size, channels=channels, num_classes=self.num_classes)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the file of a network trained on such data must say of them: nothing."""
+        return {}
+
+    # What the data can tell of samples, in words by name: nothing, a `Judge` can.
+    measures: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def columns(self) -> int:
+        """How many pictures of `shown` make a row."""
+        return self.num_classes
+
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """Conditions worth looking at, and what guidance leaves them for: eight of each class."""
+        told = self._conditions(np.arange(8 * self.num_classes, dtype=np.int32) % self.num_classes)
+        return told["cond"], told["uncond"]
+
+    def pictures(self, x0: np.ndarray) -> np.ndarray:
+        """Samples [N, H, W, C] as bytes to look at."""
+        return to_uint8(x0)
 
     def require_fit(self, what: str, model: Any) -> None:
         """Raises ValueError where a network's config names other images or classes than these."""

@@ -1,0 +1,237 @@
+"""Embedded prompts on disk: made once, read as memory maps, so that training holds no text encoder.
+
+    <path>/meta.json                 the prompts, and what embedded them
+    <path>/00000.npy                 bfloat16 (as uint16) [T, D]: the tokens of the first prompts
+    <path>/00000.lengths.npy         int32: how many of them belong to each of those prompts
+
+Only real tokens are stored: a row of zeros behind a prompt's end takes no room. The negative prompt
+is the last one. A shard is there whole or not at all, and a second `write` makes what is missing.
+This file may import numpy and ml_dtypes.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_dtypes import bfloat16
+from numpy.typing import ArrayLike
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+META = "meta.json"
+REMEDY = "make it with `python -m dmd_jax.embed --prompts=... --checkpoint=... --out={path}`"
+
+
+def write(
+    path: str | Path,
+    prompts: Sequence[str],
+    negative: str,
+    encode_fn: Callable[[list[str]], Sequence[np.ndarray]],
+    length: int,
+    dim: int,
+    *,
+    shard: int = 64,
+    source: str = "",
+) -> None:
+    """Embeds prompts into a folder. What is there already, of a call that was killed, is kept.
+
+    Args:
+        path: the folder; it is made.
+        prompts: N strings.
+        negative: the negative prompt.
+        encode_fn: n prompts -> n float arrays [tokens, dim], 1 to `length` tokens each.
+        length, dim: L and D of what is read.
+        shard: prompts of a file, of which all are embedded by one call of `encode_fn`.
+        source: what embeds them, in words or as a digest: a set is continued by the same only.
+
+    Raises:
+        ValueError: the folder holds other prompts or those of another encoder, there is no prompt,
+            or an embedding has another shape or a number that is not finite.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts")
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    meta = {
+        "format": FORMAT,
+        "source": source,
+        "length": length,
+        "dim": dim,
+        "shard": shard,
+        "negative": negative,
+        "prompts": list(prompts),
+    }
+    if (path / META).exists():
+        _require_same(path, _read_meta(path), meta)
+    else:
+        _replace(path / META, lambda file: file.write(json.dumps(meta).encode()))
+    texts, starts = [*prompts, negative], range(0, len(prompts) + 1, shard)
+    for number, start in enumerate(starts):
+        if not _is_whole(path, number, meta):
+            part = texts[start : start + shard]
+            _write_shard(path, number, encode_fn(part), part, meta)
+            log.info("%d of %d prompts are embedded", start + len(part), len(texts))
+
+
+class Embeddings:
+    """A set that `write` has made. `len(embeddings)` is N, the number of prompts.
+
+    Attributes:
+        prompts: N strings.
+        shape: (L, D).
+    """
+
+    def __init__(self, path: str | Path):
+        """Maps the files.
+
+        Raises:
+            FileNotFoundError: there is no such set, or it is not complete.
+            ValueError: the folder holds something else, or a file is damaged.
+        """
+        self.path = Path(path)
+        meta = _read_meta(self.path)
+        self.prompts, self._shard = meta["prompts"], meta["shard"]
+        self.shape = meta["length"], meta["dim"]
+        self._shards = [_open_shard(self.path, number, meta) for number in range(_num_shards(meta))]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, index: ArrayLike) -> np.ndarray:
+        """Embeddings of n prompts, in the order asked for.
+
+        Args:
+            index: n integers in [0, N); repeats are allowed.
+
+        Returns:
+            bfloat16 [n, L, D], zero behind each prompt's end.
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        index = np.asarray(index, np.intp)
+        outside = index[(index < 0) | (index >= len(self))]
+        if outside.size:
+            raise IndexError(f"{self.path} has no prompt {outside[0]} in {len(self)}")
+        return self._read(index)
+
+    @property
+    def negative(self) -> np.ndarray:
+        """The embedding of the negative prompt: bfloat16 [L, D]."""
+        return self._read([len(self)])[0]
+
+    def _read(self, index):
+        rows = np.zeros((len(index), *self.shape), np.uint16)
+        for row, i in zip(rows, index, strict=True):
+            tokens, ends = self._shards[i // self._shard]
+            start, end = ends[i % self._shard], ends[i % self._shard + 1]
+            row[: end - start] = tokens[start:end]
+        return rows.view(bfloat16)
+
+
+def _num_shards(meta):
+    return -(-(len(meta["prompts"]) + 1) // meta["shard"])
+
+
+def _files(path, number):
+    """The files of a shard: (tokens, lengths)."""
+    return path / f"{number:05d}.npy", path / f"{number:05d}.lengths.npy"
+
+
+def _read_meta(path):
+    """meta.json of the set at `path`."""
+    remedy = REMEDY.format(path=path)
+    try:
+        meta = json.loads((path / META).read_text())
+        if meta["format"] == FORMAT:
+            return meta
+    except OSError:
+        raise FileNotFoundError(f"there are no embeddings at {str(path)!r}: {remedy}") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"{path / META} is not of embeddings of this version of dmd_jax: give another folder, or "
+        f"remove it and {remedy}"
+    )
+
+
+def _require_same(path, found, wanted):
+    """Raises ValueError where a set of other prompts or another encoder would be continued."""
+    for name, value in wanted.items():
+        if found.get(name) == value:
+            continue
+        if name == "prompts":
+            what = f"other prompts ({len(found[name])}, not {len(value)} or not the same)"
+        else:
+            what = f"{name} {found.get(name)!r}, not {value!r}"
+        raise ValueError(
+            f"{path} holds embeddings with {what}: give another folder, or remove this one"
+        )
+
+
+def _open_shard(path, number, meta):
+    """(memory map uint16 [T, D], ends int [n + 1]) of one shard.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is cut off, or its two files do not belong together.
+    """
+    tokens_file, lengths_file = _files(path, number)
+    remedy = REMEDY.format(path=path)
+    try:
+        tokens, lengths = np.load(tokens_file, mmap_mode="r"), np.load(lengths_file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is not complete: {Path(error.filename).name} is missing. What is there is "
+            f"kept; {remedy}"
+        ) from None
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{tokens_file} or its lengths are damaged ({error}): {remedy}") from None
+    count = min(meta["shard"], len(meta["prompts"]) + 1 - number * meta["shard"])
+    wanted = (int(lengths.sum()), meta["dim"])
+    if lengths.shape != (count,) or tokens.shape != wanted or tokens.dtype != np.uint16:
+        raise ValueError(
+            f"{tokens_file} is damaged: {tokens.dtype} {tokens.shape} of {lengths.shape} prompts, "
+            f"expected uint16 {wanted} of {(count,)}; remove it and {remedy}"
+        )
+    return tokens, np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _is_whole(path, number, meta):
+    """Whether a shard need not be made."""
+    try:
+        _open_shard(path, number, meta)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _write_shard(path, number, embedded, prompts, meta):
+    """Writes the embeddings of one shard; its tokens last, which make it count."""
+    for prompt, tokens in zip(prompts, embedded, strict=True):
+        if not 1 <= len(tokens) <= meta["length"] or tokens.shape[1:] != (meta["dim"],):
+            raise ValueError(
+                f"the embedding of {prompt[:60]!r} is {tokens.shape}, which is not [1 to "
+                f"{meta['length']}, {meta['dim']}]"
+            )
+        if not np.isfinite(tokens.astype(np.float32)).all():
+            raise ValueError(
+                f"the embedding of {prompt[:60]!r} has numbers that are not finite: is the "
+                "checkpoint damaged?"
+            )
+    tokens_file, lengths_file = _files(path, number)
+    lengths = np.array([len(tokens) for tokens in embedded], np.int32)
+    tokens = np.concatenate(embedded).astype(bfloat16).view(np.uint16)
+    _replace(lengths_file, lambda file: np.save(file, lengths))
+    _replace(tokens_file, lambda file: np.save(file, tokens))
+
+
+def _replace(path, write_to):
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        write_to(file)
+    partial.replace(path)

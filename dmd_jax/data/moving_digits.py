@@ -1,0 +1,248 @@
+"""Moving digits: small videos with captions, for `configs/dmd.py:wan_tiny`.
+
+The digits are real, the training scans of `mnist5k`; their motion is made here. The latents are the
+pixels themselves, folded, and the text embeddings are a fixed random vector a word: neither a VAE
+nor a language model is needed to learn from 80 sentences. Imports the prompts beside it.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from dmd_jax.data import embeddings, latents
+from dmd_jax.data.pixels import to_float, to_uint8
+from dmd_jax.data.prompts import Prompts, side_by_side
+
+FRAMES, SIZE, DIGIT, FOLD = 4, 20, 8, 2  # pixels, but for the frames
+INK = 20  # pixels of a scan that its ink spans at most
+SPEED = 4  # pixels a frame: a patch of the network
+TEXT_LENGTH, TEXT_DIM = 8, 64
+MEAN, STD = -0.9, 0.4  # latents are normalised by, to the size of the noise that they meet
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# (rows, columns) a frame, in units of SPEED.
+MOTIONS = {
+    "up": (-1, 0),
+    "down": (1, 0),
+    "left": (0, -1),
+    "right": (0, 1),
+    "up and left": (-1, -1),
+    "up and right": (-1, 1),
+    "down and left": (1, -1),
+    "down and right": (1, 1),
+}
+STEPS = np.array(list(MOTIONS.values()))
+PROMPTS = tuple(f"{digit} moves {motion}" for digit in DIGITS for motion in MOTIONS)
+
+
+def moving_digits(num: int, seed: int = 0, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """Makes videos, in each of which one digit crosses a black square at constant speed.
+
+    Args:
+        num: N; every prompt in turn.
+        seed: of the scans and the starting points.
+        split: "train" or "test", of the scans.
+
+    Returns:
+        (uint8 [N, FRAMES, SIZE, SIZE, 1], prompts int32 [N]: rows of `PROMPTS`).
+    """
+    rng = np.random.default_rng(seed)
+    scans, labels = _scans(split)
+    videos = np.zeros((num, FRAMES, SIZE, SIZE, 1), np.uint8)
+    prompts = np.arange(num, dtype=np.int32) % len(PROMPTS)
+    way = SPEED * (FRAMES - 1)
+    for video, prompt in zip(videos, prompts, strict=True):
+        digit, motion = divmod(int(prompt), len(MOTIONS))
+        scan = scans[rng.choice(np.flatnonzero(labels == digit))]
+        step = STEPS[motion]
+        # Somewhere from where the way stays inside.
+        start = rng.integers(way * (step < 0), SIZE - DIGIT - way * (step > 0) + 1)
+        for time, frame in enumerate(video):
+            row, column = start + SPEED * time * step
+            frame[row : row + DIGIT, column : column + DIGIT, 0] = scan
+    return videos, prompts
+
+
+@functools.cache
+def _scans(split):
+    """(uint8 [N, DIGIT, DIGIT], labels [N]): scans without their margins, at half the size."""
+    # Imported where it is used: it brings TensorFlow Datasets.
+    from dmd_jax.data import mnist5k
+
+    with np.load(mnist5k.FILE) as file:
+        scans, labels = file[f"{split}_images"][..., 0], file[f"{split}_labels"]
+    return np.stack([_small(scan) for scan in scans]), labels
+
+
+def _small(scan):
+    """The ink of a scan, without its margins: uint8 [28, 28] -> [DIGIT, DIGIT]."""
+    inked = (np.flatnonzero(scan.any(axis)) for axis in (1, 0))
+    top, left = (min((at[0] + at[-1] + 1) // 2, 28 - INK // 2) - INK // 2 for at in inked)
+    image = Image.fromarray(scan).crop((left, top, left + INK, top + INK))
+    return np.asarray(image.resize((DIGIT, DIGIT), Image.Resampling.BOX))
+
+
+def judge(videos: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
+    """How many videos show what their prompts ask for.
+
+    Args:
+        videos: uint8 [N, FRAMES, SIZE, SIZE, 1].
+        prompts: int [N], rows of `PROMPTS`.
+
+    Returns:
+        digit: share of videos whose frames, laid on one another along the motion asked for, show
+            what is nearest to a training scan of the digit asked for, by the mean square of pixels.
+        motion: share of videos whose frames, moved back, agree best for the motion asked for.
+        flicker: what still differs between the frames then, over what they share; the median, by
+            the mean square of pixels.
+    """
+    asked_digit, asked_motion = np.divmod(prompts, len(MOTIONS))
+    rows = np.arange(len(videos))
+    held = np.stack([_moved_back(videos[..., 0], step) for step in STEPS], axis=1)
+    shared, changes = held.mean(2), held.var(2).mean((2, 3))  # [N, motions, ...]
+    shared = shared[rows, asked_motion]
+    flicker = changes[rows, asked_motion] / (np.square(shared).mean((1, 2)) + 1e-6)
+    return {
+        "digit": float(np.mean(_nearest_digit(shared) == asked_digit)),
+        "motion": float(np.mean(changes.argmin(1) == asked_motion)),
+        "flicker": float(np.median(flicker)),
+    }
+
+
+def _moved_back(videos, step):
+    """Frames float32 [N, FRAMES, SIZE, SIZE] against a motion, so that its digit would stand."""
+    shifts = -SPEED * np.arange(FRAMES)[:, None] * step
+    still = [np.roll(videos[:, i], shift, (1, 2)) for i, shift in enumerate(shifts)]
+    return np.stack(still, axis=1).astype(np.float32)
+
+
+def _nearest_digit(frames):
+    """The class of the training scan that is nearest to each frame, both about their centres."""
+    scans, labels = _scans("train")
+    known, seen = (_centred(x).reshape(len(x), -1) for x in (scans, frames))
+    return labels[(np.square(known).sum(1) - 2 * seen @ known.T).argmin(1)]
+
+
+def _centred(frames):
+    """[N, S, S] -> float32 [N, SIZE, SIZE], with the centre of the ink in the middle."""
+    size, half = frames.shape[-1], SIZE // 2
+    padded = np.pad(frames.astype(np.float32), ((0, 0), (half, half), (half, half)))
+    total = frames.sum((1, 2), np.float32) + 1e-6
+    corners = [np.round(frames.sum(axis) @ np.arange(size) / total) for axis in (2, 1)]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (SIZE, SIZE), (1, 2))
+    return windows[np.arange(len(frames)), *np.int32(corners)]
+
+
+def encode(videos: np.ndarray) -> np.ndarray:
+    """Squares of pixels become channels, normalised.
+
+    Args:
+        videos: uint8 [..., H, W, 1].
+
+    Returns:
+        float32 [..., H / FOLD, W / FOLD, FOLD^2].
+    """
+    *lead, height, width, _ = videos.shape
+    levels = (to_float(videos) - np.float32(MEAN)) / np.float32(STD)
+    split = levels.reshape(*lead, height // FOLD, FOLD, width // FOLD, FOLD)
+    return split.swapaxes(-3, -2).reshape(*lead, height // FOLD, width // FOLD, FOLD**2)
+
+
+def decode(latents: np.ndarray) -> np.ndarray:
+    """The inverse of `encode`: uint8 [..., H, W, 1]."""
+    *lead, height, width, _ = latents.shape
+    split = latents.reshape(*lead, height, width, FOLD, FOLD).swapaxes(-3, -2)
+    return to_uint8(split.reshape(*lead, height * FOLD, width * FOLD, 1) * STD + MEAN)
+
+
+def embed(prompts: Sequence[str]) -> list[np.ndarray]:
+    """One vector a word, the same wherever it stands: for each prompt, float32 [words, TEXT_DIM].
+
+    An empty prompt has one vector, zero.
+    """
+
+    def vector(word):
+        return np.random.default_rng(zlib.crc32(word.encode())).normal(size=TEXT_DIM)
+
+    zero = [np.zeros(TEXT_DIM)]
+    return [np.float32([vector(word) for word in prompt.split()] or zero) for prompt in prompts]
+
+
+def padded(prompts: Sequence[str]) -> np.ndarray:
+    """`embed` in one array, zero behind each prompt's end: float32 [N, TEXT_LENGTH, TEXT_DIM].
+
+    Raises:
+        ValueError: a prompt has more words than captions have.
+    """
+    out = np.zeros((len(prompts), TEXT_LENGTH, TEXT_DIM), np.float32)
+    for row, prompt, vectors in zip(out, prompts, embed(prompts), strict=True):
+        if len(vectors) > TEXT_LENGTH:
+            raise ValueError(f"{prompt!r} has more than {TEXT_LENGTH} words; say {PROMPTS[0]!r}")
+        row[: len(vectors)] = vectors
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingDigits(Prompts):
+    """Folded videos and embedded captions; a class that configs name.
+
+    Attributes:
+        embeddings, latents: directories, written at first use.
+        num: videos.
+        seed: of their scans and starting points.
+    """
+
+    embeddings: str = "~/.cache/dmd_jax/moving_digits/embeddings"
+    sample_shape: tuple[int, ...] = (FRAMES, SIZE // FOLD, SIZE // FOLD, FOLD**2)
+    latents: str | None = "~/.cache/dmd_jax/moving_digits/latents"
+    num: int = 8_000
+    seed: int = 0
+
+    name = "moving digits"
+
+    def open(self) -> None:
+        """Writes what is not there yet, and opens it. Raises as `Prompts.open`."""
+        embeddings.write(
+            self._embeddings_path, PROMPTS, "", embed, TEXT_LENGTH, TEXT_DIM, source=__name__
+        )
+        latents.write(
+            self._latents_path,
+            zip(*moving_digits(self.num, self.seed), strict=True),
+            encode,
+            self.sample_shape,
+            source=[__name__, self.num, self.seed],
+        )
+        super().open()
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """What the config of a new network need not say, since the data do."""
+        channels = self.sample_shape[-1]
+        return dict(in_channels=channels, out_channels=channels, text_dim=TEXT_DIM)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the file of a network trained on such data must say of them."""
+        return super().notes | {"data": "moving_digits"}
+
+    measures: ClassVar = {
+        "digit": "share of videos that show the digit asked for",
+        "motion": "share that move as asked",
+        "flicker": "how far frames differ but by that motion, over what they share",
+    }
+
+    def measure(self, x0: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
+        """`judge` of latents [N, F, H, W, C]."""
+        return judge(decode(x0), prompts)
+
+    def floor(self, num: int) -> dict[str, float]:
+        """The same of real videos, with scans that no network was trained on."""
+        return judge(*moving_digits(num, self.seed, "test"))
+
+    def pictures(self, x0: np.ndarray) -> np.ndarray:
+        """Latents [N, F, H, W, C] as bytes, frames side by side."""
+        return side_by_side(decode(x0))

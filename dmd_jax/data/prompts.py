@@ -1,0 +1,157 @@
+"""Prompts as training data: cached text embeddings, and latents where a method learns from videos.
+
+Imports the stores of embeddings and latents beside it, and what they may import.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dmd_jax.data.embeddings import Embeddings
+from dmd_jax.data.latents import Latents
+from dmd_jax.data.pixels import to_uint8
+
+SHOWN = 6  # prompts whose samples are worth looking at
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Text conditions from files; a class that configs name.
+
+    Attributes:
+        embeddings: directory that `python -m dmd_jax.embed` wrote.
+        sample_shape: (F, H, W, C) of the latents that a generator makes.
+        latents: directory that `python -m dmd_jax.encode` wrote, for methods that learn from data;
+            None where none does.
+    """
+
+    embeddings: str
+    sample_shape: tuple[int, ...]
+    latents: str | None = None
+
+    def open(self) -> None:
+        """Opens the files.
+
+        Raises:
+            FileNotFoundError, ValueError: they are not there, are damaged, or do not go together.
+        """
+        texts, latents = self._texts, self._latents
+        if latents is None:
+            return
+        if latents.shape != tuple(self.sample_shape):
+            raise ValueError(
+                f"{self.latents} holds latents {latents.shape}, but sample_shape is "
+                f"{tuple(self.sample_shape)}"
+            )
+        if (last := int(latents.prompt.max())) >= len(texts):
+            raise ValueError(
+                f"{self.latents} speaks of prompt {last}, but {self.embeddings} holds "
+                f"{len(texts)}: they do not go together"
+            )
+
+    @property
+    def _embeddings_path(self) -> Path:
+        return Path(self.embeddings).expanduser()
+
+    @property
+    def _latents_path(self) -> Path | None:
+        return None if self.latents is None else Path(self.latents).expanduser()
+
+    @functools.cached_property
+    def _texts(self) -> Embeddings:
+        return Embeddings(self._embeddings_path)
+
+    @functools.cached_property
+    def _latents(self) -> Latents | None:
+        return None if self.latents is None else Latents(self._latents_path)
+
+    def __len__(self) -> int:
+        return len(self._texts if self._latents is None else self._latents)
+
+    @property
+    def name(self) -> str:
+        """The name of the directory."""
+        return Path(self.embeddings).name
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """What the config of a new network need not say: nothing, a pod's recipe states it all."""
+        return {}
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the file of a network trained on such data must say of them."""
+        return {"sample_shape": list(self.sample_shape)}
+
+    def require_fit(self, what: str, model: Any) -> None:
+        """Raises ValueError where a network's config speaks of other latents than these."""
+        if model.out_channels != self.sample_shape[-1]:
+            raise ValueError(
+                f"{what} makes latents of {model.out_channels} channels, but sample_shape is "
+                f"{tuple(self.sample_shape)}"
+            )
+        if "_texts" in self.__dict__ and model.text_dim != self._texts.shape[-1]:
+            raise ValueError(
+                f"{what} reads texts of width {model.text_dim}, but {self.embeddings} holds "
+                f"{self._texts.shape[-1]}: embed the prompts with the encoder of that network"
+            )
+
+    def examples(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """What training sees of n latents.
+
+        Returns:
+            {"data": float32 [n, F, H, W, C], "cond": [n, L, D], "uncond": [n, L, D]}.
+
+        Raises:
+            ValueError: there are no latents.
+        """
+        if self._latents is None:
+            raise ValueError(
+                "this method learns from videos: give the directory of their latents, which "
+                "`python -m dmd_jax.encode` makes, as config.data.latents"
+            )
+        return {"data": self._latents.rows(rows), **self.conditions(rows)}
+
+    def conditions(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The embeddings alone: of the latents' prompts, or of the prompts themselves."""
+        if self._latents is not None:
+            rows = self._latents.prompt[np.asarray(rows)]
+        cond = self._texts.rows(rows)
+        return {"cond": cond, "uncond": np.broadcast_to(self._texts.negative, cond.shape)}
+
+    @property
+    def columns(self) -> int:
+        """How many pictures of `shown` make a row: a video fills it."""
+        return 1
+
+    # What the data can tell of samples, in words by name: a class with any has `measure`, `floor`.
+    measures: ClassVar[Mapping[str, str]] = {}
+
+    def asked(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows of prompts, their embeddings, what guidance leaves them for): spread over all."""
+        count = len(self._texts)
+        rows = np.linspace(0, count - 1, num).astype(int) if num < count else np.arange(num) % count
+        cond = self._texts.rows(rows)
+        return rows, cond, np.broadcast_to(self._texts.negative, cond.shape)
+
+    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings of prompts worth looking at, and what guidance leaves them for."""
+        return self.asked(min(SHOWN, len(self._texts)))[1:]
+
+    def pictures(self, x0: np.ndarray) -> np.ndarray:
+        """Latents [N, F, H, W, C] as bytes to look at, frames side by side.
+
+        Shows three channels as red, green and blue: enough to see shapes and their motion. For the
+        video itself, give the exported student and a VAE to `python -m dmd_jax.sample`.
+        """
+        return side_by_side(to_uint8(x0[..., :3] / 2))
+
+
+def side_by_side(videos: np.ndarray) -> np.ndarray:
+    """[N, F, H, W, C] -> [N, H, F W, C]."""
+    count, frames, height, width, channels = videos.shape
+    return videos.transpose(0, 2, 1, 3, 4).reshape(count, height, frames * width, channels)

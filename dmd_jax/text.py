@@ -1,0 +1,184 @@
+"""Prompts become token ids, and those become embeddings, as the Wan networks were trained on them.
+
+A prompt is cleaned, cut to 512 tokens of which the last ends the sentence, and embedded; what is
+behind its end is zero. Imports jax and numpy, and libraries of tokenizers where they are needed.
+"""
+
+import html
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+END = "</s>"
+# Files that hold a tokenizer, and folders of a checkpoint that hold those: its own, diffusers',
+# the Wan repository's, and diffusers' from the text encoder's.
+FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+FOLDERS = ("", "tokenizer", "google/umt5-xxl", "../tokenizer")
+
+
+def clean(prompt):
+    """A prompt as the Wan networks read it: encodings mended, entities resolved, spaces collapsed.
+
+    Raises:
+        ImportError: ftfy is not installed.
+    """
+    mended = _library("ftfy").fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(mended))).strip()
+
+
+class Tokenizer:
+    """Token ids of prompts: `tokenizer(prompts)`.
+
+    Attributes:
+        path: the file that was found.
+        length: tokens of every row.
+    """
+
+    def __init__(self, path, length=512):
+        """Reads the tokenizer of a checkpoint.
+
+        Args:
+            path: tokenizer.json, spiece.model or tokenizer.model; or a checkpoint that one comes
+                with: a folder, whose `tokenizer` and `google/umt5-xxl` are looked into, a file in
+                such a folder, or "organisation/name" on the Hugging Face hub.
+            length: tokens of every row, the end of the sentence among them.
+
+        Raises:
+            FileNotFoundError: there is no tokenizer.
+            ValueError: it is damaged, knows no end of a sentence, or length is below 1.
+            ImportError: the library that reads it is not installed.
+        """
+        if length < 1:
+            raise ValueError(f"length={length} must be 1 or more")
+        self.path, self.length = find(path), length
+        read = _read_json if self.path.suffix == ".json" else _read_sentencepiece
+        self._ids, self._end = read(self.path)
+
+    def __call__(self, prompts):
+        """Cleans and splits N prompts.
+
+        Args:
+            prompts: a list of N strings.
+
+        Returns:
+            (ids int32 [N, length], mask bool [N, length]): tokens, </s>, then zeros where the mask
+            is false.
+        """
+        ids = np.zeros((len(prompts), self.length), np.int32)
+        lengths = np.zeros(len(prompts), np.int32)
+        for i, prompt in enumerate(prompts):
+            tokens = [*self._ids(clean(prompt))[: self.length - 1], self._end]
+            ids[i, : len(tokens)], lengths[i] = tokens, len(tokens)
+        return ids, np.arange(self.length) < lengths[:, None]
+
+
+def find(path):
+    """The file of the tokenizer at `path`: see `Tokenizer`.
+
+    Raises:
+        FileNotFoundError: there is none, or the hub is not reached.
+        ImportError: `path` may be a name on the hub, and huggingface_hub is not installed.
+    """
+    local = Path(path).expanduser()
+    if local.is_file() and local.suffix in (".json", ".model"):
+        return local
+    if local.exists():
+        found = _in_folder(local if local.is_dir() else local.parent)
+    else:
+        found = _on_hub(str(path)) if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) else None
+    if found is None:
+        raise FileNotFoundError(
+            f"no tokenizer at {str(path)!r}: it must be one of {', '.join(FILES)}, or a folder "
+            "with one of them, or with one in its 'tokenizer' or 'google/umt5-xxl'"
+        )
+    return found
+
+
+def _in_folder(folder):
+    """The file of a tokenizer in a checkpoint's folder, or None."""
+    candidates = (folder / name / file for name in FOLDERS for file in FILES)
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _on_hub(name):
+    """The same in a repository on the Hugging Face hub, in the cache first."""
+    hub = _library("huggingface_hub")
+    patterns = [f"{folder}/{file}".lstrip("/") for folder in FOLDERS for file in FILES]
+    for cached in (True, False):
+        try:
+            root = hub.snapshot_download(name, allow_patterns=patterns, local_files_only=cached)
+        except (OSError, ValueError) as error:  # of the network, of a name that is none
+            reason = error
+            continue
+        if found := _in_folder(Path(root)):
+            return found
+        reason = "it holds none"
+    raise FileNotFoundError(
+        f"no tokenizer at {name!r}: neither a file nor a folder, and none came from the Hugging "
+        f"Face hub: {reason}"
+    )
+
+
+@jax.jit
+def _embed(net, ids, mask):
+    return jnp.where(mask[..., None], net(ids, mask), 0)
+
+
+def encode(net, ids, mask):
+    """The embeddings of tokens, zero behind each prompt's end.
+
+    Args:
+        net: a UMT5, or what else is called with ids and mask.
+        ids: int32 [N, L], mask bool [N, L]: of a `Tokenizer`.
+
+    Returns:
+        float32 [N, L, D].
+
+    Raises:
+        ValueError: an id is beyond the vocabulary of the network.
+    """
+    if (largest := int(np.max(ids))) >= net.config.vocab:
+        raise ValueError(
+            f"token {largest} is beyond the {net.config.vocab} tokens of the text encoder: the "
+            "tokenizer is another checkpoint's"
+        )
+    return _embed(net, ids, mask)
+
+
+def _read_json(path):
+    """(text -> ids, id of the end) of a tokenizer.json."""
+    library = _library("tokenizers")
+    try:
+        tokenizer = library.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"{path} is damaged or not a tokenizer.json ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        raise ValueError(f"{path} has no token {END}: it is not of a T5 encoder")
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, end
+
+
+def _read_sentencepiece(path):
+    """The same of a model of SentencePiece."""
+    library = _library("sentencepiece")
+    try:
+        model = library.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not of SentencePiece ({error})") from None
+    if model.eos_id() < 0:
+        raise ValueError(f"{path} has no end of a sentence: it is not of a T5 encoder")
+    return model.encode, model.eos_id()
+
+
+def _library(name):
+    """An optional library."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"prompts need {name}: pip install 'dmd_jax[wan]'") from error
