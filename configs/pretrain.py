@@ -6,22 +6,30 @@ On two CPU cores this takes about half an hour; dmd_jax/assets/mnist_teacher.md 
 
 Square images of any data set in the TFDS catalogue will do: --config.data.name=cifar10, with
 --config.generator.model.patch=4 and a wider model for its richer images.
+
+The two networks of `configs/dmd.py:wan_tiny`, on videos of moving digits with their captions, take
+about as long; their quality is in dmd_jax/assets/moving_digits_teacher.md and ..._small.md:
+
+    python -m dmd_jax.main --config=configs/pretrain.py:wan_teacher
+    python -m dmd_jax.main --config=configs/pretrain.py:wan_small
 """
 
 import ml_collections
 from ml_collections import config_dict
 
-from dmd_jax.configuration import complete
+from dmd_jax.configuration import complete, unknown
+from dmd_jax.data import MovingDigits
 from dmd_jax.denoiser import Velocity
 from dmd_jax.health import Thresholds
 from dmd_jax.methods.pretrain import Pretrain
 from dmd_jax.models.dit import DiTConfig
+from dmd_jax.models.wan import WanConfig
 from dmd_jax.optimizer import AdamW
 from dmd_jax.schedule import FlowMatching
 from dmd_jax.step import EMA
 
 
-def get_config():
+def get_config(arg=""):
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 12_000
@@ -56,4 +64,32 @@ def get_config():
     config.evaluate = dict(
         features="mnist_metric", every=2_000, samples=500, num=2_000, steps=(50,), guidance=1.25
     )
+    if arg not in VARIANTS:
+        raise KeyError(unknown(f"variant configs/pretrain.py:{arg}", arg, VARIANTS))
+    VARIANTS[arg](config)
     return complete(config)
+
+
+def _digits(config):
+    """The default."""
+
+
+def _wan(config, **model):
+    config.data = dict(cls=MovingDigits)
+    config.generator.model = dict(cls=WanConfig, reach=4, **model)
+    config.generator.compute.unroll = model["depth"]
+    config.generator.optimizer.learning_rate = 2e-3
+    config.health.saturation = 1.0  # latents are not bounded
+    config.batch_size = 8
+    config.evaluate = dict(features="", every=2_000, samples=1, num=320, steps=(50,), guidance=2.0)
+
+
+def _wan_teacher(config):
+    _wan(config, dim=128, ffn=384, heads=4, depth=6)
+
+
+def _wan_small(config):
+    _wan(config, dim=96, ffn=256, heads=4, depth=4)
+
+
+VARIANTS = {"": _digits, "wan_teacher": _wan_teacher, "wan_small": _wan_small}

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from dmd_jax import checkpoint, data, report, sample, weights
+from dmd_jax import checkpoint, data, report, samplers, weights
 from dmd_jax.features import SHIPPED, load_features
 from dmd_jax.judge import Judge
 
@@ -33,11 +33,9 @@ def data_judge(name, data_dir=None, features=SHIPPED):
 
     Args:
         name, data_dir: as for `data.load`.
-        features: a metric network's file or shipped name, Inception's weights (see
-            `features.load_features`), or nothing: then there is no Judge, and None is returned.
+        features: a metric network's file or shipped name, or Inception's weights (see
+            `features.load_features`).
     """
-    if not features:
-        return None
     test, train = (data.arrays(data.load(name, split, data_dir)) for split in ("test", "train"))
     return Judge(load_features(features), test=test, train=train)
 
@@ -53,17 +51,17 @@ def require_numbers(judge, num_classes, **counts):
             )
 
 
-def rows(denoiser, samplers, judge, num, seed=SEED):
-    """Judges a network under each sampler.
+def rows(denoiser, ways, judge, num, seed=SEED):
+    """Judges a network of images under each sampler of `ways`.
 
     Returns:
         One dict a sampler: "name", "steps", "calls" (of the network, a sample) and the numbers
         of `Judge`.
     """
-    labels = sample.balanced(num, denoiser.net.config.num_classes)
+    labels = samplers.balanced(num, denoiser.net.config.num_classes)
     table = []
-    for sampler in samplers:
-        numbers = judge(sample.draw(denoiser, sampler, labels, seed), labels)
+    for sampler in ways:
+        numbers = judge(samplers.draw_images(denoiser, sampler, labels, seed), labels)
         log.info("%s in %d steps: %s %.3f", sampler.name, sampler.steps, judge.name, numbers["fd"])
         about = {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
         table.append(about | numbers)
@@ -75,24 +73,24 @@ def real_row(judge, num):
     return {"name": "real images", "steps": 0, "calls": 0, **judge.floor(num)}
 
 
-def teacher_rows(path, samplers, judge, num, *, recompute=False, store=None):
+def teacher_rows(path, ways, judge, num, *, recompute=False, store=None):
     """The rows of a teacher: the stored ones, where all that they depend on is unchanged.
 
     Args:
         path: the teacher's file or shipped name; `<file>.rows.json` beside it is looked at first.
-        samplers: ManyStep samplers.
+        ways: ManyStep samplers.
         recompute: compute them whatever is stored.
         store: where to keep, and look for, rows that are not beside the teacher; None for nowhere.
     """
     path = weights.find(path)
     common = f"{weights.fingerprint(path)} {judge.fingerprint} {num} {SEED}"
-    keys = {sampler: f"{sampler} {_digest(common)}" for sampler in samplers}
+    keys = {sampler: f"{sampler} {_digest(common)}" for sampler in ways}
     stored = _stored_rows(store) | _stored_rows(path.with_suffix(".rows.json"))
     held = {} if recompute else stored
-    missing = [sampler for sampler in samplers if keys[sampler] not in held]
+    missing = [sampler for sampler in ways if keys[sampler] not in held]
     if missing:
         log.info("judging the teacher: no rows are stored for %s", missing)
-        table = rows(weights.load(path), missing, judge, num)
+        table = rows(weights.denoiser(path), missing, judge, num)
         held |= dict(zip((keys[sampler] for sampler in missing), table, strict=True))
         if store and jax.process_index() == 0:
             write_text(store, json.dumps(_stored_rows(store) | held, indent=1) + "\n")
@@ -111,16 +109,16 @@ def _stored_rows(path):
         return {}
 
 
-def report_text(title, table, metric):
-    """The report of `rows`, as Markdown; its figure is report.png beside it."""
-    return f"# {title}\n\n![samples and quality](report.png)\n\n{report.markdown(table, metric)}"
+def report_text(title, body):
+    """A report as Markdown; its figure is report.png beside it."""
+    return f"# {title}\n\n![samples](report.png)\n\n{body}"
 
 
 def write_report(directory, title, table, pictures, labels, metric):
     """Writes report.json (the rows), report.png (the figure) and report.md."""
     (directory / "report.json").write_text(json.dumps(table, indent=1) + "\n")
     report.figure(directory / "report.png", table, pictures, labels, metric=metric, title=title)
-    write_text(directory / REPORT, report_text(title, table, metric))
+    write_text(directory / REPORT, report_text(title, report.markdown(table, metric)))
 
 
 def write_text(path, text):
@@ -162,8 +160,8 @@ def main(argv):
 def judge_checkpoint():
     """Prints the table of --checkpoint, and keeps it where the flags say so."""
     path = weights.find(FLAGS.checkpoint)
-    samplers = [
-        sample.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift)
+    ways = [
+        samplers.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift)
         for guidance in _numbers("guidance", float)
         for steps in _numbers("steps", int)
     ]
@@ -174,7 +172,7 @@ def judge_checkpoint():
     judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features)
     real = real_row(judge, FLAGS.num)  # before any sampling: refuses a --num that will not do
     beside = path.with_suffix(".rows.json") if FLAGS.store else None
-    table = teacher_rows(path, samplers, judge, FLAGS.num, recompute=True, store=beside)
+    table = teacher_rows(path, ways, judge, FLAGS.num, recompute=True, store=beside)
     table = [real, *table]
     print(report.markdown(table, judge.name))
     if FLAGS.out:

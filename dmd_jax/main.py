@@ -85,8 +85,8 @@ def main(argv):
     if FLAGS.distributed:
         join()
     try:
-        run = build(FLAGS.config)
-    except (ValueError, FileNotFoundError) as error:
+        run = build(FLAGS.config, files=not FLAGS.dry_run)
+    except (ValueError, FileNotFoundError, ImportError) as error:
         refuse(error)
     print(describe(run), flush=True)
     if FLAGS.dry_run:

@@ -65,12 +65,28 @@ def markdown(rows: Sequence[Row], metric: str) -> str:
         rows: see the module's docstring.
         metric: the name of the Fréchet distance, as `Judge.name`.
     """
-    lines = ["| | " + " | ".join(heading for _, heading, _ in COLUMNS).format(metric=metric) + " |"]
-    lines.append("|---|" + "---:|" * len(COLUMNS))
+    columns = [(key, heading.format(metric=metric), spec) for key, heading, spec in COLUMNS]
+    return _table(rows, columns) + "\n" + LEGEND.format(metric=metric)
+
+
+def measured(rows: Sequence[Row], measures: Mapping[str, str]) -> str:
+    """The same table of what the data can tell of samples themselves.
+
+    Args:
+        measures: the words of the legend by the key of the number.
+    """
+    columns = (*COLUMNS[:2], *((name, name, ".3f") for name in measures))
+    legend = "".join(f"{name}: {words}.\n" for name, words in measures.items())
+    return f"{_table(rows, columns)}\n{legend}"
+
+
+def _table(rows, columns):
+    lines = ["| | " + " | ".join(heading for _, heading, _ in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
     for row in rows:
-        cells = (_cell(row.get(key), spec) for key, _, spec in COLUMNS)
+        cells = (_cell(row.get(key), spec) for key, _, spec in columns)
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + LEGEND.format(metric=metric)
+    return "\n".join(lines) + "\n"
 
 
 def _cell(value: object, spec: str) -> str:
@@ -111,6 +127,34 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int) -> None:
     zoom = max(1, 64 // images.shape[1])
     picture = grid(images.repeat(zoom, 1).repeat(zoom, 2), columns)
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
+
+
+def gallery(
+    path: str | Path, images: Mapping[str, np.ndarray], columns: int, *, title: str
+) -> None:
+    """Draws samples of several samplers, one beside the other, as one PNG.
+
+    Args:
+        path: ends in .png.
+        images: {title of the sampler: uint8 [N, H, W, C]}, drawn from left to right.
+        columns: images a row of one sampler.
+        title: one line above all.
+    """
+    grids = {name: grid(samples, columns) for name, samples in images.items()}
+    height, width, _ = next(iter(grids.values())).shape
+    wide = max(5.0, min(12.0, len(grids) * width / 60)) / len(grids)  # inches, of one sampler
+    with rc_context(STYLE):
+        drawing = Figure(
+            figsize=(wide * len(grids), wide * height / width + 0.9), dpi=160, facecolor="white"
+        )
+        drawing.suptitle(title, x=0.02, ha="left", size=13, weight="bold")
+        for place, (name, mosaic) in enumerate(grids.items(), 1):
+            axes = drawing.add_subplot(1, len(grids), place)
+            axes.set_axis_off()
+            axes.set_title(name, size=9)
+            axes.imshow(mosaic, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        drawing.tight_layout()
+        drawing.savefig(path)
 
 
 def figure(

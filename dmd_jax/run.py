@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dmd_jax import checkpoint, data, evaluate, optimizer, sample, sharding, weights
+from dmd_jax import checkpoint, data, evaluate, optimizer, samplers, sharding, weights
 from dmd_jax.configuration import construct, flatten, unknown
 from dmd_jax.denoiser import Denoiser
-from dmd_jax.step import EMA, init_state
+from dmd_jax.step import EMA, init_state, train_step
 
 KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
@@ -26,7 +27,7 @@ KEYS = (
 LEAST = {"seed": 0, "checkpoint.keep": 2} | dict.fromkeys(
     (
         *("steps", "batch_size", "accumulate", "generator_every"),
-        *("log.every", "checkpoint.every", "evaluate.every"),
+        *("log.every", "checkpoint.every", "evaluate.every", "evaluate.num"),
     ),
     1,
 )
@@ -60,6 +61,18 @@ class Run:
         """Whether the generator learns at this step: the one clock of everything."""
         return step % self.config.generator_every == 0
 
+    @property
+    def step(self):
+        """The run's `train_step`: (state, frozen, batch, key, *, update_generator), not jitted."""
+        return partial(
+            train_step,
+            method=self.method,
+            tx=self.tx,
+            ema=self.ema,
+            reuse_rollout=self.config.reuse_rollout,
+            accumulate=self.config.accumulate,
+        )
+
     def state_shape(self):
         """The TrainState, as jax.ShapeDtypeStructs with shardings."""
         shapes = jax.eval_shape(lambda: init_state(_zeros(self.nets), self.tx))
@@ -67,8 +80,9 @@ class Run:
 
     def start(self):
         """(TrainState at step 0, frozen nets), loaded and placed."""
-        nets = {role: _load(self.config, role, net) for role, net in self.nets.items()}
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape())
+        shape = self.state_shape()
+        nets = {role: _load(self.config, role, net) for role, net in shape.nets.items()}
+        shardings = jax.tree.map(lambda x: x.sharding, shape)
         state = jax.jit(partial(init_state, tx=self.tx), out_shardings=shardings)(nets)
         return state, self.load_frozen()
 
@@ -78,21 +92,49 @@ class Run:
 
     def load_frozen(self):
         """The frozen nets, loaded and placed."""
-        placed = self.frozen_shape()
-        loaded = {role: _load(self.config, role, net) for role, net in self.frozen.items()}
-        return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), loaded, placed)
+        shape = self.frozen_shape()
+        loaded = {role: _load(self.config, role, net) for role, net in shape.items()}
+        return jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, shape)
 
     def samplers(self):
         """What the trained network is judged under, the run's own first."""
         spec = self.config.evaluate
         if hasattr(self.method, "times"):
             times, shift = self.method.times, self.method.shift
-            return [sample.FewStep(sample.fewer(times, n), shift) for n in spec.steps]
-        return [sample.ManyStep(n, spec.guidance) for n in spec.steps]
+            return [samplers.FewStep(samplers.fewer(times, n), shift) for n in spec.steps]
+        return [self._many_step(n, spec.guidance) for n in spec.steps]
+
+    def teachers(self):
+        """What a frozen teacher is shown and judged under."""
+        spec = self.config.evaluate
+        return [self._many_step(n, spec.teacher_guidance) for n in spec.teacher_steps]
+
+    def _many_step(self, steps, guidance):
+        return samplers.ManyStep(steps, guidance, self.method.shift)
+
+    def show(self, denoiser, sampler, seed=0):
+        """Pictures of a network's samples for the conditions that the source shows: uint8
+        [N, H, W, C]."""
+        return self.source.pictures(self._draw(denoiser, sampler, *self.source.shown(), seed))
+
+    def measure(self, denoiser, sampler, seed=0):
+        """A row of `report.measured`, of a source that has measures."""
+        rows, *conditions = self.source.asked(self.config.evaluate.num)
+        x0 = self._draw(denoiser, sampler, *conditions, seed)
+        about = {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
+        return about | self.source.measure(x0, rows)
+
+    def _draw(self, denoiser, sampler, cond, uncond, seed):
+        """Samples float32 [N, ...], in batches of as many as training has."""
+        shape, batch = self.source.sample_shape, min(len(cond), self.config.batch_size)
+        drawn = samplers.draw(denoiser, sampler, cond, uncond, shape, seed, batch=batch)
+        return np.concatenate(list(drawn))
 
     def judge(self):
         """The Judge of the run's data; None where the config names no feature network."""
         spec = self.config
+        if not spec.evaluate.features:
+            return None
         return evaluate.data_judge(spec.data.name, spec.data.data_dir, spec.evaluate.features)
 
     def require_judgeable(self):
@@ -117,8 +159,12 @@ class Run:
         return map(sharding.global_batch, local.iterate(step))
 
 
-def build(config, devices=None):
+def build(config, devices=None, *, files=True):
     """Checks a config and resolves it; reads headers, loads no weights, computes nothing.
+
+    Args:
+        files: False for a dry run: a role whose `model` the config states need not have its
+            weights here, nor prompts and latents theirs.
 
     Raises:
         ValueError, FileNotFoundError: the offending path, both values and what to do.
@@ -133,10 +179,11 @@ def build(config, devices=None):
             f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x "
             f"config.accumulate={config.accumulate})"
         )
-    source = _source(config)
+    source = _source(config, files)
     # The teacher first: others may start from its file, and a wrong path is the teacher's.
-    frozen = {role: _in_compute_dtype(_abstract(config, role, source)) for role in kind.frozen}
-    nets = {role: _abstract(config, role, source) for role in kind.trainable}
+    abstract = partial(_abstract, config, source=source, files=files)
+    frozen = {role: _in_compute_dtype(abstract(role)) for role in kind.frozen}
+    nets = {role: abstract(role) for role in kind.trainable}
     _check_fit(nets | frozen, source)
     method = construct(config.method, "config.method", sample_shape=source.sample_shape)
     transforms = {}
@@ -161,10 +208,13 @@ def _check_numbers(config, known):
             raise ValueError(f"config.{name} is {values[name]}; it must be {least} or more")
 
 
-def _source(config):
+def _source(config, files):
     """What the run learns from: a data set by name, or what a class of the data room reads."""
     if "cls" in config.data:
-        return construct(config.data, "config.data")
+        source = construct(config.data, "config.data")
+        if files:
+            source.open()
+        return source
     return data.load(config.data.name, "train", config.data.data_dir)
 
 
@@ -189,10 +239,12 @@ def _path(config, role):
     return config.teacher.weights
 
 
-def _abstract(config, role, source):
+def _abstract(config, role, *, source, files):
     """A role's Denoiser, abstract; a `model` that its file does not hold is refused."""
     spec, path = config[role], _path(config, role)
     compute = dict(spec.get("compute", {}))
+    if "model" in spec and not files:
+        path = None
     if path is not None:
         try:
             held = weights.abstract(path, **compute)
@@ -225,8 +277,9 @@ def _load(config, role, abstract):
         # Every role has its own seed: two fresh networks are two.
         seed = config.seed + kind.trainable.index(role)
         return dataclasses.replace(abstract, net=weights.build(abstract.net.config, seed=seed))
-    loaded = weights.load(path, **dict(config[role].get("compute", {})))
-    return jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, abstract)
+    compute = dict(config[role].get("compute", {}))
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    return weights.denoiser(path, shardings=places, **compute)
 
 
 def _zeros(tree):

@@ -1,216 +1,185 @@
 """Draws samples from a checkpoint: few steps of a student, or many guided steps of a teacher.
 
+Images, by class:
+
     python -m dmd_jax.sample --checkpoint=runs/dmd/generator.safetensors --out=samples.png
     python -m dmd_jax.sample --checkpoint=mnist_teacher --steps=50 --guidance=1.25 --out=samples.npz
 
-Imports the rooms below, and report for its picture.
+Videos, by prompt; --out names files by their endings, of which --out=a.mp4,a.gif,a.png asks for all
+(with several prompts a-000.mp4, a-001.mp4, ...; the PNG is one contact sheet):
+
+    python -m dmd_jax.sample --checkpoint=runs/dmd_wan_tiny/generator.safetensors \
+        --prompts=prompts.txt --out=digits.gif,digits.png
+    python -m dmd_jax.sample --checkpoint=Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts=prompts.txt \
+        --guidance=5 --shift=3 --out=waves.mp4
+    python -m dmd_jax.sample --checkpoint=student.safetensors --mesh=fsdp=8 \
+        --pipeline=Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts=prompts.txt --out=waves.mp4
+
+Imports the rooms below.
 """
 
-import dataclasses
+import contextlib
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dmd_jax import checkpoint, randomness, report, rollout, sharding, weights
-from dmd_jax.data import to_uint8
-from dmd_jax.denoiser import guided
-from dmd_jax.schedule import step_times
-
-BATCH = 250  # samples per call of the compiled sampler
-
-
-class Sampler:
-    """How samples are made: a static value, whose `steps` and `name` name it in tables."""
-
-    @property
-    def title(self):
-        """As "student, 4 steps"."""
-        return f"{self.name}, {self.steps} step{'s' if self.steps > 1 else ''}"
-
-
-@dataclasses.dataclass(frozen=True)
-class FewStep(Sampler):
-    """A student's sampler: a call, fresh noise, the next call (`rollout.backward_simulation`).
-
-    Attributes:
-        times: times of the calls before the shift, descending from 1.
-        shift: time shift.
-    """
-
-    name: ClassVar = "student"
-
-    times: tuple[float, ...]
-    shift: float = 1.0
-
-    @property
-    def steps(self):
-        return len(self.times)
-
-    @property
-    def calls(self):
-        """Network calls for one sample."""
-        return self.steps
-
-    def __call__(self, denoiser, noise, cond, key, index):
-        return rollout.backward_simulation(
-            denoiser,
-            noise,
-            cond,
-            key,
-            times=self.times,
-            shift=self.shift,
-            schedule=denoiser.schedule,
-            index=index,
-            exit_step=len(self.times) - 1,
-        ).x0
-
-
-@dataclasses.dataclass(frozen=True)
-class ManyStep(Sampler):
-    """A teacher's sampler: Euler steps along the guided ODE (`rollout.ode`).
-
-    Attributes:
-        steps: Euler steps, evenly spaced before the shift.
-        guidance: weight of classifier-free guidance; 1 is none.
-        shift: time shift.
-    """
-
-    name: ClassVar = "teacher"
-
-    steps: int
-    guidance: float = 1.0
-    shift: float = 1.0
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be 1 or more")
-
-    @property
-    def calls(self):
-        """Network calls for one sample; guidance takes two a step."""
-        return self.steps * (1 if self.guidance == 1 else 2)
-
-    def __call__(self, denoiser, noise, cond, key, index):
-        uncond = jnp.full_like(cond, denoiser.net.config.uncond)
-
-        def guided_denoiser(x_t, t, cond):
-            return guided(denoiser, x_t, t, cond, uncond, self.guidance)
-
-        return rollout.ode(
-            guided_denoiser,
-            noise,
-            cond,
-            times=step_times(self.steps),
-            shift=self.shift,
-            schedule=denoiser.schedule,
-        )
-
-
-def fewer(times, steps):
-    """The times of a student in `steps` calls: its own, evenly thinned, or evenly spaced anew."""
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be 1 or more")
-    if len(times) % steps:
-        return step_times(steps)
-    return tuple(times)[:: len(times) // steps]
-
-
-@partial(jax.jit, static_argnames="sampler")
-def _batch(denoiser, cond, root, index, sampler):
-    noise_key, step_key = jax.random.split(root)
-    noise = randomness.normal(noise_key, index, denoiser.net.config.sample_shape)
-    return sampler(denoiser, noise, cond, step_key, index)
-
-
-def draw(denoiser, sampler, labels, seed=0, *, batch=BATCH):
-    """Samples images for labels. Sample i has the same noise under every sampler and batch size.
-
-    Args:
-        denoiser: a Denoiser of images.
-        sampler: FewStep or ManyStep.
-        labels: int32 [N].
-        seed: of the noise.
-
-    Returns:
-        uint8 [N, H, W, C].
-    """
-    labels = np.asarray(labels, np.int32)
-    root, images = jax.random.key(seed), []
-    for start in range(0, len(labels), batch):
-        index = np.arange(start, start + batch) % len(labels)  # one shape, one compilation
-        x0 = _batch(denoiser, labels[index], root, index, sampler)
-        images.append(to_uint8(np.asarray(sharding.replicate(x0))))
-    return np.concatenate(images)[: len(labels)]
-
-
-def sampler_for(path, *, steps=None, guidance=None, shift=None):
-    """The sampler that fits the file at `path`, from its notes and what the caller asks for.
-
-    Raises:
-        ValueError: a student is asked for guidance, which is in its weights already.
-    """
-    notes = weights.notes(path)
-    if "times" not in notes:
-        return ManyStep(
-            50 if steps is None else steps, 1.0 if guidance is None else guidance, shift or 1.0
-        )
-    if guidance is not None:
-        raise ValueError(
-            f"{path} is a distilled student: guidance is in its weights already; drop --guidance"
-        )
-    times = tuple(notes["times"])
-    return FewStep(fewer(times, len(times) if steps is None else steps), shift or notes["shift"])
-
-
-def balanced(num, num_classes):
-    """int32 [num] labels, every class in turn."""
-    return np.arange(num, dtype=np.int32) % num_classes
-
+from dmd_jax import checkpoint, pipeline, report, sharding, video, weights
+from dmd_jax.denoiser import Denoiser
+from dmd_jax.embed import read_prompts
+from dmd_jax.models.wan import Experts, WanConfig
+from dmd_jax.samplers import SOLVERS, balanced, draw, draw_images, sampler_for
 
 FLAGS = flags.FLAGS
 
 
 def define_flags():
-    flags.DEFINE_string("checkpoint", None, "A safetensors file, or the name of a shipped one.")
-    flags.DEFINE_integer("num", 100, "How many samples.", lower_bound=1)
-    flags.DEFINE_integer(
-        "steps", None, "Network steps; a checkpoint's own if not given.", lower_bound=1
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "A file of this library, the name of a shipped one, or a Wan transformer of others: a "
+        "file, a folder, a name on the Hugging Face hub.",
     )
-    flags.DEFINE_float("guidance", None, "Weight of a teacher's guidance; 1 is none.")
-    flags.DEFINE_float("shift", None, "Time shift; a checkpoint's own if not given.")
+    flags.DEFINE_integer(
+        "steps", None, "Network steps; a student's own, or 50 of a teacher.", lower_bound=1
+    )
+    flags.DEFINE_float("guidance", None, "Weight of a teacher's guidance; 1, the default, is none.")
+    flags.DEFINE_float("shift", None, "Time shift; a student's own, or 1.")
+    flags.DEFINE_enum("solver", "euler", sorted(SOLVERS), "How a teacher's steps are taken.")
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-    flags.DEFINE_string("out", "samples.png", "Where to: .png (a grid) or .npz (images, labels).")
+    flags.DEFINE_list("out", ["samples.png"], "Where to; the endings say the formats.")
+    flags.DEFINE_list("mesh", [], "Devices, as data=2,fsdp=4; the first alone if not given.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What networks compute in.")
+    flags.DEFINE_integer("num", 100, "Images: how many.", lower_bound=1)
+    flags.DEFINE_string("prompts", None, "Videos: a text file, one prompt a line.")
+    flags.DEFINE_string("negative", "", "Videos: what guidance moves away from.")
+    flags.DEFINE_string(
+        "pipeline", None, "Videos: where VAE, text encoder and tokenizer are; --checkpoint if none."
+    )
+    flags.DEFINE_list("images", None, "Videos: first frames, one for all prompts or one for each.")
+    flags.DEFINE_integer("frames", 81, "Videos: how many frames.", lower_bound=1)
+    flags.DEFINE_integer("height", 480, "Videos: pixels.", lower_bound=1)
+    flags.DEFINE_integer("width", 832, "Videos: pixels.", lower_bound=1)
+    flags.DEFINE_float("fps", 16, "Videos: frames a second.")
+    flags.DEFINE_integer("batch", 1, "Videos: how many in one call.", lower_bound=1)
+    flags.DEFINE_float(
+        "boundary",
+        None,
+        "Videos: the time, 0 ... 1, above which Wan 2.2's high-noise expert is asked and below "
+        "which the other: 0.875 of its text-to-video pair, 0.9 of its image-to-video pair.",
+    )
     flags.mark_flag_as_required("checkpoint")
 
 
 def main(argv):
     del argv
-    out = Path(FLAGS.out)
     try:
-        if out.suffix not in (".png", ".npz"):
-            raise ValueError(f"--out={out}: the ending says the format, .png or .npz")
-        checkpoint.check_writable(out.parent)
-        sampler = sampler_for(
-            FLAGS.checkpoint, steps=FLAGS.steps, guidance=FLAGS.guidance, shift=FLAGS.shift
-        )
-        denoiser = weights.load(FLAGS.checkpoint)
-    except (ValueError, FileNotFoundError) as error:
+        with contextlib.ExitStack() as stack:
+            if FLAGS.mesh:
+                stack.enter_context(jax.set_mesh(mesh(FLAGS.mesh)))
+            sample()
+    except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")
-    labels = balanced(FLAGS.num, denoiser.net.config.num_classes)
+
+
+def mesh(axes):
+    """The mesh of ["data=2", "fsdp=4"]; data takes what the others leave."""
+    try:
+        sizes = {name: int(size) for name, size in (axis.split("=") for axis in axes)}
+        return sharding.make_mesh(**sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--mesh={','.join(axes)}: say it as data=2,fsdp=4, of the axes "
+            f"{', '.join(sharding.AXES)} ({error})"
+        ) from None
+
+
+def sample():
+    """Draws what the flags ask for, and writes it."""
+    asked = dict(steps=FLAGS.steps, guidance=FLAGS.guidance, shift=FLAGS.shift)
+    sampler = sampler_for(FLAGS.checkpoint, **asked, solver=FLAGS.solver)
+    config = weights.abstract(FLAGS.checkpoint).net.config
+    videos = isinstance(config, WanConfig)
+    known = (".mp4", ".gif", ".png") if videos else (".png", ".npz")
+    outs = [Path(out) for out in FLAGS.out]
+    for out in outs:
+        if out.suffix not in known:
+            raise ValueError(f"--out={out}: the ending says the format, {', '.join(known)}")
+        checkpoint.check_writable(out.parent)
     start = time.time()
-    images = draw(denoiser, sampler, labels, FLAGS.seed)
-    if out.suffix == ".npz":
-        np.savez_compressed(out, images=images, labels=labels)
-    else:
-        report.save_grid(out, images, denoiser.net.config.num_classes)
-    print(f"{len(images)} samples, {sampler}, {time.time() - start:.1f} s: {out}")
+    count = (sample_videos if videos else sample_images)(config, sampler, outs)
+    named = ", ".join(map(str, outs))
+    print(f"{count} samples, {sampler}, {time.time() - start:.1f} s: {named}")
+
+
+def load(**overrides):
+    """The Denoiser of --checkpoint, on the mesh if there is one."""
+    path, places = FLAGS.checkpoint, None
+    if FLAGS.mesh:
+        shape = weights.abstract(path, **overrides)
+        rules = weights.sharding_rules(shape.net)
+        places = sharding.infer(shape, rules, jax.sharding.get_mesh())
+    denoiser = weights.denoiser(path, shardings=places, **overrides)
+    if FLAGS.boundary is None:
+        return denoiser
+    low = weights.load(path, part="transformer_2", shardings=places)
+    experts = Experts(denoiser.net, low, 1000 * FLAGS.boundary)
+    return Denoiser(experts, denoiser.schedule, denoiser.prediction)
+
+
+def sample_images(config, sampler, outs):
+    """Images of every class in turn; returns how many."""
+    labels = balanced(FLAGS.num, config.num_classes)
+    images = draw_images(load(dtype=FLAGS.dtype), sampler, labels, FLAGS.seed)
+    for out in outs:
+        if out.suffix == ".npz":
+            np.savez_compressed(out, images=images, labels=labels)
+        else:
+            report.save_grid(out, images, config.num_classes)
+    return len(images)
+
+
+def surroundings():
+    """The pipeline around --checkpoint."""
+    if weights.notes(FLAGS.checkpoint).get("data") == "moving_digits":
+        return pipeline.DigitsPipeline()
+    return pipeline.WanPipeline(
+        FLAGS.pipeline or FLAGS.checkpoint, FLAGS.frames, FLAGS.height, FLAGS.width, FLAGS.dtype
+    )
+
+
+def sample_videos(config, sampler, outs):
+    """Videos of --prompts, each written as soon as it is made; returns how many."""
+    if FLAGS.prompts is None:
+        raise ValueError(f"{FLAGS.checkpoint} makes videos of prompts: give a file as --prompts")
+    prompts, around, images = read_prompts(FLAGS.prompts), surroundings(), None
+    if FLAGS.images:
+        images = pipeline.first_frames(FLAGS.images, len(prompts), FLAGS.height, FLAGS.width)
+    cond, uncond = around.conditions(prompts, FLAGS.negative, config, images)
+    denoiser = load(dtype=FLAGS.dtype)
+    if isinstance(cond, pipeline.Start):
+        denoiser = pipeline.Continuation(denoiser)
+    latents = draw(
+        denoiser, sampler, cond, uncond, around.sample_shape, FLAGS.seed, batch=FLAGS.batch
+    )
+    sheet, made = [], 0
+    for part in latents:
+        for frames in around.frames(part):
+            for out in outs:
+                if out.suffix == ".png":
+                    sheet.append(video.contact_sheet(frames[None]))
+                else:
+                    name = f"{out.stem}-{made:03d}" if len(prompts) > 1 else out.stem
+                    video.save_video(out.with_stem(name), frames, FLAGS.fps)
+            made += 1
+            print(f"video {made} of {len(prompts)}: {prompts[made - 1][:60]}", flush=True)
+    for out in outs:
+        if out.suffix == ".png":
+            video.save_image(out, np.concatenate(sheet))
+    return made
 
 
 if __name__ == "__main__":

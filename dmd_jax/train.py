@@ -9,15 +9,13 @@ Imports every room below.
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dmd_jax import checkpoint, data, evaluate, health, report, sample, sharding, weights
+from dmd_jax import checkpoint, data, evaluate, health, report, samplers, sharding, weights
 from dmd_jax.configuration import construct, differences, flatten
-from dmd_jax.step import train_step
 from dmd_jax.writers import Progress, Writer
 
 log = logging.getLogger(__name__)
@@ -34,14 +32,7 @@ def compile_steps(run):
     config = run.config
     state, frozen = run.state_shape(), run.frozen_shape()
     jitted = jax.jit(
-        partial(
-            train_step,
-            method=run.method,
-            tx=run.tx,
-            ema=run.ema,
-            reuse_rollout=config.reuse_rollout,
-            accumulate=config.accumulate,
-        ),
+        run.step,
         static_argnames="update_generator",
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
@@ -119,7 +110,7 @@ def train(run, workdir):
         trained = sharding.replicate(state.ema)
         _export(run, trained, workdir / EXPORT, run.config.steps)
         _export_best(run, shape.ema, checkpoints, workdir)
-        text = _report(run, trained, workdir)
+        text = _report(run, trained, frozen, workdir)
         writer.texts(run.config.steps, "report", text)
         return finished
 
@@ -179,13 +170,13 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption):
 def _judge(run, state, step, checkpoints, writer):
     """Shows some samples of the average, judges more of them, and keeps the best."""
     sampler, *_ = run.samplers()
-    num_classes = run.source.num_classes
-    labels = sample.balanced(run.config.evaluate.samples, num_classes)
-    images = sample.draw(state.ema, sampler, labels)
-    writer.images(step, sampler.name, report.grid(images[: 8 * num_classes], num_classes))
+    shown = report.grid(run.show(state.ema, sampler), run.source.columns)
+    writer.images(step, sampler.name, shown)
     judge = run.judge()
     if judge is None:
         return
+    labels = samplers.balanced(run.config.evaluate.samples, run.source.num_classes)
+    images = samplers.draw_images(state.ema, sampler, labels)
     numbers = {f"quality/{key}": value for key, value in judge(images, labels).items()}
     writer.scalars(step, numbers)
     # One process's number for all: they must agree on whether this is the best.
@@ -203,45 +194,66 @@ def _export_best(run, shape, checkpoints, workdir):
 def _export(run, trained, path, step):
     """Writes the averaged network for everybody's use."""
     notes = {"step": step, "method": type(run.method).__name__.lower()}
+    notes |= run.source.notes
     if hasattr(run.method, "times"):
         notes |= {"times": run.method.times, "shift": run.method.shift}
     if jax.process_index() == 0:
         weights.save(path, trained, **notes)
 
 
-def _report(run, trained, workdir):
-    """Judges the trained network beside real images and its teacher; writes and returns the report.
+def _report(run, trained, frozen, workdir):
+    """Writes and returns the report: samples beside those of the teacher, judged where possible.
 
     Every process computes all of it, with whole weights of its own; the first one writes.
     """
+    title = f"{type(run.method).__name__} on {run.source.name}, {run.config.steps:,} steps"
+    if run.judge() is None:
+        text = _shown_report(run, trained, frozen, workdir, title)
+    else:
+        text = _judged_report(run, trained, workdir, title)
+    if jax.process_index() == 0:
+        print(text)
+    return text
+
+
+def _shown_report(run, trained, frozen, workdir, title):
+    """The report of a run without a feature network: samples, and numbers if the source has any."""
+    ways = [(trained, sampler) for sampler in run.samplers()]
+    if "teacher" in frozen:
+        ways = [(frozen["teacher"], sampler) for sampler in run.teachers()] + ways
+    pictures = {sampler.title: run.show(net, sampler, evaluate.SEED) for net, sampler in ways}
+    body = "From the same noise. Not judged: config.evaluate.features names no feature network.\n"
+    if measures := run.source.measures:
+        table = [{"name": "real", **run.source.floor(run.config.evaluate.num)}]
+        table += [run.measure(net, sampler, evaluate.SEED) for net, sampler in ways]
+        body = report.measured(table, measures)
+    text = evaluate.report_text(title, body)
+    if jax.process_index() == 0:
+        report.gallery(workdir / "report.png", pictures, run.source.columns, title=title)
+        evaluate.write_text(workdir / evaluate.REPORT, text)
+    return text
+
+
+def _judged_report(run, trained, workdir, title):
+    """The report of a run on images: judged beside real ones and the teacher."""
     spec, name, data_dir = run.config.evaluate, run.config.data.name, run.config.data.data_dir
-    num_classes, seed = run.source.num_classes, evaluate.SEED
-    judge = run.judge()
-    title = f"{type(run.method).__name__} on {name}, {run.config.steps:,} steps"
-    if judge is None:
-        text = f"# {title}\n\nNot judged: config.evaluate.features names no feature network.\n"
-        if jax.process_index() == 0:
-            evaluate.write_text(workdir / evaluate.REPORT, text)
-        return text
-    labels = np.sort(sample.balanced(2 * num_classes, num_classes))
+    num_classes, seed, judge = run.source.num_classes, evaluate.SEED, run.judge()
+    labels = np.sort(samplers.balanced(2 * num_classes, num_classes))
     test, test_labels = data.arrays(data.load(name, "test", data_dir))
     rows = np.concatenate([np.flatnonzero(test_labels == k)[:2] for k in range(num_classes)])
     table, pictures = [evaluate.real_row(judge, spec.num)], {"real": test[rows]}
     if "teacher" in run.frozen:
-        path = run.config.teacher.weights
-        teachers = [sample.ManyStep(n, spec.teacher_guidance) for n in spec.teacher_steps]
+        path, teachers = run.config.teacher.weights, run.teachers()
         kept = workdir / "teacher.rows.json"
         table += evaluate.teacher_rows(
             path, teachers, judge, spec.num, recompute=spec.recompute, store=kept
         )
-        teacher = weights.load(path)
+        teacher = weights.denoiser(path)
         for sampler in (teachers[0], teachers[-1]):
-            pictures[sampler.title] = sample.draw(teacher, sampler, labels, seed)
+            pictures[sampler.title] = samplers.draw_images(teacher, sampler, labels, seed)
     table += evaluate.rows(trained, run.samplers(), judge, spec.num)
     for sampler in run.samplers():
-        pictures[sampler.title] = sample.draw(trained, sampler, labels, seed)
-    text = evaluate.report_text(title, table, judge.name)
+        pictures[sampler.title] = samplers.draw_images(trained, sampler, labels, seed)
     if jax.process_index() == 0:
         evaluate.write_report(workdir, title, table, pictures, labels, judge.name)
-        print(text)
-    return text
+    return evaluate.report_text(title, report.markdown(table, judge.name))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import programs
 import pytest
 
-from dmd_jax.run import build
-from dmd_jax.step import train_step
+from dmd_jax.data import MovingDigits, Prompts
+from dmd_jax.run import build, describe
 
 
 def found():
@@ -21,31 +21,43 @@ def found():
 
 
 def made(name, variant, teacher, data_dir):
-    """The config, with the tiny teacher in the place of the shipped one."""
+    """The config, with the tiny teacher in the place of the shipped one of digits."""
     config = programs.load_config(f"configs/{name}", variant)
-    config.data.data_dir = data_dir
-    if "teacher" in config:
-        config.teacher.weights = str(teacher)
+    if config.data.get("cls") is MovingDigits:
+        config.data.embeddings, config.data.latents = (
+            f"{data_dir}/moving_{part}" for part in ("embeddings", "latents")
+        )
+    elif "cls" not in config.data:
+        config.data.data_dir = data_dir
+        if "teacher" in config:
+            config.teacher.weights = str(teacher)
     return config
+
+
+def batch_shape(run):
+    """The batch of a run, in shapes."""
+    size, model = run.config.batch_size, run.nets["generator"].net.config
+    told = jax.ShapeDtypeStruct((size,), jnp.int32)
+    if hasattr(model, "text_dim"):
+        told = jax.ShapeDtypeStruct((size, 512, model.text_dim), jnp.bfloat16)
+    batch = {"cond": told, "uncond": told}
+    if run.method.uses_data:
+        batch["data"] = jax.ShapeDtypeStruct((size, *run.source.sample_shape), jnp.float32)
+    return batch
 
 
 @pytest.mark.parametrize("name, variant", list(found()))
 def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, data_dir):
-    run = build(made(name, variant, teacher, data_dir))
+    config = made(name, variant, teacher, data_dir)
+    # The weights and prompts of a pod's recipe are not here: as in a dry run.
+    run = build(config, files=config.data.get("cls") is not Prompts)
     config, state = run.config, run.state_shape()
     assert {leaf.sharding.mesh.size for leaf in jax.tree.leaves(state)} == {jax.device_count()}
-    label = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
-    batch = {"cond": label, "uncond": label}
-    if run.method.uses_data:
-        shape = (config.batch_size, *run.source.image_shape)
-        batch["data"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch = batch_shape(run)
     key = jax.eval_shape(lambda: jax.random.key(0))
     kinds = {run.updates_generator(step) for step in range(config.generator_every)}
     for kind in kinds:
-        step = partial(
-            train_step, method=run.method, tx=run.tx, update_generator=kind, ema=run.ema,
-            reuse_rollout=config.reuse_rollout, accumulate=config.accumulate,
-        )  # fmt: skip
+        step = partial(run.step, update_generator=kind)
         after, metrics = jax.eval_shape(step, state, run.frozen, batch, key)
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert {leaf.shape for leaf in jax.tree.leaves(metrics)} == {()}
@@ -68,3 +80,12 @@ def test_config_says_the_command_that_runs_it(name, variant):
     command = f"python -m dmd_jax.main --config=configs/{name}"
     module = programs.load_module(Path("configs") / name)
     assert (f"{command}:{variant}" if variant else command) in module.__doc__
+
+
+def test_the_pods_recipe_says_what_each_role_takes_without_its_weights(teacher, data_dir):
+    config = made("dmd.py", "wan_t2v_1_3b", teacher, data_dir)
+    said = describe(build(config, files=False))
+    assert "teacher     14,288,491,584  bfloat16   27253.1 MiB" in said
+    assert "generator    1,418,996,800   float32    5413.0 MiB" in said
+    with pytest.raises(FileNotFoundError, match="there are no embeddings at 'embeddings'"):
+        build(config)

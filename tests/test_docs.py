@@ -93,7 +93,7 @@ def test_a_family_of_ones_own_is_saved_sampled_and_converted(notebook, tmp_path,
     monkeypatch.setattr(weights, "FAMILIES", dict(weights.FAMILIES))
     names = execute(blocks("docs/teachers.md")[-2:], dict(notebook))
     assert names["images"].shape == (6, 8, 8, 1) and names["images"].dtype == np.uint8
-    converted = weights.load(names["path"])
+    converted = weights.denoiser(names["path"])
     # Their second convolution is all ones and the rest zeros: silu(t / 1000 * 0) is zero too.
     np.testing.assert_array_equal(converted.net.last.kernel[...], np.ones((3, 3, 16, 1)))
     np.testing.assert_array_equal(converted.net.label.embedding[...], np.zeros((4, 16)))
@@ -122,7 +122,7 @@ def test_readmes_ten_lines_run(tmp_path, monkeypatch):
         image_size=28, channels=1, num_classes=10, patch=14, dim=16, depth=1, heads=2
     )
     small = Denoiser(weights.build(config))
-    monkeypatch.setattr(weights, "load", {"mnist_teacher": small}.__getitem__)
+    monkeypatch.setattr(weights, "denoiser", {"mnist_teacher": small}.__getitem__)
     [source] = blocks("README.md")
     shorter = source.replace("range(1000)", "range(6)")
     assert shorter != source

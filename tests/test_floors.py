@@ -15,6 +15,7 @@ BELOW_THE_PROGRAMS = [
     # 0. Infrastructure: knows nothing about diffusion.
     {"paths"},
     {"sharding", "randomness", "optimizer", "checkpoint", "health", "metrics", "writers"},
+    {"video", "text"},
     {"data", "report"},
     # 1. Noise schedules and network families.
     {"schedule", "models"},
@@ -22,14 +23,16 @@ BELOW_THE_PROGRAMS = [
     {"denoiser"},
     {"weights"},
     # 3. The papers; how a generator makes a sample; what samples are judged by.
-    {"losses", "rollout", "features"},
+    {"losses", "rollout", "solvers", "features"},
     {"judge"},
     # 4. A method is its losses; the train step.
-    {"methods", "step"},
+    {"methods", "step", "samplers"},
 ]
 PROGRAMS = [
     # 5.
-    {"configuration", "metric_network", "sample"},
+    {"configuration", "metric_network", "embed", "export"},
+    {"pipeline"},
+    {"encode", "sample"},
     {"evaluate"},
     {"run"},
     {"train"},
@@ -44,6 +47,7 @@ ONLY = {
     "randomness": {"jax"},
     "denoiser": {"jax", "einops", "schedule"},
     "losses": {"jax", "schedule", "denoiser"},
+    "solvers": {"jax", "numpy", "schedule"},
     "rollout": {"jax", "schedule", "denoiser", "randomness"},
     "methods": {"jax", "schedule", "denoiser", "randomness", "losses", "rollout"},
     "step": {"jax", "optax", "sharding"},

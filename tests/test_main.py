@@ -51,7 +51,7 @@ def test_dry_run_prints_every_role_and_computes_nothing(start, capsys, teacher, 
 
 def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
     seen = []
-    monkeypatch.setattr(main, "build", lambda config: exit(seen.append(main.workdir())))
+    monkeypatch.setattr(main, "build", lambda config, **_: exit(seen.append(main.workdir())))
     for config in ("configs/dmd.py", "configs/dmd.py:one_step"):
         start(f"--config={config}")
     assert [str(path) for path in seen] == ["runs/dmd", "runs/dmd_one_step"]

@@ -93,3 +93,15 @@ def test_figure_takes_grey_images_and_a_single_model(tmp_path):
     images = {"real": np.zeros((2, 8, 8, 1), np.uint8)}
     report.figure(tmp_path / "f.png", ROWS[-1:], images, np.arange(2), metric="FD", title="")
     assert place(read(tmp_path / "f.png"), (0, 0, 0))[2] > 28
+
+
+def test_gallery_shows_every_sampler_in_a_column_of_its_own(tmp_path):
+    dark, bright = (np.full((4, 8, 24, 1), grey, np.uint8) for grey in (60, 200))
+    images = {"teacher, 50 steps": dark, "student, 1 step": bright}
+    report.gallery(tmp_path / "a.png", images, 1, title="Samples of two networks, side by side")
+    levels = read(tmp_path / "a.png")[..., 0]
+    assert levels.shape[1] == 5 * 160
+    left, right = np.array_split(levels, 2, axis=1)
+    # Letters have greys of their own.
+    assert np.mean(left == 60) > 0.1 > 0.01 > np.mean(left == 200)
+    assert np.mean(right == 200) > 0.1 > 0.01 > np.mean(right == 60)

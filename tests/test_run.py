@@ -11,7 +11,7 @@ import pytest
 import toys
 from jax.experimental.compilation_cache import compilation_cache
 
-from dmd_jax import checkpoint, evaluate, health, sample, train, weights
+from dmd_jax import checkpoint, evaluate, health, samplers, train, weights
 from dmd_jax.run import Run
 from dmd_jax.run import build as resolve
 
@@ -43,7 +43,7 @@ def build(teacher, data_dir):
 @pytest.fixture
 def no_report(monkeypatch):
     """Leaves out the report, which costs more than all the steps of a tiny run."""
-    monkeypatch.setattr(train, "_report", lambda run, trained, workdir: "no report")
+    monkeypatch.setattr(train, "_report", lambda *_: "no report")
 
 
 def start(run, workdir):
@@ -138,12 +138,12 @@ def test_the_report_stands_everything_beside_the_floor(straight):
 
 def test_the_export_is_the_average_and_samples_as_the_run_was_judged(build, straight):
     workdir, run = straight[0], build()
-    exported = weights.load(workdir / "generator.safetensors")
+    exported = weights.denoiser(workdir / "generator.safetensors")
     state, _ = final(run, workdir)
     toys.assert_same(jax.tree.leaves(exported), jax.tree.leaves(state.ema))
     moved = jax.tree.map(np.array_equal, state.ema, state.nets["generator"])
     assert not any(jax.tree.leaves(moved))  # the average is not the generator
-    assert sample.sampler_for(workdir / "generator.safetensors") == run.samplers()[0]
+    assert samplers.sampler_for(workdir / "generator.safetensors") == run.samplers()[0]
     notes = weights.notes(workdir / "generator.safetensors")
     assert notes == {"step": 12, "method": "dmd", "times": list(run.method.times), "shift": 1.0}
     assert weights.notes(workdir / "best.safetensors")["step"] == 8
@@ -273,7 +273,7 @@ def test_pretraining_runs_to_its_report(data_dir, tmp_path, capsys):
     config.update_from_flattened_dict(values)
     start(resolve(config, jax.devices()[:1]), tmp_path / "run")
     trained = tmp_path / "run" / "generator.safetensors"
-    assert sample.sampler_for(trained) == sample.ManyStep(50)
+    assert samplers.sampler_for(trained) == samplers.ManyStep(50)
     assert "times" not in weights.notes(trained)
     assert "| teacher | 2 | 4 |" in capsys.readouterr().out
 

@@ -10,8 +10,8 @@ import toys
 from absl import app
 from PIL import Image
 
-from dmd_jax import rollout, sample, sharding, weights
-from dmd_jax.sample import FewStep, ManyStep, balanced, draw, fewer, sampler_for
+from dmd_jax import rollout, sample, samplers, sharding, weights
+from dmd_jax.samplers import FewStep, ManyStep, balanced, draw_images, fewer, sampler_for
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
 LABELS = balanced(7, 10)
@@ -67,13 +67,13 @@ def test_a_student_refuses_guidance(student):
 
 def test_sample_i_is_the_same_at_any_batch_size():
     for sampler in (FewStep(TIMES, 2.0), ManyStep(3, 1.5)):
-        whole = draw(programs.tiny(), sampler, LABELS)
+        whole = draw_images(programs.tiny(), sampler, LABELS)
         assert whole.shape == (7, 28, 28, 1) and whole.dtype == np.uint8
         # Matrix products of other shapes may round otherwise: one grey level, and seldom.
-        parts = draw(programs.tiny(), sampler, LABELS, batch=3)
+        parts = draw_images(programs.tiny(), sampler, LABELS, batch=3)
         off = np.abs(parts.astype(int) - whole)
         assert off.max() <= 1 and np.mean(off > 0) < 0.01
-        few = draw(programs.tiny(), sampler, LABELS[:2])
+        few = draw_images(programs.tiny(), sampler, LABELS[:2])
         assert np.abs(few.astype(int) - whole[:2]).max() <= 1
 
 
@@ -81,33 +81,35 @@ def test_all_samplers_start_from_the_same_noise():
     noises = []
 
     @dataclasses.dataclass(frozen=True)
-    class Spy(sample.Sampler):
+    class Spy(samplers.Sampler):
         steps: int
 
-        def __call__(self, denoiser, noise, cond, key, index):
+        def __call__(self, denoiser, noise, cond, uncond, key, index):
             return noise
 
     for steps in (1, 4):
-        noises.append(draw(programs.tiny(), Spy(steps), LABELS, batch=4))
+        noises.append(draw_images(programs.tiny(), Spy(steps), LABELS, batch=4))
     np.testing.assert_array_equal(*noises)
 
 
 def test_another_seed_makes_other_images_and_the_same_seed_the_same():
-    one, again, other = (draw(programs.tiny(), FewStep((1.0,)), LABELS, s) for s in (1, 1, 2))
+    one, again, other = (
+        draw_images(programs.tiny(), FewStep((1.0,)), LABELS, s) for s in (1, 1, 2)
+    )
     np.testing.assert_array_equal(one, again)
     assert np.mean(one != other) > 0.5
 
 
 def test_the_batch_splits_over_the_devices_of_a_mesh():
-    alone = draw(programs.tiny(), FewStep(TIMES), LABELS)
+    alone = draw_images(programs.tiny(), FewStep(TIMES), LABELS)
     with jax.set_mesh(sharding.make_mesh(data=2, fsdp=4)):
-        spread = draw(programs.tiny(), FewStep(TIMES), LABELS)
+        spread = draw_images(programs.tiny(), FewStep(TIMES), LABELS)
     assert np.abs(spread.astype(int) - alone).max() <= 1
 
 
 def test_guidance_moves_samples_away_from_the_unconditional():
     plain, guided, null = (
-        draw(programs.tiny(), ManyStep(3, w), LABELS).astype(float) for w in (1.0, 2.0, 0.0)
+        draw_images(programs.tiny(), ManyStep(3, w), LABELS).astype(float) for w in (1.0, 2.0, 0.0)
     )
     assert np.abs(guided - null).mean() > np.abs(plain - null).mean() > 0
 
@@ -117,7 +119,7 @@ def test_few_step_is_the_rollout_to_its_last_step():
     noise = jax.random.normal(key, (2, 3))
     how = {"times": TIMES, "shift": 2.0, "schedule": denoiser.schedule, "exit_step": 3}
     made = rollout.backward_simulation(denoiser, noise, None, key, **how)
-    x0 = FewStep(TIMES, 2.0)(denoiser, noise, None, key, index)
+    x0 = FewStep(TIMES, 2.0)(denoiser, noise, None, None, key, index)
     np.testing.assert_allclose(x0, made.x0, rtol=1e-6)
 
 
@@ -129,7 +131,7 @@ def test_program_writes_images_and_labels(program, student, tmp_path):
         images, labels = file["images"], file["labels"]
     assert images.shape == (23, 28, 28, 1) and images.dtype == np.uint8
     np.testing.assert_array_equal(labels, np.arange(23) % 10)
-    wanted = draw(weights.load(student), FewStep((1.0, 0.5), 2.0), labels, 3)
+    wanted = draw_images(weights.denoiser(student), FewStep((1.0, 0.5), 2.0), labels, 3)
     np.testing.assert_array_equal(images, wanted)
 
 
@@ -153,7 +155,7 @@ def test_program_draws_a_grid_with_a_column_for_each_class(program, teacher, tmp
 def test_program_refuses_with_one_message_before_it_samples(
     program, student, monkeypatch, args, message
 ):
-    monkeypatch.setattr(sample, "draw", None)
+    monkeypatch.setattr(sample, "draw_images", None)
     said = program(*(arg.format(student=student) for arg in args))
     assert said.startswith("error: ") and message in said
 

@@ -142,3 +142,28 @@ def test_a_finished_run_says_so_reprints_its_report_and_refuses_another_config(l
     shorter = launch(straight, steps=STEPS - 20)
     told, _ = shorter.communicate()
     assert shorter.returncode != 0 and "ask for as many or more" in told
+
+
+def test_videos_of_prompts_train_go_on_and_are_judged(tmp_path, cache):
+    def train(name, steps):
+        overrides = {
+            **{"steps": steps, "batch_size": 8, "checkpoint.every": 2, "evaluate.every": 3},
+            **{"evaluate.num": 8, "evaluate.steps": (2,), "evaluate.teacher_steps": (2,)},
+            **{"log.tensorboard": False, "data.num": 80},
+            **{f"data.{part}": tmp_path / part for part in ("latents", "embeddings")},
+        }
+        values = [f"--config.{key}={value}" for key, value in overrides.items()]
+        config, workdir = "--config=configs/dmd.py:wan_tiny", tmp_path / name
+        done = programs.python(
+            *("-m", "dmd_jax.main", config, f"--workdir={workdir}", *values), cache=cache
+        )
+        assert done.returncode == 0, done.stderr
+        return workdir
+
+    straight, stopped = train("straight", 4), train("stopped", 2)
+    assert train("stopped", 4) == stopped
+    exported = "generator.safetensors"
+    assert programs.same_tensors(stopped / exported, straight / exported)
+    report = (straight / "report.md").read_text()
+    assert "| digit | motion | flicker |" in report and "| real | – | – |" in report
+    assert (straight / "report.png").exists()

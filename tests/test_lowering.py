@@ -1,0 +1,61 @@
+"""The pod's recipe, whole, as a program for a TPU slice and for GPUs, on a host that has neither.
+
+Lowering proves shapes, kernels and collectives; it does not run the compiler of either.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import programs
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from dmd_jax import sharding
+from dmd_jax.run import build
+
+# 64 devices, each with a quarter of every sequence.
+AXES = (1, 16, 4, 1)
+KERNELS = {
+    "tpu": ["tpu_custom_call"],
+    "cuda": ["__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("],
+}
+# Tokens of a video, whole and of one device, and as the kernel of a TPU pads them.
+LENGTHS = "(32760|32768|8190)"
+
+
+@pytest.fixture(scope="module")
+def run():
+    return build(programs.load_config("configs/dmd.py", "wan_t2v_1_3b"), files=False)
+
+
+def lowered(run, platform, update_generator):
+    """A step of the run in StableHLO, from shapes alone."""
+    device = AbstractDevice("any", 1, platform)
+    mesh = AbstractMesh(AXES, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=device)
+    told = jax.ShapeDtypeStruct((run.config.batch_size, 512, 4096), jnp.bfloat16)
+    # Without their places: cuDNN's primitive cannot be lowered for the mesh of nobody's devices.
+    state, frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state_shape(), run.frozen)
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = jax.jit(run.step, static_argnames="update_generator", donate_argnums=0)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = step.trace(
+            state, frozen, {"cond": told, "uncond": told}, key, update_generator=update_generator
+        )
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("update_generator", [True, False], ids=["generator", "critic"])
+@pytest.mark.parametrize("platform", KERNELS)
+def test_a_step_uses_the_kernels_and_makes_no_square_of_its_length(
+    run, platform, update_generator, monkeypatch
+):
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(cudnn, lambda: 91000)
+    text = lowered(run, platform, update_generator)
+    for kernel in KERNELS[platform]:
+        assert f"custom_call @{kernel}" in text
+    assert "all_to_all" in text and "tensor<64x32760x1536xbf16>" in text
+    assert not re.search(rf"tensor<(\d+x)*{LENGTHS}x(\d+x)*{LENGTHS}x", text)
