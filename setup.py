@@ -38,6 +38,14 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # Videos, prompts and the hub: dmd_jax.sample and dmd_jax.embed on Wan's checkpoints.
+        "wan": [
+            "av>=14",
+            "ftfy>=6.2",
+            "tokenizers>=0.21",
+            "sentencepiece>=0.2",
+            "huggingface_hub>=0.30",
+        ],
         "test": ["pytest>=9", "ruff>=0.17"],
     },
 )

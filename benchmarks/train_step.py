@@ -15,27 +15,14 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
+from peak import matmul_peak
 
-from dmd_jax import rollout, sample, train
+from dmd_jax import rollout, samplers, train
 from dmd_jax.denoiser import guided
 from dmd_jax.run import build
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/dmd.py")
 ROUNDS = flags.DEFINE_integer("rounds", 25, "Rounds over all parts.")
-
-
-def matmul_peak():
-    """Best float32 matmul rate seen, FLOP/s."""
-    best = 0.0
-    for n in (1024, 2048, 3072):
-        a = jnp.ones((n, n))
-        dot = jax.jit(jnp.dot)
-        dot(a, a).block_until_ready()
-        for _ in range(5):
-            start = time.perf_counter()
-            dot(a, a).block_until_ready()
-            best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
 
 
 def forward_flops(net, batch):
@@ -87,7 +74,7 @@ def measure(run):
 
         return jax.grad(loss)(nets["fake_score"])
 
-    longest = sample.FewStep(method.times, method.shift)
+    longest = samplers.FewStep(method.times, method.shift)
     calls = {
         "rollout to the last call, no gradient": (
             lambda n: longest(n["generator"], x, batch["cond"], key, batch["index"]),
