@@ -549,11 +549,18 @@ def _absolute(path: epath.PathLike) -> epath.Path:
 
 def _disk_bytes(*directories: epath.Path) -> int:
     return sum(
-        os.path.getsize(os.path.join(folder, file))
+        _file_bytes(os.path.join(folder, file))
         for directory in directories
         for folder, _, files in os.walk(directory)
         for file in files
     )
+
+
+def _file_bytes(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:  # Orbax is removing, beside us, what a killed run left half-written
+        return 0
 
 
 def _first_line(error: BaseException, limit: int = 140) -> str:

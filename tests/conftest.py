@@ -16,6 +16,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_runtest_setup(item):
+    """What is compared with PyTorch's code is skipped where there is none."""
+    if item.get_closest_marker("torch"):
+        pytest.importorskip("torch")
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """A data directory in which 'mnist5k' stands prepared."""

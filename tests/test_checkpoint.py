@@ -500,6 +500,9 @@ def test_space_is_counted_before_the_run(tmp_path, monkeypatch):
         # What a resumed run has already written counts as room: it will be replaced.
         (tmp_path / "checkpoints" / "old").write_bytes(b"0")
         checkpointer.check_space(state, best)
+        # A name whose file is gone, as of those that Orbax is removing.
+        (tmp_path / "checkpoints" / "gone").symlink_to(tmp_path / "nothing")
+        checkpointer.check_space(state, best)
 
 
 def test_writable_directory_is_made_and_left_empty(tmp_path):

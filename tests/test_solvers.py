@@ -42,7 +42,8 @@ def made(times, shift):
 
 def diffusers_makes(times, shift):
     """The same trajectory by diffusers' UniPCMultistepScheduler, on the same network."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift

@@ -41,7 +41,6 @@ def inputs(config, batch=2, length=12, longest=None):
 
 def transformers_encoder(config):
     """transformers' encoder of that configuration and those weights."""
-    pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     settings = names.to_settings(config, "diffusers")
     theirs = transformers.UMT5Config(**settings)

@@ -60,7 +60,8 @@ def with_gradient(net, x, timestep, cond):
 
 def diffusers_with_gradient(config, x, timestep, cond):
     """The same by diffusers' WanTransformer3DModel."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     diffusers = pytest.importorskip("diffusers")
     settings = names.to_settings(config, "diffusers")
     settings.pop("_class_name")

@@ -64,7 +64,8 @@ def both(vae, video, latents):
 
 def diffusers_network(config):
     """(encode, decode) of diffusers' AutoencoderKLWan, of normalised latents."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     diffusers = pytest.importorskip("diffusers")
     settings = names.to_settings(config, "diffusers")
     settings.pop("_class_name")

@@ -55,7 +55,8 @@ def test_what_goes_out_comes_in_again(tmp_path, to, dtype, monkeypatch):
 
 def run_diffusers(module, x, t, text):
     """[B, F, H, W, C] of their network."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     with torch.no_grad():
         out = module(
             torch.tensor(x).permute(0, 4, 1, 2, 3),
@@ -69,7 +70,8 @@ def run_diffusers(module, x, t, text):
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_diffusers_loads_the_pipeline(tmp_path, student, dtype, monkeypatch):
-    torch = pytest.importorskip("torch")
+    import torch
+
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.setattr(formats, "SHARD", 500_000)
     said = export.write(student, "diffusers", tmp_path / "out", dtype=dtype)
@@ -103,7 +105,6 @@ def wide(net):
 
 @pytest.mark.torch
 def test_a_teachers_scheduler_is_unipc_with_its_shift(tmp_path):
-    pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     folder = checkpoints.write_folder(tmp_path / "teacher")
     assert export.write(folder, "diffusers", tmp_path / "out", shift=3.0) == ""
@@ -142,7 +143,8 @@ def test_the_other_parts_come_from_a_base(tmp_path, student):
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_torch_reads_the_file_for_self_forcing(tmp_path, student, dtype):
-    torch = pytest.importorskip("torch")
+    import torch
+
     export.write(student, "self_forcing", tmp_path / "a.pt", dtype=dtype)
     [(key, held)] = torch.load(tmp_path / "a.pt", weights_only=True).items()
     assert key == "generator_ema" and all(name.startswith("model.") for name in held)
@@ -154,7 +156,6 @@ def test_torch_reads_the_file_for_self_forcing(tmp_path, student, dtype):
 
 @pytest.mark.torch
 def test_diffusers_loads_the_original_layout(tmp_path, student):
-    pytest.importorskip("torch")
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     from safetensors.torch import load_file
 

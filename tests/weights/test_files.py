@@ -79,7 +79,8 @@ def test_of_two_generators_the_averaged_one_is_read(tmp_path):
 
 @pytest.mark.torch
 def test_what_torch_wrote(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     x = torch.arange(12.0).reshape(3, 4)
     module = torch.nn.Linear(3, 2).bfloat16()
     tree = {
@@ -96,7 +97,8 @@ def test_what_torch_wrote(tmp_path):
 @pytest.mark.torch
 @pytest.mark.parametrize("mmap", [False, True])
 def test_torch_reads_what_is_written_for_it(tmp_path, mmap):
-    torch = pytest.importorskip("torch")
+    import torch
+
     path = write_torch(tmp_path / "a.pt", ARRAYS, "generator_ema")
     found = torch.load(path, weights_only=True, mmap=mmap)["generator_ema"]
     assert list(found) == list(ARRAYS)

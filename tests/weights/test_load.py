@@ -196,7 +196,8 @@ def test_a_part_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.torch
 def test_a_folder_that_diffusers_wrote(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     diffusers = pytest.importorskip("diffusers")
     settings = weights.wan.to_settings(CONFIG, "diffusers")
     settings.pop("_class_name")

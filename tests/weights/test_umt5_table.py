@@ -33,7 +33,8 @@ def test_every_tensor_of_the_published_file_has_its_place(layout):
 @pytest.mark.torch
 @pytest.mark.parametrize("preset", PRESETS)
 def test_names_and_shapes_are_those_of_transformers(preset):
-    torch = pytest.importorskip("torch")
+    import torch
+
     transformers = pytest.importorskip("transformers")
     settings = transformers.UMT5Config(**names.to_settings(PRESETS[preset], "diffusers"))
     with torch.device("meta"):

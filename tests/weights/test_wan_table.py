@@ -31,7 +31,8 @@ def test_every_tensor_of_the_index_has_its_place(preset, count, layout):
 @pytest.mark.torch
 @pytest.mark.parametrize("preset", ["t2v_1_3b", "t2v_14b", "i2v_14b", "ti2v_5b"])
 def test_names_and_shapes_are_those_of_diffusers(preset):
-    torch = pytest.importorskip("torch")
+    import torch
+
     diffusers = pytest.importorskip("diffusers")
     settings = names.to_settings(PRESETS[preset], "diffusers")
     del settings["_class_name"]
@@ -43,7 +44,8 @@ def test_names_and_shapes_are_those_of_diffusers(preset):
 @pytest.mark.torch
 @pytest.mark.parametrize("preset", ["t2v_1_3b", "i2v_14b"])
 def test_the_original_names_are_what_diffusers_converts_from(preset):
-    torch = pytest.importorskip("torch")
+    import torch
+
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     original = {
         name: torch.empty(shape, device="meta")

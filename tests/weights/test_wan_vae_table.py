@@ -28,7 +28,8 @@ def shapes(config, layout):
 @pytest.mark.torch
 @pytest.mark.parametrize("preset", PRESETS)
 def test_names_and_shapes_are_those_of_diffusers(preset):
-    torch = pytest.importorskip("torch")
+    import torch
+
     diffusers = pytest.importorskip("diffusers")
     settings = names.to_settings(PRESETS[preset], "diffusers")
     del settings["_class_name"]
@@ -39,7 +40,8 @@ def test_names_and_shapes_are_those_of_diffusers(preset):
 
 @pytest.mark.torch
 def test_the_settings_of_wan_2_1_are_the_defaults_of_diffusers():
-    torch = pytest.importorskip("torch")
+    import torch
+
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         theirs = diffusers.AutoencoderKLWan().config
@@ -51,7 +53,8 @@ def test_the_settings_of_wan_2_1_are_the_defaults_of_diffusers():
 
 @pytest.mark.torch
 def test_the_original_names_are_what_diffusers_converts_from():
-    torch = pytest.importorskip("torch")
+    import torch
+
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     original = {
         name: torch.empty(shape, device="meta")
