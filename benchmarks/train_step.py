@@ -77,7 +77,7 @@ def measure(run):
     longest = samplers.FewStep(method.times, method.shift)
     calls = {
         "rollout to the last call, no gradient": (
-            lambda n: longest(n["generator"], x, batch["cond"], key, batch["index"]),
+            lambda n: longest(n["generator"], x, batch["cond"], None, key, batch["index"]),
             longest.calls,
         ),
         "teacher, guided": (teacher, 1 if method.guidance == 1 else 2),

@@ -34,7 +34,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds over all programs.")
 THREADS = flags.DEFINE_integer("threads", 2, "PyTorch's threads.")
 ONLY = flags.DEFINE_list("only", None, "Which of forward, generator, critic; all if none.")
 
-CONFIG = WanConfig(dim=384, ffn=1536, heads=6, depth=8)
+CONFIG = WanConfig(dim=384, ffn=1536, heads=6, depth=8, unroll=8)
 SIDE = 32
 GUIDANCE, RATE = 4.0, 1e-5
 
