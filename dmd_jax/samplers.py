@@ -126,6 +126,7 @@ def fewer(times, steps):
 @partial(jax.jit, static_argnames=("sampler", "shape"))
 def _batch(denoiser, cond, uncond, root, index, sampler, shape):
     noise_key, step_key = jax.random.split(root)
+    cond, uncond, index = sharding.shard_batch((cond, uncond, index))
     noise = randomness.normal(noise_key, index, shape)
     return sampler(denoiser, noise, cond, uncond, step_key, index)
 
@@ -139,12 +140,13 @@ def draw(denoiser, sampler, cond, uncond, shape, seed=0, *, batch):
         cond, uncond: conditions and what guidance leaves them for, pytrees with leading axis N.
         shape: of one sample, [...].
         seed: of the noise.
-        batch: samples per call.
+        batch: samples per call; where there is a mesh, as many more as make its parts equal.
 
     Yields:
         float32 [n, ...], n = batch or what is left of N, in order.
     """
     num, root = len(jax.tree.leaves(cond)[0]), jax.random.key(seed)
+    batch = sharding.even_batch(batch)
     for start in range(0, num, batch):
         index = np.arange(start, start + batch) % num  # one shape, one compilation
         told, untold = jax.tree.map(lambda x: x[index], (cond, uncond))  # noqa: B023

@@ -132,6 +132,12 @@ def replicate(tree):
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
+def even_batch(size):
+    """The least batch of `size` rows or more that data and fsdp split evenly."""
+    axes = jax.sharding.get_abstract_mesh().shape
+    return size + -size % (axes.get("data", 1) * axes.get("fsdp", 1))
+
+
 def batch_part(mesh, size):
     """Which part of a global batch of `size` rows this host's devices hold: (index, count).
 

@@ -104,7 +104,13 @@ def test_the_batch_splits_over_the_devices_of_a_mesh():
     alone = draw_images(programs.tiny(), FewStep(TIMES), LABELS)
     with jax.set_mesh(sharding.make_mesh(data=2, fsdp=4)):
         spread = draw_images(programs.tiny(), FewStep(TIMES), LABELS)
+        one = samplers.FewStep((1.0,))
+        rows = np.arange(16, dtype=np.int32)
+        made = samplers._batch(
+            programs.tiny(), rows % 10, rows % 10, jax.random.key(0), rows, one, (28, 28, 1)
+        )
     assert np.abs(spread.astype(int) - alone).max() <= 1
+    assert {shard.data.shape for shard in made.addressable_shards} == {(2, 28, 28, 1)}
 
 
 def test_guidance_moves_samples_away_from_the_unconditional():
