@@ -188,6 +188,18 @@ def test_an_index_that_names_an_absent_shard(folder):
         weights.load(folder)
 
 
+def test_an_index_that_names_absent_tensors(folder):
+    """A network of as many layers as its shards happen to hold would be taken for whole."""
+    layer = [name for name in checkpoints.shapes("diffusers") if name.startswith("blocks.2.")]
+    for file in folder.glob("*.safetensors"):
+        there = files.open_tensors(file)
+        kept = {name: np.array(there.read(name)) for name in there.shapes.keys() - set(layer)}
+        save_file(kept, file)
+    wanted = rf"lacks {len(layer)} tensors that its index names, {sorted(layer)[0]} for one"
+    with pytest.raises(ValueError, match=wanted):
+        weights.load(folder)
+
+
 def test_a_download_of_which_nothing_is_there_yet(tmp_path):
     (tmp_path / ".cache" / "download").mkdir(parents=True)
     (tmp_path / ".cache" / "download" / "abc.incomplete").touch()
