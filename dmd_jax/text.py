@@ -54,6 +54,7 @@ class Tokenizer:
         """
         if length < 1:
             raise ValueError(f"length={length} must be 1 or more")
+        _library("ftfy")  # of `clean`: missed before a large text encoder is read
         self.path, self.length = find(path), length
         read = _read_json if self.path.suffix == ".json" else _read_sentencepiece
         self._ids, self._end = read(self.path)
