@@ -84,7 +84,9 @@ def define_flags():
     )
     flags.DEFINE_string("out", None, "The folder of the embeddings.")
     flags.DEFINE_string(
-        "tokenizer", None, "Where the tokenizer is, if not with the checkpoint: a file or a folder."
+        "tokenizer",
+        None,
+        "The tokenizer, or another checkpoint that has it, where --checkpoint does not.",
     )
     flags.DEFINE_string(
         "negative", "", "The negative prompt. Wan's teachers expect the one of their model card."
@@ -105,7 +107,7 @@ def main(argv):
     try:
         prompts, out = read_prompts(FLAGS.prompts), Path(FLAGS.out).expanduser()
         checkpoint.check_writable(out)
-        found = FLAGS.tokenizer or files.companion(FLAGS.checkpoint, text.FOLDERS[1:])
+        found = files.companion(FLAGS.tokenizer or FLAGS.checkpoint, text.FOLDERS[1:])
         tokenizer = text.Tokenizer(found, FLAGS.length)
         net = weights.load(FLAGS.checkpoint, dtype="bfloat16", part="text_encoder")
         embeddings.write(

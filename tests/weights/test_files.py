@@ -427,6 +427,18 @@ def test_of_wans_repository_only_the_wanted_file_is_fetched(hub, part, file):
     assert fetched(cache) == {"config.json", file}
 
 
+def test_what_a_model_holds_beside_its_weights_is_fetched_alone(hub):
+    hub, cache = hub
+    for folder in DIFFUSERS:
+        checkpoints.write_folder(hub / folder)
+    files.locate("org/wan", "vae")  # the cache holds another part
+    before = fetched(cache)
+    assert files.companion("org/wan", ("tokenizer", "google/umt5-xxl")) == cache
+    assert {file.split("/")[0] for file in fetched(cache) - before} == {"tokenizer"}
+    with pytest.raises(FileNotFoundError, match="org/wan has none of image_encoder"):
+        files.companion("org/wan", ("image_encoder",))
+
+
 def test_what_was_fetched_once_is_not_asked_for_again(hub):
     hub, cache = hub
     checkpoints.write_folder(hub / "transformer", shards=2)
