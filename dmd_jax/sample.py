@@ -71,6 +71,8 @@ def define_flags():
         None,
         "Videos: the time, 0 ... 1, above which Wan 2.2's high-noise expert is asked and below "
         "which the other: 0.875 of its text-to-video pair, 0.9 of its image-to-video pair.",
+        lower_bound=0,
+        upper_bound=1,
     )
     flags.mark_flag_as_required("checkpoint")
 

@@ -101,6 +101,12 @@ def test_program_refuses_with_one_message_before_it_samples(
     assert said.startswith("error: ") and message in said
 
 
+@pytest.mark.parametrize("flag", ["--boundary=875", "--fps=0", "--steps=0"])
+def test_numbers_out_of_range_are_refused_as_flags(program, digits, prompts, flag, capsys):
+    assert program(f"--checkpoint={digits}", f"--prompts={prompts}", flag) == 1
+    assert f"flag {flag}" in capsys.readouterr().err
+
+
 def test_a_transformer_alone_wants_a_pipeline(program, digits, prompts, tmp_path):
     weights.save(tmp_path / "a.safetensors", weights.denoiser(digits))
     said = program(f"--checkpoint={tmp_path}/a.safetensors", f"--prompts={prompts}", "--out=a.gif")
