@@ -37,7 +37,7 @@ def read_prompts(path):
     if Path(path).expanduser().is_dir():
         return list(dict.fromkeys(caption for _, caption in clips.captioned(path)))
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file of prompts at {str(path)!r}") from None
     except UnicodeDecodeError as error:
@@ -84,7 +84,9 @@ def define_flags():
     )
     flags.DEFINE_string("out", None, "The folder of the embeddings.")
     flags.DEFINE_string(
-        "tokenizer", None, "Where the tokenizer is, if not with the checkpoint: a file or a folder."
+        "tokenizer",
+        None,
+        "The tokenizer, or another checkpoint that has it, where --checkpoint does not.",
     )
     flags.DEFINE_string(
         "negative", "", "The negative prompt. Wan's teachers expect the one of their model card."
@@ -97,19 +99,19 @@ def define_flags():
 
 
 def main(argv):
-    del argv
+    if argv[1:]:
+        sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
     if not FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
     try:
-        prompts = read_prompts(FLAGS.prompts)
-        checkpoint.check_writable(FLAGS.out)
-        found = FLAGS.tokenizer or files.companion(FLAGS.checkpoint, text.FOLDERS[1:])
+        prompts, out = read_prompts(FLAGS.prompts), Path(FLAGS.out).expanduser()
+        checkpoint.check_writable(out)
+        found = files.companion(FLAGS.tokenizer or FLAGS.checkpoint, text.FOLDERS[1:])
         tokenizer = text.Tokenizer(found, FLAGS.length)
-        text.clean("")  # its library is missed before a large checkpoint is read
         net = weights.load(FLAGS.checkpoint, dtype="bfloat16", part="text_encoder")
         embeddings.write(
-            FLAGS.out,
+            out,
             prompts,
             FLAGS.negative,
             functools.partial(embed, net, tokenizer, FLAGS.batch),
@@ -117,10 +119,10 @@ def main(argv):
             net.config.dim,
             source=f"text encoder {identity(net, tokenizer.path.read_bytes())}",
         )
-        made = embeddings.Embeddings(FLAGS.out)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+        made = embeddings.Embeddings(out)
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    print(f"{len(made)} prompts and the negative one, {list(made.shape)} each: {FLAGS.out}")
+    print(f"{len(made)} prompts and the negative one, {list(made.shape)} each: {out}")
 
 
 if __name__ == "__main__":

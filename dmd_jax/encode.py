@@ -67,12 +67,13 @@ def caption_rows(videos, embeddings):
 def encode_videos():
     """Encodes what the flags ask for; returns the latents."""
     videos = clips.captioned(FLAGS.videos)
-    rows = caption_rows(videos, Embeddings(FLAGS.embeddings))
+    rows = caption_rows(videos, Embeddings(Path(FLAGS.embeddings).expanduser()))
     size = dict(height=FLAGS.height, width=FLAGS.width)
     around = pipeline.WanPipeline(FLAGS.checkpoint, FLAGS.frames, **size)
     paths, how = [path for path, _ in videos], dict(frames=FLAGS.frames, fps=FLAGS.fps, **size)
     clips.require_clips(paths, **how)
-    checkpoint.check_writable(FLAGS.out)
+    out = Path(FLAGS.out).expanduser()
+    checkpoint.check_writable(out)
 
     def encode(numbered):
         number, path = numbered
@@ -92,15 +93,16 @@ def encode_videos():
         "fps": FLAGS.fps,
     }
     numbered = zip(enumerate(paths, 1), rows, strict=True)
-    latents.write(FLAGS.out, numbered, encode, around.sample_shape, source=source)
-    return latents.Latents(FLAGS.out)
+    latents.write(out, numbered, encode, around.sample_shape, source=source)
+    return latents.Latents(out)
 
 
 def main(argv):
-    del argv
+    if argv[1:]:
+        sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
     try:
         made = encode_videos()
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(made)} latents, {list(made.shape)} each: {FLAGS.out}")
 

@@ -36,13 +36,18 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
         base: for diffusers, a pipeline's folder, for all that is not the transformer.
 
     Raises:
-        FileNotFoundError, ValueError: of `weights.denoiser`; or it is no Wan, or `out` holds files.
+        FileNotFoundError, ValueError: of `weights.denoiser`; or it is no Wan, `out` is taken, or
+            `base` lacks a part.
     """
     if base is not None and to != "diffusers":
         raise ValueError(f"--base={base} is for --to=diffusers, not {to}")
-    net = weights.denoiser(checkpoint_path).net
+    if base is not None:
+        export.index_of(base)
+    export.require_place(out, to_file=to == "self_forcing")
+    net = weights.abstract(checkpoint_path).net
     if not isinstance(net, Wan):
         raise ValueError(f"{checkpoint_path} holds a {type(net).__name__}: a Wan is wanted")
+    net = weights.denoiser(checkpoint_path).net
     if to != "diffusers":
         getattr(export, to)(out, net, dtype=dtype)
         return ""
@@ -66,8 +71,9 @@ def define_flags():
 
 
 def main(argv):
-    del argv
-    out = Path(FLAGS.out)
+    if argv[1:]:
+        sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    out = Path(FLAGS.out).expanduser()
     try:
         checkpoint.check_writable(out.parent)
         said = write(
@@ -78,7 +84,7 @@ def main(argv):
             shift=FLAGS.shift,
             base=FLAGS.base,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"{FLAGS.checkpoint} for {FLAGS.to}: {out}{said}")
 

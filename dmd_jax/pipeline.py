@@ -106,27 +106,42 @@ class WanPipeline:
             images: uint8 [N, height, width, 3], the first frames; None for text alone.
 
         Raises:
-            ValueError: the network needs images and there are none.
+            ValueError: the network needs images and there are none, or is of another checkpoint.
         """
+        self._require_fit(config, images)
+        features = clip_features(self.path, images) if config.image_dim else None
+        told = self._embedded([*prompts, negative], batch)
+        cond, uncond = told[:-1], np.broadcast_to(told[-1], told[:-1].shape)
+        if images is None:
+            return cond, uncond
+        if config.in_channels == config.out_channels:
+            frame = self.encode(to_float(images)[:, None])
+            return Start(cond, frame), Start(uncond, frame)
+        frames = self._frames_to_fill(to_float(images))
+        return Conditions(cond, frames, features), Conditions(uncond, frames, features)
+
+    def _require_fit(self, config, images):
+        """Refuses, before anything large is read, a network that these parts do not serve."""
+        if images is None and config.in_channels > config.out_channels:
+            raise ValueError("this is an image-to-video network: give it --images")
+        text_dim = weights.abstract_part(self.path, part="text_encoder").config.dim
+        wanted, found = (config.out_channels, config.text_dim), (self.sample_shape[-1], text_dim)
+        if wanted != found:
+            raise ValueError(
+                f"the network makes latents of {wanted[0]} channels and reads texts of width "
+                f"{wanted[1]}; VAE and text encoder of {self.path} have {found[0]} and {found[1]}: "
+                "name with --pipeline the checkpoint that it was made from"
+            )
+
+    def _embedded(self, prompts, batch):
+        """[N, L, D] in `dtype`; the text encoder is let go."""
         tokenizer = text.Tokenizer(files.companion(self.path, text.FOLDERS[1:]))
         encoder = weights.load(self.path, self.dtype, part="text_encoder")
-        rows = embed(encoder, tokenizer, batch, [*prompts, negative])
-        del encoder
+        rows = embed(encoder, tokenizer, batch, prompts)
         told = np.zeros((len(rows), tokenizer.length, rows[0].shape[-1]), jnp.dtype(self.dtype))
         for place, row in zip(told, rows, strict=True):
             place[: len(row)] = row
-        cond, uncond = told[:-1], np.broadcast_to(told[-1], told[:-1].shape)
-        takes_frames = config.in_channels > config.out_channels
-        if images is None:
-            if takes_frames:
-                raise ValueError("this is an image-to-video network: give it --images")
-            return cond, uncond
-        if not takes_frames:
-            frame = self.encode(to_float(images)[:, None])
-            return Start(cond, frame), Start(uncond, frame)
-        features = clip_features(self.path, images) if config.image_dim else None
-        frames = self._frames_to_fill(to_float(images))
-        return Conditions(cond, frames, features), Conditions(uncond, frames, features)
+        return told
 
     def encode(self, videos):
         """[N, T, H, W, 3] in [-1, 1] -> normalised latents [N, F, h, w, C], one at a time."""

@@ -32,6 +32,7 @@ from dmd_jax.denoiser import Denoiser
 from dmd_jax.embed import read_prompts
 from dmd_jax.models.wan import Experts, WanConfig
 from dmd_jax.samplers import SOLVERS, balanced, draw, draw_images, sampler_for
+from dmd_jax.weights import files
 
 FLAGS = flags.FLAGS
 
@@ -63,25 +64,28 @@ def define_flags():
     flags.DEFINE_integer("frames", 81, "Videos: how many frames.", lower_bound=1)
     flags.DEFINE_integer("height", 480, "Videos: pixels.", lower_bound=1)
     flags.DEFINE_integer("width", 832, "Videos: pixels.", lower_bound=1)
-    flags.DEFINE_float("fps", 16, "Videos: frames a second.")
+    flags.DEFINE_float("fps", 16, "Videos: frames a second.", lower_bound=1)
     flags.DEFINE_integer("batch", 1, "Videos: how many in one call.", lower_bound=1)
     flags.DEFINE_float(
         "boundary",
         None,
         "Videos: the time, 0 ... 1, above which Wan 2.2's high-noise expert is asked and below "
         "which the other: 0.875 of its text-to-video pair, 0.9 of its image-to-video pair.",
+        lower_bound=0,
+        upper_bound=1,
     )
     flags.mark_flag_as_required("checkpoint")
 
 
 def main(argv):
-    del argv
+    if argv[1:]:
+        sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
     try:
         with contextlib.ExitStack() as stack:
             if FLAGS.mesh:
                 stack.enter_context(jax.set_mesh(mesh(FLAGS.mesh)))
             sample()
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -101,18 +105,42 @@ def sample():
     """Draws what the flags ask for, and writes it."""
     asked = dict(steps=FLAGS.steps, guidance=FLAGS.guidance, shift=FLAGS.shift)
     sampler = sampler_for(FLAGS.checkpoint, **asked, solver=FLAGS.solver)
-    config = weights.abstract(FLAGS.checkpoint).net.config
+    config, *_ = (weights.abstract(FLAGS.checkpoint, part=part).net.config for part in parts())
     videos = isinstance(config, WanConfig)
-    known = (".mp4", ".gif", ".png") if videos else (".png", ".npz")
-    outs = [Path(out) for out in FLAGS.out]
-    for out in outs:
-        if out.suffix not in known:
-            raise ValueError(f"--out={out}: the ending says the format, {', '.join(known)}")
-        checkpoint.check_writable(out.parent)
+    outs = [Path(out).expanduser() for out in FLAGS.out]
+    require_files(outs, (".mp4", ".gif", ".png") if videos else (".png", ".npz"))
     start = time.time()
     count = (sample_videos if videos else sample_images)(config, sampler, outs)
     named = ", ".join(map(str, outs))
     print(f"{count} samples, {sampler}, {time.time() - start:.1f} s: {named}")
+
+
+def require_files(outs, known):
+    """Raises ValueError where there is nothing to write, or it could not be written."""
+    if not outs:
+        raise ValueError("--out names no file")
+    for out in outs:
+        if out.suffix not in known:
+            raise ValueError(f"--out={out}: the ending says the format, {', '.join(known)}")
+        if out.is_dir():
+            raise ValueError(f"--out={out} is a folder: name a file")
+        if out.suffix == ".mp4":
+            video.import_av()
+        checkpoint.check_writable(out.parent)
+
+
+def parts():
+    """Which transformers of --checkpoint are asked: its only one, or Wan 2.2's pair.
+
+    Raises:
+        ValueError: there is a pair, and nothing says when each is asked.
+    """
+    if FLAGS.boundary is not None:
+        return "transformer", "transformer_2"
+    root = Path(FLAGS.checkpoint).expanduser()
+    if any((root / name).is_dir() for name in files.SUBFOLDERS["transformer_2"]):
+        raise ValueError(f"{root} holds a pair of transformers: say when each is asked, --boundary")
+    return ("transformer",)
 
 
 def load(**overrides):
@@ -122,12 +150,12 @@ def load(**overrides):
         shape = weights.abstract(path, **overrides)
         rules = weights.sharding_rules(shape.net)
         places = sharding.infer(shape, rules, jax.sharding.get_mesh())
-    denoiser = weights.denoiser(path, shardings=places, **overrides)
-    if FLAGS.boundary is None:
-        return denoiser
-    low = weights.load(path, part="transformer_2", shardings=places)
-    experts = Experts(denoiser.net, low, 1000 * FLAGS.boundary)
-    return Denoiser(experts, denoiser.schedule, denoiser.prediction)
+    found = [weights.denoiser(path, part=part, shardings=places, **overrides) for part in parts()]
+    if len(found) == 1:
+        return found[0]
+    high, low = found
+    experts = Experts(high.net, low.net, 1000 * FLAGS.boundary)
+    return Denoiser(experts, high.schedule, high.prediction)
 
 
 def sample_images(config, sampler, outs):
@@ -143,9 +171,18 @@ def sample_images(config, sampler, outs):
 
 
 def surroundings():
-    """The pipeline around --checkpoint."""
+    """The pipeline around --checkpoint.
+
+    Raises:
+        ValueError: --checkpoint is a file, in which there is none.
+    """
     if weights.notes(FLAGS.checkpoint).get("data") == "moving_digits":
         return pipeline.DigitsPipeline()
+    if FLAGS.pipeline is None and Path(FLAGS.checkpoint).expanduser().is_file():
+        raise ValueError(
+            f"{FLAGS.checkpoint} is a transformer alone: name with --pipeline the checkpoint that "
+            "has its VAE, text encoder and tokenizer"
+        )
     return pipeline.WanPipeline(
         FLAGS.pipeline or FLAGS.checkpoint, FLAGS.frames, FLAGS.height, FLAGS.width, FLAGS.dtype
     )

@@ -43,8 +43,8 @@ class Tokenizer:
 
         Args:
             path: tokenizer.json, spiece.model or tokenizer.model; or a checkpoint that one comes
-                with: a folder, whose `tokenizer` and `google/umt5-xxl` are looked into, a file in
-                such a folder, or "organisation/name" on the Hugging Face hub.
+                with: a folder, whose `tokenizer` and `google/umt5-xxl` are looked into, or a file
+                in such a folder.
             length: tokens of every row, the end of the sentence among them.
 
         Raises:
@@ -54,6 +54,7 @@ class Tokenizer:
         """
         if length < 1:
             raise ValueError(f"length={length} must be 1 or more")
+        _library("ftfy")  # of `clean`: missed before a large text encoder is read
         self.path, self.length = find(path), length
         read = _read_json if self.path.suffix == ".json" else _read_sentencepiece
         self._ids, self._end = read(self.path)
@@ -80,46 +81,18 @@ def find(path):
     """The file of the tokenizer at `path`: see `Tokenizer`.
 
     Raises:
-        FileNotFoundError: there is none, or the hub is not reached.
-        ImportError: `path` may be a name on the hub, and huggingface_hub is not installed.
+        FileNotFoundError: there is none.
     """
     local = Path(path).expanduser()
     if local.is_file() and local.suffix in (".json", ".model"):
         return local
-    if local.exists():
-        found = _in_folder(local if local.is_dir() else local.parent)
-    else:
-        found = _on_hub(str(path)) if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) else None
-    if found is None:
-        raise FileNotFoundError(
-            f"no tokenizer at {str(path)!r}: it must be one of {', '.join(FILES)}, or a folder "
-            "with one of them, or with one in its 'tokenizer' or 'google/umt5-xxl'"
-        )
-    return found
-
-
-def _in_folder(folder):
-    """The file of a tokenizer in a checkpoint's folder, or None."""
-    candidates = (folder / name / file for name in FOLDERS for file in FILES)
-    return next((file for file in candidates if file.is_file()), None)
-
-
-def _on_hub(name):
-    """The same in a repository on the Hugging Face hub, in the cache first."""
-    hub = _library("huggingface_hub")
-    patterns = [f"{folder}/{file}".lstrip("/") for folder in FOLDERS for file in FILES]
-    for cached in (True, False):
-        try:
-            root = hub.snapshot_download(name, allow_patterns=patterns, local_files_only=cached)
-        except (OSError, ValueError) as error:  # of the network, of a name that is none
-            reason = error
-            continue
-        if found := _in_folder(Path(root)):
-            return found
-        reason = "it holds none"
+    folder = local.parent if local.is_file() else local
+    for candidate in (folder / name / file for name in FOLDERS for file in FILES):
+        if candidate.is_file():
+            return candidate
     raise FileNotFoundError(
-        f"no tokenizer at {name!r}: neither a file nor a folder, and none came from the Hugging "
-        f"Face hub: {reason}"
+        f"no tokenizer at {str(path)!r}: it must be one of {', '.join(FILES)}, or a folder with "
+        "one of them, or with one in its 'tokenizer' or 'google/umt5-xxl'"
     )
 
 

@@ -166,7 +166,7 @@ def read_image(path: str | PathLike, height: int, width: int) -> np.ndarray:
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    av = _import_av()
+    av = import_av()
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(
@@ -215,7 +215,7 @@ def _fit(image: Image.Image, height: int, width: int) -> Image.Image:
 @contextlib.contextmanager
 def _opened(path: str | PathLike) -> Iterator[Any]:
     """The container of a file with a video in it; what PyAV complains of is said of the file."""
-    path, av = _existing(path), _import_av()
+    path, av = _existing(path), import_av()
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -227,7 +227,8 @@ def _opened(path: str | PathLike) -> Iterator[Any]:
         ) from error
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
+    """PyAV, which MP4 and all reading of videos need. Raises ImportError where there is none."""
     try:
         import av
     except ImportError as error:

@@ -90,6 +90,13 @@ def test_program_embeds_every_prompt_and_the_negative_one(
     assert not found[~mask].any() and found[mask].any(axis=1).all()
 
 
+def test_a_prompt_is_a_line_whatever_else_it_holds(tmp_path):
+    """Windows' mark of UTF-8 is no part of it; a separator of paragraphs is none of prompts."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\n\r\nw\u00e4ves\u2028at \u0085 night\r\n".encode())
+    assert embed.read_prompts(path) == ["a cat", "w\u00e4ves\u2028at \u0085 night"]
+
+
 def test_the_size_of_a_batch_changes_nothing(net, folder):
     tokenizer = Tokenizer(folder, 96)
     whole = embed.embed(net, tokenizer, 6, PROMPTS)

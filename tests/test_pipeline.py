@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import foreign
 import jax
@@ -82,11 +83,34 @@ def test_program_writes_every_video_and_one_sheet(program, digits, prompts, tmp_
         (["--prompts={prompts}", "--guidance=2"], "guidance is in its weights already"),
         (["--prompts={prompts}", "--mesh=fsdp"], "--mesh=fsdp: say it as data=2,fsdp=4"),
         (["--prompts={prompts}", "--mesh=fsdp=3"], "does not fit"),
+        (["--prompts={prompts}", "steps=1"], "unknown argument 'steps=1'; options start with --"),
+        (["--prompts={prompts}/a"], "Not a directory"),
+        (["--prompts={prompts}", "--out="], "--out names no file"),
+        (["--prompts={prompts}", "--out={prompts}.png"], "prompts.txt.png is a folder: name a"),
+        (["--prompts={prompts}", "--out=a.mp4"], "videos need PyAV: pip install"),
+        (["--prompts={prompts}", "--boundary=0.8"], "a transformer, and a transformer_2 is wanted"),
     ],
 )
-def test_program_refuses_with_one_message(program, digits, prompts, args, message):
+def test_program_refuses_with_one_message_before_it_samples(
+    program, digits, prompts, args, message, monkeypatch
+):
+    monkeypatch.setattr(sample, "draw", None)
+    monkeypatch.setitem(sys.modules, "av", None)
+    prompts.with_suffix(".txt.png").mkdir()
     said = program(f"--checkpoint={digits}", *(arg.format(prompts=prompts) for arg in args))
     assert said.startswith("error: ") and message in said
+
+
+@pytest.mark.parametrize("flag", ["--boundary=875", "--fps=0", "--steps=0"])
+def test_numbers_out_of_range_are_refused_as_flags(program, digits, prompts, flag, capsys):
+    assert program(f"--checkpoint={digits}", f"--prompts={prompts}", flag) == 1
+    assert f"flag {flag}" in capsys.readouterr().err
+
+
+def test_a_transformer_alone_wants_a_pipeline(program, digits, prompts, tmp_path):
+    weights.save(tmp_path / "a.safetensors", weights.denoiser(digits))
+    said = program(f"--checkpoint={tmp_path}/a.safetensors", f"--prompts={prompts}", "--out=a.gif")
+    assert "a.safetensors is a transformer alone: name with --pipeline" in said
 
 
 def test_a_continuation_keeps_its_first_frame_at_time_zero():
@@ -325,6 +349,22 @@ def test_every_expert_of_a_pair_is_asked(program, pair, tmp_path):
         made[boundary] = out.read_bytes()
     assert made[0.9] == made[0.8]
     assert len({made[b] for b in (0.95, 0.8, 0.4)}) == 3
+
+
+@pytest.mark.torch
+def test_what_does_not_go_together_is_refused_before_the_text_encoder_is_read(
+    program, digits, folder, pair, image_to_video, prompts, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "embed", None)
+    for given, complaint in (
+        ([f"--checkpoint={image_to_video}"], "an image-to-video network: give it --images"),
+        ([f"--checkpoint={pair}"], "holds a pair of transformers: say when each is asked"),
+        ([f"--checkpoint={folder}", "--boundary=0.8"], "has no transformer_2"),
+    ):
+        assert complaint in program(*given, f"--prompts={prompts}", "--out=a.gif", "--frames=5")
+    around = pipeline.WanPipeline(str(folder), **SIZE)
+    with pytest.raises(ValueError, match=r"4 channels and reads texts of width 64; .* 16 and 32"):
+        around.conditions(PROMPTS, "", weights.abstract(digits).net.config)
 
 
 @pytest.mark.torch

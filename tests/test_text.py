@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import types
 
 import jax
 import numpy as np
@@ -180,33 +179,6 @@ def test_a_tokenizer_is_found_beside_the_text_encoder(json_file, tmp_path):
     shutil.copy(json_file, tmp_path / "wan" / "google" / "umt5-xxl")
     for path in ("diffusers/text_encoder", "wan/models_t5.pth"):
         assert text.find(tmp_path / path).name == "tokenizer.json"
-
-
-class Hub(types.ModuleType):
-    """In place of huggingface_hub: what is in its cache, and what is on the net."""
-
-    def __init__(self, cache, net):
-        super().__init__("huggingface_hub")
-        self.places = {True: cache, False: net}
-
-    def snapshot_download(self, name, allow_patterns, local_files_only):
-        assert name == "Wan-AI/Wan" and "tokenizer/tokenizer.json" in allow_patterns
-        if self.places[local_files_only] is None:
-            raise FileNotFoundError("not reached")
-        return str(self.places[local_files_only])
-
-
-def test_a_tokenizer_comes_from_the_hub_and_from_its_cache_first(json_file, tmp_path, monkeypatch):
-    for cache, net in ((json_file.parent, None), (None, json_file.parent)):
-        monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(cache, net))
-        assert text.find("Wan-AI/Wan") == json_file
-    # The cache may hold other parts of the checkpoint.
-    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(tmp_path, json_file.parent))
-    assert text.find("Wan-AI/Wan") == json_file
-    for net, reason in ((None, "not reached"), (tmp_path, "it holds none")):
-        monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(None, net))
-        with pytest.raises(FileNotFoundError, match=reason):
-            text.find("Wan-AI/Wan")
 
 
 def test_every_prompt_ends_with_the_end(file):

@@ -48,8 +48,8 @@ def write(
         source: what embeds them, in words or as a digest: a set is continued by the same only.
 
     Raises:
-        ValueError: the folder holds other prompts or those of another encoder, there is no prompt,
-            or an embedding has another shape or a number that is not finite.
+        ValueError: the folder holds other prompts, those of another encoder or something else,
+            there is no prompt, or an embedding has another shape or a number that is not finite.
     """
     if not prompts:
         raise ValueError("there are no prompts")
@@ -66,6 +66,8 @@ def write(
     }
     if (path / META).exists():
         _require_same(path, _read_meta(path), meta)
+    elif any(path.glob("*.npy")):
+        raise ValueError(f"{path} holds arrays that are no embeddings: give another folder")
     else:
         _replace(path / META, lambda file: file.write(json.dumps(meta).encode()))
     texts, starts = [*prompts, negative], range(0, len(prompts) + 1, shard)

@@ -42,8 +42,9 @@ def write(
         source: what made these latents (names of videos and encoder, a seed), as JSON has it.
 
     Raises:
-        ValueError: the folder has latents of another shape, shard or source; `encode` returns
-            another shape or what float16 does not hold; fewer videos come than are written.
+        ValueError: the folder has latents of another shape, shard or source, or something else;
+            `encode` returns another shape or what float16 does not hold; fewer videos come than
+            are written.
     """
     path = Path(path)
     wanted = _manifest(shape, shard, source)
@@ -58,6 +59,8 @@ def write(
                 )
         if found["count"] is not None:
             return
+    elif any(path.glob("*.npy")):
+        raise ValueError(f"{path} holds arrays that are no latents: name another folder")
     else:
         _save_manifest(path, wanted)
     pairs, count = iter(videos), 0

@@ -181,7 +181,9 @@ def padded(prompts: Sequence[str]) -> np.ndarray:
     out = np.zeros((len(prompts), TEXT_LENGTH, TEXT_DIM), np.float32)
     for row, prompt, vectors in zip(out, prompts, embed(prompts), strict=True):
         if len(vectors) > TEXT_LENGTH:
-            raise ValueError(f"{prompt!r} has more than {TEXT_LENGTH} words; say {PROMPTS[0]!r}")
+            raise ValueError(
+                f"{prompt[:60]!r} has more than {TEXT_LENGTH} words; say {PROMPTS[0]!r}"
+            )
         row[: len(vectors)] = vectors
     return out
 

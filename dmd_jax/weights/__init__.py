@@ -140,20 +140,21 @@ def notes(path):
     return header["notes"] if header else {}
 
 
-def abstract(path, **overrides):
+def abstract(path, *, part="transformer", **overrides):
     """The Denoiser at `path` with jax.ShapeDtypeStructs for weights: reads headers alone.
 
     Its weights are float32 in our own files, and as they are stored in those of others.
     """
-    return _denoiser(_source(path, "transformer", overrides).module)
+    return _denoiser(_source(path, part, overrides).module)
 
 
-def denoiser(path, *, shardings=None, **overrides):
+def denoiser(path, *, part="transformer", shardings=None, **overrides):
     """The Denoiser at `path`.
 
     Args:
         path: a file that `save` wrote, or the name of a shipped one; or a Wan transformer of
             others: a file, a folder, or a name on the Hugging Face hub (`files.locate`).
+        part: of Wan 2.2's pair, "transformer" for high noise or "transformer_2" for low.
         shardings: a tree like `abstract(path)` of jax.sharding.Sharding; None for one device.
         **overrides: fields of the network's config that say how it runs (dtype, remat, unroll).
 
@@ -162,7 +163,7 @@ def denoiser(path, *, shardings=None, **overrides):
         ValueError: it is damaged, holds something else, or its tensors differ from its header or
             from those of its family; every differing path is named with both shapes.
     """
-    source = _source(path, "transformer", overrides)
+    source = _source(path, part, overrides)
     made = _denoiser(source.module)
     return dataclasses.replace(made, net=_filled(source, made.net, shardings))
 
@@ -206,7 +207,7 @@ def _source(path, part, overrides):
     if header is None:
         source = _theirs(tensors, part, overrides)
     else:
-        source = _ours(tensors, header, overrides)
+        source = _ours(tensors, header, part, overrides)
     if lines := differing(their_shapes(_net(source.module), source.rows), tensors.shapes):
         kind = files.stranger(tensors.shapes) or "damaged, or of another version"
         raise ValueError(
@@ -228,7 +229,8 @@ def _header(tensors):
     return None if header is None else json.loads(header)
 
 
-def _ours(tensors, header, overrides):
+def _ours(tensors, header, part, overrides):
+    _require_part(tensors, "transformer", part)
     try:
         family_config, network, _ = FAMILIES[header["family"]]
         config = family_config(**header["model"])
@@ -246,8 +248,7 @@ def _ours(tensors, header, overrides):
 def _theirs(tensors, part, overrides):
     kind, network, names, layout = _recognised(tensors)
     tensors = tensors.renamed(getattr(names, "ALIASES", {}))
-    if part is not None and kind != part.removesuffix("_2"):
-        raise ValueError(f"{tensors.path} looks like a {kind}, and a {part} is wanted")
+    _require_part(tensors, kind, part and part.removesuffix("_2"))
     try:
         config = names.config_of(tensors.shapes, layout, tensors.settings)
     except ValueError as error:
@@ -259,6 +260,13 @@ def _theirs(tensors, part, overrides):
         lambda path, x: jax.ShapeDtypeStruct(x.shape, stored[path_name(path)] or x.dtype), net
     )
     return _Source(net, rows, tensors)
+
+
+def _require_part(tensors, kind, part):
+    if part not in (None, kind):
+        raise ValueError(
+            f"{tensors.path} looks like a {kind}, and a {part} is wanted: name what holds one"
+        )
 
 
 def _recognised(tensors):

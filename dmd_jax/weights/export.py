@@ -36,9 +36,9 @@ def diffusers(path, net, *, scheduler, dtype=None, base=None):
             `from_pretrained`.
 
     Raises:
-        ValueError: the folder holds something, or `base` is no pipeline.
+        ValueError: the folder holds something, or `base` is no whole pipeline.
     """
-    base_index = {} if base is None else _index_of(Path(base))
+    base_index = {} if base is None else index_of(base)
     with _whole(path) as folder:
         _network(folder / "transformer", net, "diffusers", dtype)
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -72,7 +72,7 @@ def self_forcing(path, net, *, dtype=None):
     """
     plan, arrays = _plan(net, "original", dtype)
     tree = {f"model.{name}": (name, *place) for name, place in plan.items()}
-    with _whole(path) as file:
+    with _whole(path, to_file=True) as file:
         pickles.write(file, {"generator_ema": tree}, arrays)
 
 
@@ -100,11 +100,34 @@ def many_step(shift):
     }
 
 
-def _index_of(base):
+def index_of(base):
+    """The parsed model_index.json of a pipeline's folder.
+
+    Raises:
+        ValueError: there is none, or a part that it names, the transformers aside, is not there.
+    """
+    base = Path(base)
     try:
-        return json.loads((base / "model_index.json").read_text())
+        index = json.loads((base / "model_index.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{base} is no folder of a diffusers pipeline: {error}") from error
+    parts = {name for name, told in index.items() if isinstance(told, list) and told[0]}
+    if absent := sorted(part for part in parts - set(OWN) if not (base / part).is_dir()):
+        raise ValueError(f"{base} lacks {', '.join(absent)}: finish the download")
+    return index
+
+
+def require_place(path, *, to_file=False):
+    """Raises ValueError where a folder, or a file of torch, of this name cannot be written."""
+    path = Path(path)
+    if to_file and path.suffix not in files.TORCH:
+        raise ValueError(f"{path} must end in {' or '.join(files.TORCH)}, to be read again")
+    if to_file and path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    if path.is_file() and not to_file:
+        raise ValueError(f"{path} is a file: name a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} is there and holds files: choose another folder")
 
 
 def _network(folder, net, layout, dtype):
@@ -156,11 +179,10 @@ def _write_json(path, value):
 
 
 @contextlib.contextmanager
-def _whole(path):
+def _whole(path, **kind):
     """A path beside `path` that takes its place in the end, or is removed."""
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"{path} is there and holds files: choose another folder")
+    require_place(path, **kind)
     partial = path.with_name(path.name + ".partial")
     _remove(partial)
     try:

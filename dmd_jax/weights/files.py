@@ -138,6 +138,11 @@ def open_tensors(path):
     places = {}
     for file in files:
         places |= _safetensors(file)[0]
+    if absent := sorted(_indexed(path).keys() - places.keys()):
+        raise ValueError(
+            f"{path} lacks {len(absent)} tensors that its index names, {absent[0]} for one: its "
+            "shards are not of one download; fetch them again"
+        )
     return Tensors(path, places, _settings(path))
 
 
@@ -179,12 +184,9 @@ def _contiguous(shape):
 
 def _files_of(folder):
     """The files that hold the tensors of a folder."""
-    indices = sorted(folder.glob(f"*{INDEX}"))
     single = sorted(folder.glob("*.safetensors"))
-    if len(indices) > 1:
-        raise ValueError(f"{folder} has several indices {_names(indices)}: name one file")
-    if indices:
-        return _shards(folder, _indexed(indices[0]))
+    if indexed := _indexed(folder):
+        return _shards(folder, sorted(set(indexed.values())))
     if match := single and re.search(r"-(\d+)-of-(\d+)\.safetensors$", single[0].name):
         stem, count = single[0].name[: match.start()], match[2]
         numbers = range(1, int(count) + 1)
@@ -201,11 +203,17 @@ def _files_of(folder):
     return found
 
 
-def _indexed(index):
+def _indexed(folder):
+    """{tensor: shard} of the index in a folder; {} where there is none."""
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    if not indices:
+        return {}
+    if len(indices) > 1:
+        raise ValueError(f"{folder} has several indices {_names(indices)}: name one file")
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged ({error!r}); fetch it again") from None
+        return dict(json.loads(indices[0].read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{indices[0]} is damaged ({error!r}); fetch it again") from None
 
 
 def _shards(folder, names):

@@ -201,3 +201,10 @@ def test_there_must_be_prompts(tmp_path):
 def test_an_index_out_of_range_is_refused(whole, index):
     with pytest.raises(IndexError, match=r"no prompt (11|-1|99) in 11"):
         Embeddings(whole).rows(index)
+
+
+def test_what_else_a_folder_holds_is_not_overwritten(tmp_path):
+    np.save(tmp_path / "00000.npy", np.arange(3))
+    with pytest.raises(ValueError, match="holds arrays that are no embeddings"):
+        make(tmp_path)
+    np.testing.assert_array_equal(np.load(tmp_path / "00000.npy"), [0, 1, 2])

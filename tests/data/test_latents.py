@@ -176,3 +176,10 @@ def test_what_is_missing_damaged_or_foreign_is_told(tmp_path, harm, error, compl
 def test_no_folder_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="there are no latents"):
         Latents(tmp_path / "nowhere")
+
+
+def test_what_else_a_folder_holds_is_not_overwritten(tmp_path):
+    np.save(tmp_path / "00000.npy", np.arange(3))
+    with pytest.raises(ValueError, match="holds arrays that are no latents"):
+        write(tmp_path)
+    np.testing.assert_array_equal(np.load(tmp_path / "00000.npy"), [0, 1, 2])

@@ -170,7 +170,7 @@ def test_diffusers_loads_the_original_layout(tmp_path, student):
 
 @pytest.mark.parametrize("to", export.TARGETS)
 def test_a_full_disk_loses_nothing(tmp_path, student, to, monkeypatch):
-    out = tmp_path / "out"
+    out = tmp_path / "out.pt"
     if to == "self_forcing":
         out.write_text("what was there")
 
@@ -182,11 +182,14 @@ def test_a_full_disk_loses_nothing(tmp_path, student, to, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export.write(student, to, out)
     left = [path.name for path in tmp_path.iterdir()]
-    assert left == (["out"] if to == "self_forcing" else [])
+    assert left == (["out.pt"] if to == "self_forcing" else [])
     assert to != "self_forcing" or out.read_text() == "what was there"
 
 
-def test_what_is_refused(tmp_path, student, teacher):
+def test_what_is_refused_is_refused_before_the_network_is_read(
+    tmp_path, student, teacher, monkeypatch
+):
+    monkeypatch.setattr(weights, "denoiser", None)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(ValueError, match="is there and holds files: choose another"):
@@ -197,7 +200,18 @@ def test_what_is_refused(tmp_path, student, teacher):
         export.write(student, "diffusers", tmp_path / "new", base=tmp_path)
     with pytest.raises(ValueError, match="is for --to=diffusers"):
         export.write(student, "original", tmp_path / "new", base=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="is a file: name a folder"):
+        export.write(student, "original", student)
+    (tmp_path / "a.pt").mkdir()
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        export.write(student, "self_forcing", tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="must end in"):
+        export.write(student, "self_forcing", tmp_path / "a.bin")
+    index = {"vae": ["diffusers", "AutoencoderKLWan"], "image_encoder": [None, None]}
+    (tmp_path / "out" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lacks vae: finish the download"):
+        export.write(student, "diffusers", tmp_path / "new", base=tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "out"}
 
 
 def test_arrays_in_another_order_are_not_written(tmp_path):

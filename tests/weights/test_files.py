@@ -188,6 +188,18 @@ def test_an_index_that_names_an_absent_shard(folder):
         weights.load(folder)
 
 
+def test_an_index_that_names_absent_tensors(folder):
+    """A network of as many layers as its shards happen to hold would be taken for whole."""
+    layer = [name for name in checkpoints.shapes("diffusers") if name.startswith("blocks.2.")]
+    for file in folder.glob("*.safetensors"):
+        there = files.open_tensors(file)
+        kept = {name: np.array(there.read(name)) for name in there.shapes.keys() - set(layer)}
+        save_file(kept, file)
+    wanted = rf"lacks {len(layer)} tensors that its index names, {sorted(layer)[0]} for one"
+    with pytest.raises(ValueError, match=wanted):
+        weights.load(folder)
+
+
 def test_a_download_of_which_nothing_is_there_yet(tmp_path):
     (tmp_path / ".cache" / "download").mkdir(parents=True)
     (tmp_path / ".cache" / "download" / "abc.incomplete").touch()
@@ -413,6 +425,18 @@ def test_of_wans_repository_only_the_wanted_file_is_fetched(hub, part, file):
     write_torch(checkpoints.write_folder(hub / "google" / "umt5-xxl") / "tokenizer.pt")
     files.locate("org/wan", part)
     assert fetched(cache) == {"config.json", file}
+
+
+def test_what_a_model_holds_beside_its_weights_is_fetched_alone(hub):
+    hub, cache = hub
+    for folder in DIFFUSERS:
+        checkpoints.write_folder(hub / folder)
+    files.locate("org/wan", "vae")  # the cache holds another part
+    before = fetched(cache)
+    assert files.companion("org/wan", ("tokenizer", "google/umt5-xxl")) == cache
+    assert {file.split("/")[0] for file in fetched(cache) - before} == {"tokenizer"}
+    with pytest.raises(FileNotFoundError, match="org/wan has none of image_encoder"):
+        files.companion("org/wan", ("image_encoder",))
 
 
 def test_what_was_fetched_once_is_not_asked_for_again(hub):

@@ -190,8 +190,16 @@ def test_a_part_that_is_not_there_is_named(tmp_path):
         weights.load(tmp_path, part="transformer_2")
     with pytest.raises(ValueError, match="part='decoder': use one of"):
         weights.load(tmp_path, part="decoder")
-    with pytest.raises(ValueError, match="looks like a transformer, and a vae is wanted"):
-        weights.load(tmp_path / "transformer", part="vae")
+    for alone in (tmp_path / "transformer", "moving_digits_small"):
+        with pytest.raises(ValueError, match="looks like a transformer, and a vae is wanted"):
+            weights.load(alone, part="vae")
+
+
+def test_each_expert_of_a_pair_runs_as_it_is_told(tmp_path):
+    for part in ("transformer", "transformer_2"):
+        checkpoints.write_folder(tmp_path / part)
+        net = weights.denoiser(tmp_path, part=part, dtype="bfloat16").net
+        assert net.config.dtype == "bfloat16"
 
 
 @pytest.mark.torch
