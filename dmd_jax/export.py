@@ -36,13 +36,15 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
         base: for diffusers, a pipeline's folder, for all that is not the transformer.
 
     Raises:
-        FileNotFoundError, ValueError: of `weights.denoiser`; or it is no Wan, `out` is taken, or
-            `base` lacks a part.
+        FileNotFoundError, ValueError: of `weights.denoiser`; or it is no Wan, `out` is taken,
+            `base` lacks a part, or the shift is not above 0.
     """
     if base is not None and to != "diffusers":
         raise ValueError(f"--base={base} is for --to=diffusers, not {to}")
     if base is not None:
         export.index_of(base)
+    if shift is not None and shift <= 0:
+        raise ValueError(f"--shift={shift} must be above 0; 1 shifts nothing")
     export.require_place(out, to_file=to == "self_forcing")
     net = weights.abstract(checkpoint_path).net
     if not isinstance(net, Wan):
@@ -52,7 +54,7 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
         getattr(export, to)(out, net, dtype=dtype)
         return ""
     notes = weights.notes(checkpoint_path)
-    times, shift = notes.get("times"), shift or notes.get("shift", SHIFT)
+    times, shift = notes.get("times"), notes.get("shift", SHIFT) if shift is None else shift
     scheduler = export.few_step(shift) if times else export.many_step(shift)
     export.diffusers(out, net, scheduler=scheduler, dtype=dtype, base=base)
     return f"; sample with scheduler.set_timesteps(sigmas={times})" if times else ""

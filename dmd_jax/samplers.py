@@ -23,7 +23,17 @@ SOLVERS = {"euler": rollout.ode, "unipc": solvers.unipc}
 
 
 class Sampler:
-    """How samples are made: a static value, whose `steps` and `name` name it in tables."""
+    """How samples are made: a static value, whose `steps` and `name` name it in tables.
+
+    Raises:
+        ValueError: a time shift that is not above 0.
+    """
+
+    shift: ClassVar = 1.0
+
+    def __post_init__(self):
+        if self.shift <= 0:
+            raise ValueError(f"shift={self.shift} must be above 0; 1 shifts nothing")
 
     @property
     def title(self):
@@ -79,7 +89,7 @@ class ManyStep(Sampler):
         solver: "euler" (`rollout.ode`) or "unipc" (`solvers.unipc`).
 
     Raises:
-        ValueError: there is no step, or no such solver.
+        ValueError: there is no step, no such solver, or a shift that is not above 0.
     """
 
     name: ClassVar = "teacher"
@@ -90,6 +100,7 @@ class ManyStep(Sampler):
     solver: str = "euler"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be 1 or more")
         if self.solver not in SOLVERS:
@@ -180,7 +191,7 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver="euler"):
         return ManyStep(
             50 if steps is None else steps,
             1.0 if guidance is None else guidance,
-            shift or 1.0,
+            1.0 if shift is None else shift,
             solver,
         )
     if guidance is not None:
@@ -188,7 +199,8 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver="euler"):
             f"{path} is a distilled student: guidance is in its weights already; drop --guidance"
         )
     times = tuple(notes["times"])
-    return FewStep(fewer(times, len(times) if steps is None else steps), shift or notes["shift"])
+    shift = notes["shift"] if shift is None else shift
+    return FewStep(fewer(times, len(times) if steps is None else steps), shift)
 
 
 def balanced(num, num_classes):

@@ -60,6 +60,12 @@ def test_sampler_comes_from_the_file_s_notes(student, teacher):
     assert sampler_for(teacher, steps=8, guidance=1.5, shift=3.0) == ManyStep(8, 1.5, 3.0)
 
 
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_shift_that_is_not_above_0_is_refused(request, which):
+    with pytest.raises(ValueError, match=r"shift=0.0 must be above 0"):
+        sampler_for(request.getfixturevalue(which), shift=0.0)
+
+
 def test_a_student_refuses_guidance(student):
     with pytest.raises(ValueError, match="guidance is in its weights already; drop"):
         sampler_for(student, guidance=1.5)
