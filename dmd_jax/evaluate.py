@@ -40,14 +40,14 @@ def data_judge(name, data_dir=None, features=SHIPPED):
     return Judge(load_features(features), test=test, train=train)
 
 
-def require_numbers(judge, num_classes, **counts):
+def require_numbers(features, num_classes, **counts):
     """Raises ValueError where so many samples cannot be judged, class by class."""
-    least = max(2 * num_classes, judge.dim + 1)
+    least = max(2 * num_classes, features.dim + 1)
     for name, count in counts.items():
         if count % num_classes or count < least:
             raise ValueError(
                 f"{name}={count} must be a multiple of the {num_classes} classes, {least} at least "
-                f"({judge.name} has {judge.dim} features)"
+                f"({features.name} has {features.dim} features)"
             )
 
 
@@ -169,6 +169,8 @@ def judge_checkpoint():
     source.require_fit(f"--checkpoint={path}", weights.abstract(path).net.config)
     if FLAGS.out:
         checkpoint.check_writable(Path(FLAGS.out).parent)
+    if FLAGS.store:
+        checkpoint.check_writable(path.parent)
     judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features)
     real = real_row(judge, FLAGS.num)  # before any sampling: refuses a --num that will not do
     beside = path.with_suffix(".rows.json") if FLAGS.store else None

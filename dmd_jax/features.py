@@ -4,7 +4,7 @@ The shipped one is a small classifier of digits, trained by `metric_network.py` 
 and nothing else; its distance is called FD-MNIST64, because it is not comparable with any Inception
 FID. Inception itself is read from a weights file of the user's; any other network is a `Features`:
 
-    Features("FD-mine", fingerprint, extract)    extract(uint8 [N, H, W, C]) -> (float [N, D], None)
+    Features("FD-mine", fingerprint, D, extract)    extract(uint8 [N, H, W, C]) -> ([N, D], None)
 
 Imports the network families, `weights` for the shipped files, and the data room's pixels.
 """
@@ -33,6 +33,7 @@ SHIPPED = "mnist_metric"
 HEADER = "dmd_jax.metric"
 BATCH = 250
 INCEPTION_BATCH = 50  # Its first layers take 6 MB an image.
+INCEPTION_DIM = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Features:
     Attributes:
         name: the metric's name in tables and figures, such as "FD-MNIST64".
         fingerprint: changes when the network does; a SHA-256 of its weights is right.
+        dim: D, the length of a row of features.
         extract: uint8 [N, H, W, C] -> (features float [N, D], logits float [N, K]), or None in
             place of the logits where the network does not classify what is generated.
     """
 
     name: str
     fingerprint: str
+    dim: int
     extract: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
@@ -70,9 +73,10 @@ def load_features(path: str | Path = SHIPPED) -> Features:
     header, tensors = _read(path)
     if header:
         classifier = _classifier(path, header, tensors)
-        return Features(header["name"], fingerprint, functools.partial(extract, classifier))
+        dim = classifier.config.features
+        return Features(header["name"], fingerprint, dim, functools.partial(extract, classifier))
     if "Mixed_5b.branch1x1.conv.weight" in tensors:
-        return Features("FID", fingerprint, _inception_extract(path, tensors))
+        return Features("FID", fingerprint, INCEPTION_DIM, _inception_extract(path, tensors))
     raise ValueError(
         f"{path} holds neither a metric network (made by python -m dmd_jax.metric_network) nor "
         "the weights of Inception"

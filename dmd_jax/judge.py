@@ -25,7 +25,6 @@ class Judge:
 
     Attributes:
         name: of the Fréchet distance, as `Features.name`.
-        dim: length of the features; more samples than that can be judged.
         fingerprint: SHA-256 (hex) over the feature network and both sets of real images. Numbers
             with different fingerprints are not comparable.
     """
@@ -41,17 +40,16 @@ class Judge:
         Raises:
             ValueError: there are too few test images for the length of the features.
         """
+        if len(test[0]) <= features.dim:
+            raise ValueError(
+                f"{features.name} has {features.dim} dimensions and needs more than {features.dim} "
+                f"test images, not {len(test[0])}: take more, or a network with fewer features"
+            )
         self.name = features.name
         self._extract = features.extract
         self._test_images, self._test_labels = test
         self._train_images, self._train_labels = train
         self._real, self._real_logits = self._extract(self._test_images)
-        count, self.dim = self._real.shape
-        if count <= self.dim:
-            raise ValueError(
-                f"{features.name} has {self.dim} dimensions and needs more than {self.dim} test "
-                f"images, not {count}: take more, or a network with fewer features"
-            )
         self._real_diversity = metrics.class_diversity(self._real, self._test_labels)
         digest = hashlib.sha256(features.fingerprint.encode())
         for array in (*test, *train):

@@ -4,7 +4,7 @@
 
 It sees the train split and nothing else; the test split is read once, after the last step, for the
 accuracy in the card. `--data` makes the metric of a data set of your own. Imports the data room,
-the classifier and `features.py`.
+the classifier, `features.py` and the check of a directory.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from flax import nnx
 from jax.scipy.ndimage import map_coordinates
 
 from dmd_jax import metrics
+from dmd_jax.checkpoint import check_writable
 from dmd_jax.data import arrays, load, to_float
 from dmd_jax.features import extract, load_features, save_classifier
 from dmd_jax.models.classifier import Classifier, ClassifierConfig
@@ -141,7 +142,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    source = load(args.data, "train")
+    try:  # what would otherwise end a training that is done
+        check_writable(args.out.parent)
+        source, test = (load(args.data, split) for split in ("train", "test"))
+    except ValueError as error:
+        parser.error(str(error))
     images, labels = arrays(source)
     start = time.monotonic()
     classifier = train(
@@ -152,7 +157,7 @@ def main() -> None:
     name = args.name or f"FD-{args.data}-{features}"
     save_classifier(args.out, name, classifier)
 
-    test_images, test_labels = arrays(load(args.data, "test"))
+    test_images, test_labels = arrays(test)
     _, logits = load_features(args.out).extract(test_images)
     card = CARD.format(
         stem=args.out.stem,

@@ -25,6 +25,9 @@ class AdamW:
         warmup: updates of this role over which the rate rises from zero.
         decay: "constant", "linear" or "cosine": how the rate falls to zero over this role's
             updates.
+
+    Raises:
+        ValueError: an unknown `decay`, or a number out of its range.
     """
 
     learning_rate: float = 1e-4
@@ -40,6 +43,13 @@ class AdamW:
     def __post_init__(self):
         if self.decay not in ("constant", "linear", "cosine"):
             raise ValueError(f"decay={self.decay!r}: use 'constant', 'linear' or 'cosine'")
+        for name in ("learning_rate", "weight_decay", "warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not (0.0 <= self.b1 < 1.0 and 0.0 <= self.b2 < 1.0):
+            raise ValueError(f"b1={self.b1} and b2={self.b2} must be in [0, 1)")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip={self.clip} must be above 0; None clips nothing")
 
     def schedule(self, updates):
         """The learning rate as a function of this role's own update count, of `updates` in all."""

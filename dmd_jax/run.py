@@ -17,6 +17,7 @@ import numpy as np
 from dmd_jax import checkpoint, data, evaluate, optimizer, samplers, sharding, weights
 from dmd_jax.configuration import construct, flatten, unknown
 from dmd_jax.denoiser import Denoiser
+from dmd_jax.features import load_features
 from dmd_jax.step import EMA, init_state, train_step
 
 KEYS = (
@@ -137,13 +138,6 @@ class Run:
             return None
         return evaluate.data_judge(spec.data.name, spec.data.data_dir, spec.evaluate.features)
 
-    def require_judgeable(self):
-        """Raises ValueError where the numbers of samples asked for cannot be judged."""
-        if (judge := self.judge()) is not None:
-            spec = self.config.evaluate
-            counts = {f"config.evaluate.{name}": spec[name] for name in ("samples", "num")}
-            evaluate.require_numbers(judge, self.source.num_classes, **counts)
-
     def batches(self, step):
         """This host's part of the batches from `step` on, as global arrays."""
         size = self.config.batch_size
@@ -193,7 +187,9 @@ def build(config, devices=None, *, files=True):
         transforms[role] = adamw.transform(-(-config.steps // every))
     tx, ema = optimizer.per_role(transforms), construct(config.ema, "config.ema")
     construct(config.health, "config.health")
-    return Run(config, method, nets, frozen, tx, ema, source, mesh)
+    run = Run(config, method, nets, frozen, tx, ema, source, mesh)
+    _check_evaluation(run)
+    return run
 
 
 def _check_numbers(config, known):
@@ -225,6 +221,30 @@ def _check_fit(nets, source):
     schedules = {role: nets[role].schedule for role in ("teacher", "fake_score") if role in nets}
     if len(set(schedules.values())) > 1:
         raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
+
+
+def _check_evaluation(run):
+    """What comes after the steps is refused before them: how to sample, and what to judge."""
+    spec = run.config.evaluate
+    for name, ways in {"steps": run.samplers, "teacher_steps": run.teachers}.items():
+        try:
+            if name in spec and not ways():
+                raise ValueError("name one number of steps at least")
+        except ValueError as error:
+            raise ValueError(f"config.evaluate.{name} is {spec[name]}: {error}") from error
+    if not spec.features:
+        return
+    if "name" not in run.config.data:
+        raise ValueError(
+            f"config.evaluate.features={spec.features!r} judges the images of a data set with a "
+            "name, and config.data is another source: leave it ''"
+        )
+    try:
+        features = load_features(spec.features)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"config.evaluate.features: {error}") from error
+    counts = {f"config.evaluate.{name}": spec[name] for name in ("samples", "num")}
+    evaluate.require_numbers(features, run.source.num_classes, **counts)
 
 
 def _path(config, role):

@@ -112,6 +112,14 @@ def shift_time(t, shift):
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
+def check_times(*shifts, clip):
+    """Raises ValueError where `shift_time` or `sample_time` has no meaning under these numbers."""
+    if min(shifts) <= 0.0:
+        raise ValueError(f"a time shift is {min(shifts)}; it must be above 0, and 1 moves nothing")
+    if not 0.0 <= clip[0] < clip[1] <= 1.0:
+        raise ValueError(f"clip={clip} must ascend within [0, 1]")
+
+
 def step_times(steps):
     """Times of a sampler's `steps` network calls, evenly spaced: (1, ..., 1 / steps)."""
     return tuple(1.0 - i / steps for i in range(steps))

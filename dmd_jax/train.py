@@ -90,7 +90,6 @@ def train(run, workdir):
             return finished
         first = 0 if restored is None else restored[1]
         steps = compile_steps(run) if first < run.config.steps else {}
-        run.require_judgeable()
         if restored is None:
             (state, frozen), extra = run.start(), {}
         else:

@@ -176,3 +176,13 @@ def test_program_refuses_with_one_message_before_it_samples(
     monkeypatch.setattr(evaluate.samplers, "draw_images", None)
     said = program(*(arg.format(file=file, small=small, student=student) for arg in args))
     assert str(said).startswith("error: ") and message in said
+
+
+def test_rows_that_could_not_be_kept_are_not_computed(program, file, monkeypatch):
+    def refuse(directory):
+        raise ValueError(f"{directory} cannot be written to")
+
+    monkeypatch.setattr(evaluate.checkpoint, "check_writable", refuse)
+    monkeypatch.setattr(evaluate.samplers, "draw_images", None)
+    said = program(f"--checkpoint={file}", "--store")
+    assert said == f"error: {file.parent} cannot be written to"

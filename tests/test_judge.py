@@ -31,7 +31,7 @@ def look(images):
     return squares.reshape(-1, 9), squares.sum(2)
 
 
-FEATURES = Features("FD-SQUARES9", "a fingerprint", look)
+FEATURES = Features("FD-SQUARES9", "a fingerprint", 9, look)
 TEST, TRAIN = draw(300, seed=1), draw(900, seed=2)
 
 
@@ -109,14 +109,14 @@ def test_the_floor_does_not_count_train_images_as_their_own_neighbours(judge):
 
 
 def test_a_network_without_logits_gives_no_accuracy():
-    features = Features("FD", "", lambda images: (look(images)[0], None))
+    features = Features("FD", "", 9, lambda images: (look(images)[0], None))
     judge = Judge(features, test=TEST, train=TRAIN)
     assert "accuracy" not in judge(*draw(300, seed=3))
     assert "accuracy" not in judge.floor(300)
 
 
 def test_the_fingerprint_changes_with_the_network_and_with_either_split(judge):
-    other = Features(FEATURES.name, "another fingerprint", look)
+    other = Features(FEATURES.name, "another fingerprint", 9, look)
     labels = TRAIN[1].copy()
     labels[0] += 1
     assert judge.fingerprint == Judge(FEATURES, test=TEST, train=TRAIN).fingerprint

@@ -70,3 +70,16 @@ def test_the_program_writes_the_network_and_a_card_that_says_how(tmp_path, monke
     assert f"python -m dmd_jax.metric_network --out={out} --data=bars --steps=2 --batch=8" in card
     assert "**FD-bars-64**" in card
     assert out.is_file() and card in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_or_written_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(metric_network, "train", None)
+    for out, data, message in (
+        (tmp_path / "file" / "a.safetensors", "mnist5k", "file cannot be written to"),
+        (tmp_path / "a.safetensors", "mnist5l", "there is no data set 'mnist5l'"),
+    ):
+        monkeypatch.setattr("sys.argv", ["x", f"--out={out}", f"--data={data}"])
+        with pytest.raises(SystemExit):
+            metric_network.main()
+        assert message in capsys.readouterr().err

@@ -77,6 +77,14 @@ def test_an_unknown_decay_is_refused():
         AdamW(decay="step")
 
 
+@pytest.mark.parametrize(
+    "field", [{"learning_rate": -1.0}, {"warmup": -1}, {"b1": 1.0}, {"b2": -0.1}, {"clip": 0.0}]
+)
+def test_a_number_out_of_its_range_is_refused(field):
+    with pytest.raises(ValueError, match=f"{next(iter(field))}=.* must be"):
+        AdamW(**field)
+
+
 def test_decay_takes_the_kernels_of_a_network_and_leaves_its_biases():
     params = {"generator": Denoiser(tiny_mlp(0))}
     tx = per_role({"generator": AdamW(0.1, weight_decay=0.5).transform(1)})

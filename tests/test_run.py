@@ -11,7 +11,7 @@ import pytest
 import toys
 from jax.experimental.compilation_cache import compilation_cache
 
-from dmd_jax import checkpoint, evaluate, health, samplers, train, weights
+from dmd_jax import checkpoint, evaluate, features, health, samplers, train, weights
 from dmd_jax.run import Run
 from dmd_jax.run import build as resolve
 
@@ -304,10 +304,14 @@ def test_devices_change_a_run_by_rounding_only(mesh, build, no_report, tmp_path)
 
 
 @pytest.mark.parametrize("number", ["samples", "num"])
-def test_numbers_of_samples_that_cannot_be_judged_are_refused_before_the_first_step(
-    build, tmp_path, number
-):
+def test_numbers_of_samples_that_cannot_be_judged_are_refused_before_anything_starts(build, number):
     for value in (60, 101):  # the metric network has 64 features; there are 10 classes
         with pytest.raises(ValueError, match=rf"evaluate\.{number}={value} must be a multiple"):
-            start(build(**{f"evaluate.{number}": value}), tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+            build(**{f"evaluate.{number}": value})
+
+
+def test_images_are_not_judged_where_the_data_are_no_images(data_dir):
+    config = programs.load_config("configs/dmd.py", "wan_tiny")
+    config.evaluate.features = features.SHIPPED
+    with pytest.raises(ValueError, match=r"config\.evaluate\.features='mnist_metric' judges"):
+        resolve(config, jax.devices()[:1], files=False)

@@ -20,7 +20,7 @@ from dmd_jax.losses.distribution_matching import (
     finite_samples,
     masked_mean,
 )
-from dmd_jax.schedule import sample_time
+from dmd_jax.schedule import check_times, sample_time
 
 BANDS = 4  # noise bands, equal in t, over which the gap between teacher and fake score is reported
 
@@ -48,6 +48,10 @@ class DMD:
         frames_per_block: frames that share a normaliser; None for all.
         regression: what the fake score's squared error is measured in; what it predicts, if None.
         batched_guidance: guide with one doubled pass, or with two passes in half the memory.
+
+    Raises:
+        ValueError: a number out of its range, strides that do not divide the times, or blocks that
+            do not divide the frames.
     """
 
     trainable: ClassVar = ("generator", "fake_score")
@@ -74,8 +78,21 @@ class DMD:
         levels = (*self.times, 0.0)
         if not 0.0 < levels[0] <= 1.0 or any(a <= b for a, b in pairwise(levels)):
             raise ValueError(f"times={self.times} must descend, from 1 at most, and end above 0")
-        if any(len(self.times) % stride for stride in self.strides):
+        if not self.strides or any(n < 1 or len(self.times) % n for n in self.strides):
             raise ValueError(f"strides={self.strides} must divide the number of times={self.times}")
+        if not 0.0 <= self.last_step_share <= 1.0:
+            raise ValueError(f"last_step_share={self.last_step_share} must be in [0, 1]")
+        check_times(self.shift, self.score_shift, clip=self.clip)
+        self._check_blocks()
+
+    def _check_blocks(self):
+        size, shape = self.frames_per_block, self.sample_shape
+        if size is None:
+            return
+        if len(shape) == 3:  # its rows would pass for frames
+            raise ValueError(f"frames_per_block={size}, but images {shape} have no frames")
+        if size < 1 or shape[0] % size:
+            raise ValueError(f"frames_per_block={size} must divide the frames of {shape}")
 
     def rollout(self, generator, nets, batch, key):
         """Samples of the generator, [B, *sample_shape], under `batch["cond"]`."""

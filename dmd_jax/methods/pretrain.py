@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dmd_jax import randomness
 from dmd_jax.losses.distribution_matching import denoising_loss
-from dmd_jax.schedule import sample_time
+from dmd_jax.schedule import check_times, sample_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Pretrain:
         dropout: share of the conditions that are replaced by the unconditional one.
         shift: time shift of the drawn times.
         clip: the ends to which they are clipped.
+
+    Raises:
+        ValueError: a number out of its range.
     """
 
     trainable: ClassVar = ("generator",)
@@ -30,6 +33,11 @@ class Pretrain:
     dropout: float = 0.1
     shift: float = 1.0
     clip: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        if not 0.0 <= self.dropout <= 1.0:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1]")
+        check_times(self.shift, clip=self.clip)
 
     def generator_loss(self, generator, nets, batch, key):
         """Regression of what the network predicts, on `batch["data"]` [B, *sample_shape]."""

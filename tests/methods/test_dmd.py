@@ -87,9 +87,25 @@ def test_times_that_do_not_descend_are_refused(times):
         DMD((2,), times=times)
 
 
-def test_strides_that_do_not_divide_the_times_are_refused():
-    with pytest.raises(ValueError, match=r"strides=\(1, 3\) must divide the number of times"):
-        DMD((2,), strides=(1, 3))
+@pytest.mark.parametrize("strides", [(1, 3), (0,), (-2,), ()])
+def test_strides_that_do_not_divide_the_times_are_refused(strides):
+    with pytest.raises(ValueError, match=r"strides=\(.*\) must divide the number of times"):
+        DMD((2,), strides=strides)
+
+
+@pytest.mark.parametrize(
+    "shape, fields, message",
+    [
+        ((2,), {"last_step_share": 1.5}, r"last_step_share=1\.5 must be in \[0, 1\]"),
+        ((2,), {"score_shift": 0.0}, "shift is 0.0; it must be above 0"),
+        ((2,), {"clip": (0.9, 0.1)}, r"clip=\(0\.9, 0\.1\) must ascend within \[0, 1\]"),
+        ((28, 28, 1), {"frames_per_block": 2}, r"images \(28, 28, 1\) have no frames"),
+        ((5, 8, 8, 1), {"frames_per_block": 2}, "frames_per_block=2 must divide the frames"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(shape, fields, message):
+    with pytest.raises(ValueError, match=message):
+        DMD(shape, **fields)
 
 
 def test_one_step_from_an_early_time_starts_there():

@@ -75,6 +75,14 @@ def test_times_follow_the_shift_and_reach_both_ends():
     assert np.abs(u - np.linspace(0, 1, 4000)).max() < 1.63 / np.sqrt(4000)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"dropout": 1.1}, {"shift": -1.0}, {"clip": (0.0, 2.0)}], ids=str
+)
+def test_numbers_without_a_meaning_are_refused(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}.*must"):
+        Pretrain((2,), **fields)
+
+
 def test_the_exact_denoiser_has_the_least_loss():
     """Data N(0, I): E[x0 | x_t] leaves the posterior variance, and any other scale leaves more."""
     data = batch(20_000)
