@@ -101,7 +101,7 @@ def main(argv):
         join()
     try:
         run = build(FLAGS.config, files=not FLAGS.dry_run)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         refuse(error)
     print(describe(run), flush=True)
     if FLAGS.dry_run:
@@ -109,7 +109,7 @@ def main(argv):
     try:
         with jax.set_mesh(run.mesh):
             train.train(run, workdir())
-    except (ValueError, checkpoint.CheckpointError, health.Diverged) as error:
+    except (ValueError, OSError, checkpoint.CheckpointError, health.Diverged) as error:
         refuse(error)
 
 
@@ -122,7 +122,8 @@ def start():
         argv = app.parse_flags_with_usage(sys.argv)
         FLAGS.config.lock()  # reads the config program
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        refuse(f"in the config or a --config.* override: {str(error).strip(chr(34))}")
+        told = error.args[0] if isinstance(error, KeyError) else error  # a KeyError quotes its text
+        refuse(f"in the config or a --config.* override: {told}")
     app.run(main, argv=argv, flags_parser=lambda argv: argv)
 
 

@@ -87,6 +87,7 @@ def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
     [
         ("method.guidanc", 2, 'Did you mean "guidance"'),
         ("batchsize", 2, 'Did you mean "batch_size"'),
+        ("methd.guidance", 2, "'methd'\nDid you mean \"method\""),
         ("steps", "many", "config.steps=many"),
         ("steps", 0, "config.steps is 0; it must be 1 or more"),
         ("log.every", 0, "config.log.every is 0; it must be 1 or more"),
@@ -121,6 +122,17 @@ def test_a_bad_override_is_refused_by_its_path(refusal, name, value, message):
     said = refusal(**{name: value})
     assert message in said
     assert "Traceback" not in said
+
+
+def test_a_disk_that_fills_in_mid_run_is_told_in_one_line(
+    start, monkeypatch, teacher, data_dir, tmp_path
+):
+    def train_until_full(run, workdir):
+        raise OSError(28, "No space left on device", str(workdir / "metrics.jsonl"))
+
+    monkeypatch.setattr(train, "train", train_until_full)
+    said = start(*programs.flags(tmp_path / "run", programs.short(teacher, data_dir)))
+    assert said == f"error: [Errno 28] No space left on device: '{tmp_path}/run/metrics.jsonl'"
 
 
 def test_a_truncated_teacher_is_refused(refusal, teacher, tmp_path):
