@@ -153,13 +153,13 @@ def attention(q, k, v, *, mask=None, visible=None):
 
 
 def _check(q, k, v, mask, visible):
-    (batch, length, *head), keys = q.shape, k.shape[1]
-    same = k.shape == v.shape == (batch, keys, *head) and q.dtype == k.dtype == v.dtype
-    if not same:
+    same = q.ndim == k.ndim == 4 and q.dtype == k.dtype == v.dtype
+    if not same or not k.shape == v.shape == (q.shape[0], k.shape[1], *q.shape[2:]):
         raise ValueError(
             "attention takes q [B, Lq, N, H] and k and v [B, Lk, N, H], all of one dtype, but got "
             f"{jax.typeof(q)}, {jax.typeof(k)} and {jax.typeof(v)}"
         )
+    length, keys = q.shape[1], k.shape[1]
     if visible is not None and (visible.shape != (keys,) or visible.dtype != bool):
         raise ValueError(f"visible is {jax.typeof(visible)}, but {keys} keys need bool[{keys}]")
     if mask is not None and keys != length:

@@ -425,19 +425,7 @@ class Wan(nnx.Module):
             raise ValueError(f"x {x.shape} must have even H and W")
         if timestep.shape not in (x.shape[:1], x.shape[:2]):
             raise ValueError(f"timestep {timestep.shape} must be {x.shape[:1]} or {x.shape[:2]}")
-        told = text if isinstance(text, Conditions) else Conditions(text, None)
-        if (told.frames is None) != (c.in_channels == c.out_channels) or (told.image is None) != (
-            c.image_dim == 0
-        ):
-            raise ValueError(
-                "an image-to-video network (in_channels > out_channels, or image_dim) needs its "
-                "`Conditions`, and no other takes them"
-            )
-        _expect("text", told.text, batch, "L", c.text_dim)
-        if told.frames is not None:
-            _expect("frames", told.frames, *x.shape[:-1], c.in_channels - c.out_channels)
-        if told.image is not None:
-            _expect("image", told.image, batch, "I", c.image_dim)
+        self._check_conditions(x, text if isinstance(text, Conditions) else Conditions(text, None))
         if causal is None and (context is not None or cache is not None):
             raise ValueError("context and cache need `causal`: which frames are a block?")
         if (cache is None) != (start is None) or (cache is not None and context is not None):
@@ -448,6 +436,21 @@ class Wan(nnx.Module):
             tokens = height // PATCH[1] * (width // PATCH[2])
             sizes = c.depth, batch, "slots", tokens, c.heads, c.head_dim
             _expect("the keys of the cache", cache.keys, *sizes)
+
+    def _check_conditions(self, x, told):
+        c = self.config
+        if (told.frames is None) != (c.in_channels == c.out_channels) or (told.image is None) != (
+            c.image_dim == 0
+        ):
+            raise ValueError(
+                "an image-to-video network (in_channels > out_channels, or image_dim) needs its "
+                "`Conditions`, and no other takes them"
+            )
+        _expect("text", told.text, x.shape[0], "L", c.text_dim)
+        if told.frames is not None:
+            _expect("frames", told.frames, *x.shape[:-1], c.in_channels - c.out_channels)
+        if told.image is not None:
+            _expect("image", told.image, x.shape[0], "I", c.image_dim)
 
     def _tokens(self, x, frames):
         x = x if frames is None else jnp.concatenate([x, frames.astype(x.dtype)], axis=-1)
@@ -571,7 +574,7 @@ class ImageMLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Wan 2.2's pair of networks: one for high noise, one for low. Called as each of them is.
+    """Wan 2.2's pair of networks: one for high noise, one for low.
 
     Attributes:
         high, low: the networks, of one configuration.
@@ -587,7 +590,7 @@ class Experts(nnx.Module):
         return self.high.config
 
     def __call__(self, x, timestep, text):
-        """As `Wan.__call__`; all samples of a batch have one timestep, as samplers give it."""
+        """As a bidirectional Wan; all samples of a batch have one timestep, as samplers give it."""
         return jax.lax.cond(
             timestep.reshape(-1)[0] >= self.boundary,
             lambda: self.high(x, timestep, text),

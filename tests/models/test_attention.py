@@ -242,6 +242,7 @@ def test_scores_that_would_overflow_do_not():
         (((1, 4, 2, 8), (1, 4, 2, 8), (1, 5, 2, 8)), "attention takes q"),
         (((1, 4, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8)), "attention takes q"),
         (((1, 4, 2, 8), (1, 4, 3, 8), (1, 4, 3, 8)), "attention takes q"),
+        (((1, 4, 8), (1, 4, 8), (1, 4, 8)), "attention takes q"),  # where are the heads?
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(shapes, words):
