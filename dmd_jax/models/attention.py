@@ -153,13 +153,13 @@ def attention(q, k, v, *, mask=None, visible=None):
 
 
 def _check(q, k, v, mask, visible):
-    (batch, length, *head), keys = q.shape, k.shape[1]
-    same = k.shape == v.shape == (batch, keys, *head) and q.dtype == k.dtype == v.dtype
-    if not same:
+    same = q.ndim == k.ndim == 4 and q.dtype == k.dtype == v.dtype
+    if not same or not k.shape == v.shape == (q.shape[0], k.shape[1], *q.shape[2:]):
         raise ValueError(
             "attention takes q [B, Lq, N, H] and k and v [B, Lk, N, H], all of one dtype, but got "
             f"{jax.typeof(q)}, {jax.typeof(k)} and {jax.typeof(v)}"
         )
+    length, keys = q.shape[1], k.shape[1]
     if visible is not None and (visible.shape != (keys,) or visible.dtype != bool):
         raise ValueError(f"visible is {jax.typeof(visible)}, but {keys} keys need bool[{keys}]")
     if mask is not None and keys != length:
@@ -323,22 +323,28 @@ def _splash(q, k, v, visible, *, mask, interpret=False):
 
 
 def _cudnn(q, k, v, visible, *, mask):
-    """cuDNN flash attention on one device, if it has these numbers; else as anywhere."""
+    """cuDNN flash attention on one device, if it has these numbers; else as anywhere.
+
+    Sequences are padded to even lengths: jax refuses to derive the kernel at others.
+    """
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
         return _anywhere(q, k, v, visible, mask=mask)
     out = []
     for start, stop, ranges in _blocks(mask, q.shape[1], k.shape[1]):
+        queries = _fill(q[:, start:stop], 2, 1)
         keys, values = (jnp.concatenate([x[:, a:b] for a, b in ranges], 1) for x in (k, v))
-        lengths = None
-        if visible is not None:
+        shown = None if visible is None else jnp.concatenate([visible[a:b] for a, b in ranges])
+        shown, lengths = _shown(shown, keys.shape[1], 2), None
+        keys, values = _fill(keys, 2, 1), _fill(values, 2, 1)
+        if shown is not None:
             # The kernel takes a number of keys and no other mask that is not [Lq, Lk]; the order
             # of keys does not matter, so the visible ones come first.
-            shown = jnp.concatenate([visible[a:b] for a, b in ranges])
             order = jnp.argsort(~shown, stable=True)
             keys, values = (jnp.take(x, order, axis=1) for x in (keys, values))
             lengths = jnp.full(q.shape[0], jnp.sum(shown), jnp.int32)
         attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-        out.append(attend(q[:, start:stop], keys, values, key_value_seq_lengths=lengths))
+        attended = attend(queries, keys, values, key_value_seq_lengths=lengths)
+        out.append(attended[:, : stop - start])
     return jnp.concatenate(out, axis=1)
 
 

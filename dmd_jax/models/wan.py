@@ -48,7 +48,8 @@ class Causal:
     Attributes:
         frames_per_block: frames that are made together and see each other.
         first_alone: the first frame is a block of its own (an image to start from).
-        window: only the last so many frames, up to the end of the block itself; None for all.
+        window: only the last so many frames, up to the end of the block itself, which counts as
+            whole even if a video ends within it; None for all.
         sink: the first frames of the video, which are always seen.
 
     Raises:
@@ -75,18 +76,25 @@ class Causal:
         """The same as a mask of `attention`."""
         return BlockCausal(tokens_per_frame, **dataclasses.asdict(self))
 
-    def ring(self, slots, reach):
-        """How a cache of `slots` frames is used.
+    def ring(self, slots, frames, reach):
+        """How a cache of `slots` frames is used, where `frames` frames are made at once.
 
         Raises:
-            ValueError: it holds other than the window and the sink.
+            ValueError: it holds other than the window and the sink, or too few for these frames.
         """
         if self.window is not None and slots != self.window + self.sink:
             raise ValueError(
                 f"a cache of {slots} frames for window={self.window} and sink={self.sink}: it must "
                 f"hold {self.window + self.sink}"
             )
-        return kv_cache.Ring(slots, self.sink, reach)
+        # Where everything is seen, no frame has to be kept from leaving.
+        sink = 0 if self.window is None else self.sink
+        if frames > slots - sink:
+            raise ValueError(
+                f"{frames} frames at once do not fit a cache of {slots} frames, {sink} of them for "
+                "the sink"
+            )
+        return kv_cache.Ring(slots, sink, reach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +336,13 @@ def _rotate_tokens(x, cos, sin):
     return rearrange(rotate(by_frame, cos, sin), "b f t n h -> b (f t) n h")
 
 
+def _expect(name, array, *sizes):
+    """Raises ValueError where an array has other sizes; a size in words may be any number."""
+    same = [isinstance(size, str) or size == n for size, n in zip(sizes, array.shape, strict=False)]
+    if len(sizes) != array.ndim or not all(same):
+        raise ValueError(f"{name} {array.shape} must be [{', '.join(map(str, sizes))}]")
+
+
 class Wan(nnx.Module):
     """The network of a `WanConfig`."""
 
@@ -358,8 +373,8 @@ class Wan(nnx.Module):
             causal: a Causal for blocks of frames in order; None sees everything.
             context: clean latents [B, F, H, W, C]: the blocks of x see the clean blocks before
                 them (teacher forcing). Needs `causal`.
-            cache: a KVCache of `empty_cache`: x is the next block of a video. Needs `causal`, of
-                which the window and the sink count, and `start`.
+            cache: a KVCache of `empty_cache`: x is the next block of a video, or the same one
+                again. Needs `causal` and `start`.
             start: with a cache, int32 []: the number of the first frame of x in the video.
 
         Returns:
@@ -393,7 +408,10 @@ class Wan(nnx.Module):
         return velocity if cache is None else (velocity, cache)
 
     def empty_cache(self, batch, frames, height, width):
-        """A cache for `frames` frames of [H, W] latents: for a window, its own and the sink's."""
+        """A cache for `frames` frames of [H, W] latents.
+
+        With a window, these are its own and the sink's; without, all that the video will have.
+        """
         c = self.config
         tokens = height // PATCH[1] * (width // PATCH[2])
         return kv_cache.empty(c.depth, batch, frames, tokens, c.heads, c.head_dim, c.dtype)
@@ -401,15 +419,26 @@ class Wan(nnx.Module):
     def _check(self, x, timestep, text, causal, context, cache, start):
         """Refuses what would fail deep inside, or mean something else."""
         c = self.config
-        if x.ndim != 5 or x.shape[-1] != c.out_channels or x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(
-                f"x {x.shape} must be [B, F, H, W, {c.out_channels}] with even H and W"
-            )
+        _expect("x", x, "B", "F", "H", "W", c.out_channels)
+        batch, _, height, width, _ = x.shape
+        if height % 2 or width % 2:
+            raise ValueError(f"x {x.shape} must have even H and W")
         if timestep.shape not in (x.shape[:1], x.shape[:2]):
             raise ValueError(f"timestep {timestep.shape} must be {x.shape[:1]} or {x.shape[:2]}")
-        told = text if isinstance(text, Conditions) else Conditions(text, None)
-        if told.text.ndim != 3 or told.text.shape[-1] != c.text_dim:
-            raise ValueError(f"text {told.text.shape} must be [B, L, {c.text_dim}]")
+        self._check_conditions(x, text if isinstance(text, Conditions) else Conditions(text, None))
+        if causal is None and (context is not None or cache is not None):
+            raise ValueError("context and cache need `causal`: which frames are a block?")
+        if (cache is None) != (start is None) or (cache is not None and context is not None):
+            raise ValueError("a cache needs `start`, and no `context`")
+        if context is not None:
+            _expect("context", context, *x.shape)
+        if cache is not None:
+            tokens = height // PATCH[1] * (width // PATCH[2])
+            sizes = c.depth, batch, "slots", tokens, c.heads, c.head_dim
+            _expect("the keys of the cache", cache.keys, *sizes)
+
+    def _check_conditions(self, x, told):
+        c = self.config
         if (told.frames is None) != (c.in_channels == c.out_channels) or (told.image is None) != (
             c.image_dim == 0
         ):
@@ -417,10 +446,11 @@ class Wan(nnx.Module):
                 "an image-to-video network (in_channels > out_channels, or image_dim) needs its "
                 "`Conditions`, and no other takes them"
             )
-        if causal is None and (context is not None or cache is not None):
-            raise ValueError("context and cache need `causal`: which frames are a block?")
-        if (cache is None) != (start is None) or (cache is not None and context is not None):
-            raise ValueError("a cache needs `start`, and no `context`")
+        _expect("text", told.text, x.shape[0], "L", c.text_dim)
+        if told.frames is not None:
+            _expect("frames", told.frames, *x.shape[:-1], c.in_channels - c.out_channels)
+        if told.image is not None:
+            _expect("image", told.image, x.shape[0], "I", c.image_dim)
 
     def _tokens(self, x, frames):
         x = x if frames is None else jnp.concatenate([x, frames.astype(x.dtype)], axis=-1)
@@ -474,7 +504,7 @@ class Wan(nnx.Module):
     def _continue(self, tokens, embedding, conditions, geometry, causal, cache, start):
         """All layers over one block, which also sees what the cache holds: (tokens, cache)."""
         frames, height, width = geometry
-        ring = causal.ring(cache.frames.shape[0], self.config.reach)
+        ring = causal.ring(cache.frames.shape[0], frames, self.config.reach)
         own = start + jnp.arange(frames)
         slots = ring.slot(own)
         held = cache.frames.at[slots].set(own)
@@ -485,7 +515,9 @@ class Wan(nnx.Module):
             return rotations(dims, ring.positions(which, end), height, width, length)
 
         own_turn, held_turn = turn(own), turn(held)
-        visible = jnp.repeat(held != kv_cache.EMPTY, height * width)
+        mask = causal.mask(1)  # of frames
+        seen = mask.sees(jnp.maximum(mask.reach(start), end), held) & (held != kv_cache.EMPTY)
+        visible = jnp.repeat(seen, height * width)
 
         def attend(layer, x, kept):
             key, value = (
@@ -542,7 +574,7 @@ class ImageMLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Wan 2.2's pair of networks: one for high noise, one for low. Called as each of them is.
+    """Wan 2.2's pair of networks: one for high noise, one for low.
 
     Attributes:
         high, low: the networks, of one configuration.
@@ -558,7 +590,7 @@ class Experts(nnx.Module):
         return self.high.config
 
     def __call__(self, x, timestep, text):
-        """As `Wan.__call__`; all samples of a batch have one timestep, as samplers give it."""
+        """As a bidirectional Wan; all samples of a batch have one timestep, as samplers give it."""
         return jax.lax.cond(
             timestep.reshape(-1)[0] >= self.boundary,
             lambda: self.high(x, timestep, text),

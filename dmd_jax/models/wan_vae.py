@@ -477,8 +477,14 @@ class WanVAE(nnx.Module):
         Returns:
             (float32 [B, 1 at the start of a video and else time_factor, H, W, 3] in [-1, 1],
             caches for the next step).
+
+        Raises:
+            ValueError: the shape is another.
         """
         c = self.config
+        self._check_latents(latent.shape)
+        if latent.shape[1] != 1:
+            raise ValueError(f"latent is {latent.shape}, and must be of one frame at a time")
         z = latent.astype(jnp.float32) * jnp.array(c.std) + jnp.array(c.mean)
         x, caches = self.decoder(self.post_quant(z), caches)
         video = rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=c.patch, r=c.patch)

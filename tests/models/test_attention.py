@@ -242,6 +242,7 @@ def test_scores_that_would_overflow_do_not():
         (((1, 4, 2, 8), (1, 4, 2, 8), (1, 5, 2, 8)), "attention takes q"),
         (((1, 4, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8)), "attention takes q"),
         (((1, 4, 2, 8), (1, 4, 3, 8), (1, 4, 3, 8)), "attention takes q"),
+        (((1, 4, 8), (1, 4, 8), (1, 4, 8)), "attention takes q"),  # where are the heads?
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(shapes, words):
@@ -294,6 +295,41 @@ def test_the_kernel_of_a_tpu_hides_what_is_not_visible():
     visible = np.arange(300) < 170
     wanted = with_gradients(lambda q, k, v: dense(q, k[:, :170], v[:, :170]))(*args)
     assert_same(with_gradients(interpreted)(*args, visible), wanted)
+
+
+# --- The kernel of a CUDA device ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "queries", "keys", "seen"),
+    [
+        (None, 20, 40, 40),
+        (None, 21, 257, 257),  # CLIP's features are 257
+        (None, 20, 41, 30),
+        (BlockCausal(5, 3, first_alone=True, window=4, sink=1), 65, 65, 65),
+        (BlockCausal(4, 3), 48, 48, 31),
+        (TeacherForcing(BlockCausal(5, 2, window=3, sink=1), 35), 70, 70, 70),
+    ],
+    ids=str,
+)
+def test_what_cudnn_is_given_computes_the_same(mask, queries, keys, seen, monkeypatch):
+    """By XLA in the place of cuDNN, at lengths that cuDNN takes."""
+    xla = jax.nn.dot_product_attention
+
+    def instead(q, k, v, *, implementation, **kw):
+        assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0
+        exact = (x.astype(jnp.float32) for x in (q, k, v))
+        return xla(*exact, implementation="xla", **kw).astype(q.dtype)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    args = inputs(queries, keys, batch=2, dtype=jnp.bfloat16)
+    visible = None
+    if seen < keys:  # here and there, and what the first block of a mask sees
+        visible = (np.arange(keys) * 7 % keys < seen) | (np.arange(keys) < 4)
+    made = with_gradients(lambda *x: room._cudnn(*x, visible, mask=mask))(*args)
+    exact = (x.astype(jnp.float32) for x in args)
+    wanted = with_gradients(lambda *x: dense(*x, mask=mask, visible=visible))(*exact)
+    assert_same(made, wanted, ROUNDING_BF16)
 
 
 # --- Devices --------------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ CAUSAL = [
     Causal(frames_per_block=2, window=4),
     Causal(frames_per_block=1, window=3, sink=2),
     Causal(frames_per_block=2, first_alone=True, window=3, sink=1),
+    Causal(frames_per_block=3, first_alone=True, window=4, sink=2),
 ]
 
 
@@ -190,10 +191,10 @@ def block_by_block(net, x, timestep, text, causal):
     return np.concatenate(made, axis=1)
 
 
+@pytest.mark.parametrize("frames", [8, 9])  # whole blocks, and a last one that has fewer
 @pytest.mark.parametrize("causal", CAUSAL, ids=str)
-def test_cached_blocks_equal_the_masked_whole(causal):
+def test_cached_blocks_equal_the_masked_whole(causal, frames):
     net = network(SMALL)
-    frames = 9 if causal.first_alone or causal.frames_per_block != 2 else 8
     x, timestep, text = inputs(SMALL, frames=frames, height=2, width=4, per_frame=True)
     whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
     made = block_by_block(net, x, timestep, text, causal)
@@ -258,6 +259,34 @@ def test_a_rollout_far_beyond_the_window_compiles_once_and_sees_the_same_world()
     assert foreign.relative_error(made[4], made[0]) > 1e-3
 
 
+def test_without_a_window_a_sink_changes_nothing():
+    """Even where the video is longer than those that the weights know."""
+    net, causal = network(dataclasses.replace(SMALL, reach=3)), Causal(frames_per_block=1, sink=1)
+    x, timestep, text = inputs(SMALL, frames=6, height=2, width=4, per_frame=True)
+    whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
+    made = block_by_block(net, x, timestep, text, causal)
+    assert foreign.relative_error(made, whole) < ROUNDING
+
+
+def test_a_cache_may_begin_another_video():
+    net, causal = network(SMALL), Causal(frames_per_block=1, window=3, sink=2)
+    x, timestep, text = inputs(SMALL, frames=7, height=2, width=4, per_frame=True)
+    run = jax.jit(
+        lambda x, t, cache, start: net(x, t, text, causal=causal, cache=cache, start=start)
+    )
+
+    def video(cache):
+        made = []
+        for frame in range(x.shape[1]):
+            part = slice(frame, frame + 1)
+            out, cache = run(x[:, part], timestep[:, part], cache, jnp.int32(frame))
+            made.append(out)
+        return np.concatenate(made, axis=1), cache
+
+    first, cache = video(net.empty_cache(2, 5, 2, 4))
+    np.testing.assert_array_equal(video(cache)[0], first)
+
+
 def test_what_is_cached_is_a_constant_but_a_block_learns_from_itself():
     net, causal = network(SMALL), Causal(frames_per_block=1)
     x, timestep, text = inputs(SMALL, frames=2, height=2, width=4, per_frame=True)
@@ -313,11 +342,15 @@ def test_a_denoiser_takes_it_as_it_is():
     [
         (dict(x=np.zeros((2, 3, 5, 6, 4))), "even H and W"),
         (dict(x=np.zeros((2, 3, 4, 6, 16))), r"must be \[B, F, H, W, 4\]"),
+        (dict(x=np.zeros((3, 4, 6, 4))), r"must be \[B, F, H, W, 4\]"),
         (dict(timestep=np.zeros((2, 2))), "timestep"),
-        (dict(text=np.zeros((2, 7, 9))), r"must be \[B, L, 10\]"),
+        (dict(text=np.zeros((2, 7, 9))), r"text .* must be \[2, L, 10\]"),
+        (dict(text=np.zeros((1, 7, 10))), r"text .* must be \[2, L, 10\]"),
         (dict(text=Conditions(np.zeros((2, 7, 10)), np.zeros((2, 3, 4, 6, 2)))), "no other takes"),
         (dict(context=np.zeros((2, 3, 4, 6, 4))), "need `causal`"),
         (dict(causal=Causal(), start=0), "a cache needs `start`"),
+        # As many tokens, of frames of another shape.
+        (dict(causal=Causal(), context=np.zeros((2, 3, 6, 4, 4))), r"must be \[2, 3, 4, 6, 4\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -329,6 +362,38 @@ def test_what_does_not_go_together_is_refused(change, complaint):
 
 
 @pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (dict(frames=np.zeros((2, 1, 4, 6, 2))), r"frames .* must be \[2, 3, 4, 6, 2\]"),
+        (dict(frames=np.zeros((2, 3, 4, 6, 1))), r"frames .* must be \[2, 3, 4, 6, 2\]"),
+        (dict(image=np.zeros((2, 14))), r"image .* must be \[2, I, 14\]"),
+        (dict(image=None), "needs its `Conditions`"),
+    ],
+)
+def test_conditions_of_other_shapes_are_refused(change, complaint):
+    x, timestep, conditions = inputs(IMAGE)
+    with pytest.raises(ValueError, match=complaint):
+        network(IMAGE)(x, timestep, conditions._replace(**change))
+
+
+@pytest.mark.parametrize(
+    "causal, size, complaint",
+    [
+        (Causal(), (2, 3, 4, 4), r"keys of the cache .* must be \[2, 2, slots, 6, 2, 24\]"),
+        (Causal(), (1, 3, 4, 6), r"keys of the cache .* must be \[2, 2, slots, 6, 2, 24\]"),
+        (Causal(), (2, 2, 4, 6), "3 frames at once do not fit a cache of 2"),
+        (Causal(frames_per_block=2, window=2, sink=1), (2, 3, 4, 6), "3 frames at once"),
+    ],
+    ids=str,
+)
+def test_a_cache_of_another_size_is_refused(causal, size, complaint):
+    x, timestep, text = inputs(SMALL)
+    net = network(SMALL)
+    with pytest.raises(ValueError, match=complaint):
+        net(x, timestep, text, causal=causal, cache=net.empty_cache(*size), start=0)
+
+
+@pytest.mark.parametrize(
     "make, complaint",
     [
         (lambda: dataclasses.replace(SMALL, heads=5), "heads=5"),
@@ -336,7 +401,7 @@ def test_what_does_not_go_together_is_refused(change, complaint):
         (lambda: dataclasses.replace(SMALL, dtype="float16"), "float16"),
         (lambda: Causal(frames_per_block=0), "frames_per_block=0"),
         (lambda: Causal(frames_per_block=3, window=2), "smaller than"),
-        (lambda: Causal(window=6, sink=1).ring(9, 21), "must hold 7"),
+        (lambda: Causal(window=6, sink=1).ring(9, 3, 21), "must hold 7"),
     ],
 )
 def test_numbers_out_of_range_are_refused(make, complaint):

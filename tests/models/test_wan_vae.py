@@ -283,6 +283,7 @@ def test_eight_devices_give_what_one_gives():
         (lambda vae: vae.encode(np.zeros((1, 0, 8, 8, 3))), r"\[B, T, H, W, 3\]"),
         (lambda vae: vae.decode(np.zeros((1, 2, 2, 2, 16))), r"\[B, F, h, w, 3\]"),
         (lambda vae: vae.decode_blocks(np.zeros((2, 2, 2, 3))), r"\[B, F, h, w, 3\]"),
+        (lambda vae: vae.decode_frame(np.zeros((1, 3, 2, 2, 3))), "one frame at a time"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(call, complaint):
