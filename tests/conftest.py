@@ -65,3 +65,17 @@ def command_line(monkeypatch):
 
     yield give
     forget()
+
+
+@pytest.fixture
+def call(command_line):
+    """Calls the program of a module in this process; what it exits with: None for success."""
+
+    def call(module, *args):
+        command_line(*args)
+        module.define_flags()
+        with pytest.raises(SystemExit) as end:
+            app.run(module.main)
+        return end.value.code
+
+    return call

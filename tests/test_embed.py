@@ -5,7 +5,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import app
 from flax import nnx
 
 from dmd_jax import embed, text, weights
@@ -59,18 +58,14 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
-def program(command_line, prompts, folder, tmp_path):
-    """Calls `python -m dmd_jax.embed` in this process; what it exits with: None for success."""
+def program(call, prompts, folder, tmp_path):
+    """`call` of `python -m dmd_jax.embed`, with the usual flags where none are given."""
+    usual = dict(prompts=prompts, checkpoint=folder, out=tmp_path / "out", length=96)
 
-    def call(**given):
-        given = dict(prompts=prompts, checkpoint=folder, out=tmp_path / "out", length=96) | given
-        command_line(*(f"--{name}={value}" for name, value in given.items()))
-        embed.define_flags()
-        with pytest.raises(SystemExit) as end:
-            app.run(embed.main)
-        return end.value.code
+    def program(**given):
+        return call(embed, *(f"--{name}={value}" for name, value in (usual | given).items()))
 
-    return call
+    return program
 
 
 def test_program_embeds_every_prompt_and_the_negative_one(

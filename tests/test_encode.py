@@ -7,7 +7,6 @@ import foreign
 import jax
 import numpy as np
 import pytest
-from absl import app
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -66,22 +65,19 @@ def embedded(path, prompts):
 
 
 @pytest.fixture
-def program(command_line, checkpoint, clips, tmp_path):
-    """Calls `python -m dmd_jax.encode` in this process; what it exits with: None for success."""
+def program(call, checkpoint, clips, tmp_path):
+    """`call` of `python -m dmd_jax.encode`, with the usual flags where none are given."""
     prompts = embed.read_prompts(clips)
     assert prompts == ["a cat", "a wave breaks", "rain"]
     texts = embedded(tmp_path / "embeddings", prompts)
     usual = dict(videos=clips, checkpoint=checkpoint[0], embeddings=texts, out=tmp_path / "latents")
 
-    def call(**given):
-        given = usual | dict(frames=5, height=16, width=32) | given
-        command_line(*(f"--{name}={value}" for name, value in given.items()))
-        encode.define_flags()
-        with pytest.raises(SystemExit) as end:
-            app.run(encode.main)
-        return end.value.code
+    usual |= dict(frames=5, height=16, width=32)
 
-    return call
+    def program(**given):
+        return call(encode, *(f"--{name}={value}" for name, value in (usual | given).items()))
+
+    return program
 
 
 def test_training_reads_what_the_vae_makes_of_each_file(

@@ -1,11 +1,11 @@
 """Judging from files: the rows of a teacher are computed once, and again when anything differs."""
 
 import json
+from functools import partial
 
 import numpy as np
 import programs
 import pytest
-from absl import app
 
 from dmd_jax import evaluate, weights
 from dmd_jax.samplers import FewStep, ManyStep
@@ -119,18 +119,10 @@ def test_shipped_rows_are_those_that_the_shipped_configs_ask_for(real_judge, mon
 
 
 @pytest.fixture
-def program(command_line, monkeypatch, real_judge, data_dir):
-    """Calls `python -m dmd_jax.evaluate` in this process; what it exits with: None for success."""
+def program(call, monkeypatch, real_judge, data_dir):
+    """`call` of `python -m dmd_jax.evaluate`, on data that stand prepared."""
     monkeypatch.setattr(evaluate, "data_judge", lambda *_: real_judge)
-
-    def call(*args):
-        command_line(*args, f"--data_dir={data_dir}")
-        evaluate.define_flags()
-        with pytest.raises(SystemExit) as end:
-            app.run(evaluate.main)
-        return end.value.code
-
-    return call
+    return partial(call, evaluate, f"--data_dir={data_dir}")
 
 
 def test_program_prints_a_table_beside_the_floor_and_writes_its_rows(

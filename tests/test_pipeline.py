@@ -3,13 +3,13 @@
 import json
 import shutil
 import sys
+from functools import partial
 
 import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import app
 from einops import rearrange
 from flax import nnx
 
@@ -25,17 +25,9 @@ PROMPTS = ["a cat  walks &amp; sees waves", "waves"]
 
 
 @pytest.fixture
-def program(command_line):
-    """Calls `python -m dmd_jax.sample` in this process; what it exits with: None for success."""
-
-    def call(*args):
-        command_line(*args)
-        sample.define_flags()
-        with pytest.raises(SystemExit) as end:
-            app.run(sample.main)
-        return end.value.code
-
-    return call
+def program(call):
+    """`call` of `python -m dmd_jax.sample`."""
+    return partial(call, sample)
 
 
 @pytest.fixture(scope="module")

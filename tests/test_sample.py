@@ -1,13 +1,13 @@
 """Sampling from files: the formats, the noise that belongs to an index, and what is refused."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import programs
 import pytest
 import toys
-from absl import app
 from PIL import Image
 
 from dmd_jax import rollout, sample, samplers, sharding, weights
@@ -26,17 +26,9 @@ def student(tmp_path_factory):
 
 
 @pytest.fixture
-def program(command_line):
-    """Calls `python -m dmd_jax.sample` in this process; what it exits with: None for success."""
-
-    def call(*args):
-        command_line(*args)
-        sample.define_flags()
-        with pytest.raises(SystemExit) as end:
-            app.run(sample.main)
-        return end.value.code
-
-    return call
+def program(call):
+    """`call` of `python -m dmd_jax.sample`."""
+    return partial(call, sample)
 
 
 def test_thinned_steps_are_the_student_s_own_where_that_is_possible():
