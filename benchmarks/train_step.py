@@ -5,7 +5,8 @@
 Each part is compiled and timed by itself, in turn with the others; medians of all rounds are
 printed, and of the whole step the mean, over exit steps as they are drawn. FLOPs are arithmetic:
 two per weight of a layer and token, plus attention, forward; twice that again, backward. The peak
-is the best of a few large float32 matmuls in the same process.
+is the best of a few large float32 matmuls in the same process. The cores of a CPU are as many
+devices as `dmd_jax.main` makes of them; JAX_NUM_CPU_DEVICES=1 leaves them one.
 """
 
 import statistics
@@ -19,6 +20,7 @@ from peak import matmul_peak
 
 from dmd_jax import rollout, samplers, train
 from dmd_jax.denoiser import guided
+from dmd_jax.main import split_cores
 from dmd_jax.run import build
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/dmd.py")
@@ -42,6 +44,7 @@ def expected_calls(method):
 
 
 def main(_):
+    split_cores(CONFIG.value)
     run = build(CONFIG.value)
     with jax.set_mesh(run.mesh):
         measure(run)
