@@ -536,14 +536,21 @@ def test_sigterm_is_a_question_not_an_end():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_second_interrupt_interrupts():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C, which shells take from jobs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_interrupt_interrupts(interruptible):
     with Preemption() as preemption:
         signal.raise_signal(signal.SIGINT)
         assert preemption.requested(1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is interruptible
 
 
 # Many hosts
