@@ -50,8 +50,7 @@ def get_config(arg=""):
     config.data = dict(name="mnist5k", data_dir=config_dict.placeholder(str))
     config.method = dict(
         cls=DMD,
-        # Below even spacing: with more noise between the calls, the last ones undo digits.
-        times=(1.0, 3 / 5, 1 / 3, 1 / 7),
+        times=(1.0, 0.75, 0.5, 0.25),
         strides=(1, 2, 4),
         last_step_share=0.3,
         guidance=1.25,
@@ -112,8 +111,7 @@ def _wan_tiny(config):
     config.data = dict(cls=MovingDigits)
     # A black frame is nearly right but for the highest noise, where it shows whether a digit is
     # missing: at times drawn without these shifts students go black.
-    times = (1.0, 0.75, 0.5, 0.25)
-    config.method.update(times=times, guidance=2.0, shift=3.0, score_shift=5.0)
+    config.method.update(guidance=2.0, shift=3.0, score_shift=5.0)
     config.generator_every = 5
     config.teacher = dict(weights="moving_digits_teacher", compute=compute)
     config.generator = dict(weights="teacher", compute=compute, optimizer=adamw)
