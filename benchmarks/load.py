@@ -37,7 +37,8 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from dmd_jax import sharding, weights
+from dmd_jax import weights
+from dmd_jax.devices import sharding
 from dmd_jax.models.wan import SHARDING_RULES, T2V_1_3B, Wan
 from dmd_jax.weights import export, table, wan
 

@@ -5,7 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import sharding
+from dmd_jax.devices import sharding
 
 
 def matmul_peak():

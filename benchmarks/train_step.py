@@ -18,10 +18,11 @@ from absl import app, flags
 from ml_collections import config_flags
 from peak import matmul_peak
 
-from dmd_jax import rollout, samplers, train
-from dmd_jax.denoiser import guided
+from dmd_jax.diffusion.denoiser import guided
 from dmd_jax.main import split_cores
-from dmd_jax.run import build
+from dmd_jax.rollouts import backward_simulation, samplers
+from dmd_jax.training import loop
+from dmd_jax.training.run import build
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/dmd.py")
 ROUNDS = flags.DEFINE_integer("rounds", 25, "Rounds over all parts.")
@@ -55,12 +56,12 @@ def measure(run):
     state, frozen = run.start()
     batch = next(run.batches(0))
     key = jax.random.key(0)
-    steps = {kind: step.result() for kind, step in train.compile_steps(run).items()}
+    steps = {kind: step.result() for kind, step in loop.compile_steps(run).items()}
     batch = batch | {"index": jnp.arange(config.batch_size)}
     nets = state.nets | frozen
     x = jnp.zeros((config.batch_size, *method.sample_shape))
     t = jnp.full(config.batch_size, 0.5)
-    made = rollout.Rollout(x, None, jnp.float32(1), jnp.float32(0), batch["cond"])
+    made = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), batch["cond"])
 
     def teacher(nets):
         return guided(nets["teacher"], x, t, batch["cond"], batch["uncond"], method.guidance)

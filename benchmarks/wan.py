@@ -22,7 +22,7 @@ from absl import app, flags
 from flax import nnx
 from peak import matmul_peak
 
-from dmd_jax.denoiser import Denoiser
+from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.models.wan import Wan, WanConfig
 from dmd_jax.weights import wan as names

@@ -27,16 +27,16 @@ import dataclasses
 import ml_collections
 from ml_collections import config_dict
 
-from dmd_jax.configuration import complete, unknown
 from dmd_jax.data import MovingDigits, Prompts
-from dmd_jax.denoiser import Velocity
-from dmd_jax.health import Thresholds
+from dmd_jax.diffusion.denoiser import Velocity
+from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
-from dmd_jax.optimizer import AdamW
-from dmd_jax.schedule import FlowMatching
-from dmd_jax.step import EMA
+from dmd_jax.training.configuration import complete, unknown
+from dmd_jax.training.health import Thresholds
+from dmd_jax.training.optimizer import AdamW
+from dmd_jax.training.step import EMA
 
 
 def get_config(arg=""):

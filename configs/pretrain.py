@@ -17,16 +17,16 @@ about as long; their quality is in dmd_jax/assets/moving_digits_teacher.md and .
 import ml_collections
 from ml_collections import config_dict
 
-from dmd_jax.configuration import complete, unknown
 from dmd_jax.data import MovingDigits
-from dmd_jax.denoiser import Velocity
-from dmd_jax.health import Thresholds
+from dmd_jax.diffusion.denoiser import Velocity
+from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.pretrain import Pretrain
 from dmd_jax.models.dit import DiTConfig
 from dmd_jax.models.wan import WanConfig
-from dmd_jax.optimizer import AdamW
-from dmd_jax.schedule import FlowMatching
-from dmd_jax.step import EMA
+from dmd_jax.training.configuration import complete, unknown
+from dmd_jax.training.health import Thresholds
+from dmd_jax.training.optimizer import AdamW
+from dmd_jax.training.step import EMA
 
 
 def get_config(arg=""):

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from absl import app, flags
 
-from dmd_jax import checkpoint, pipeline
-from dmd_jax.data import clips, latents, to_float
+from dmd_jax.data import latents, to_float
 from dmd_jax.data.embeddings import Embeddings
-from dmd_jax.embed import identity
-from dmd_jax.video import read_video
+from dmd_jax.devices.disk import check_writable
+from dmd_jax.pipelines import clips, wan
+from dmd_jax.pipelines.prompts import identity
+from dmd_jax.pipelines.video import read_video
 
 FLAGS = flags.FLAGS
 
@@ -69,11 +70,11 @@ def encode_videos():
     videos = clips.captioned(FLAGS.videos)
     rows = caption_rows(videos, Embeddings(Path(FLAGS.embeddings).expanduser()))
     size = dict(height=FLAGS.height, width=FLAGS.width)
-    around = pipeline.WanPipeline(FLAGS.checkpoint, FLAGS.frames, **size)
+    around = wan.WanPipeline(FLAGS.checkpoint, FLAGS.frames, **size)
     paths, how = [path for path, _ in videos], dict(frames=FLAGS.frames, fps=FLAGS.fps, **size)
     clips.require_clips(paths, **how)
     out = Path(FLAGS.out).expanduser()
-    checkpoint.check_writable(out)
+    check_writable(out)
 
     def encode(numbered):
         number, path = numbered

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from dmd_jax import checkpoint, weights
+from dmd_jax import weights
+from dmd_jax.devices.disk import check_writable
 from dmd_jax.models.wan import Wan
 from dmd_jax.weights import export
 
@@ -77,7 +78,7 @@ def main(argv):
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
     out = Path(FLAGS.out).expanduser()
     try:
-        checkpoint.check_writable(out.parent)
+        check_writable(out.parent)
         said = write(
             FLAGS.checkpoint,
             FLAGS.to,

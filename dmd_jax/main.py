@@ -20,8 +20,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from dmd_jax import checkpoint, health, train
-from dmd_jax.run import build, describe
+from dmd_jax.training import checkpoint, health, loop
+from dmd_jax.training.run import build, describe
 
 FLAGS = flags.FLAGS
 
@@ -108,7 +108,7 @@ def main(argv):
         return
     try:
         with jax.set_mesh(run.mesh):
-            train.train(run, workdir())
+            loop.train(run, workdir())
     except (ValueError, OSError, checkpoint.CheckpointError, health.Diverged) as error:
         refuse(error)
 

@@ -27,11 +27,15 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from dmd_jax import checkpoint, pipeline, report, sharding, video, weights
-from dmd_jax.denoiser import Denoiser
-from dmd_jax.embed import read_prompts
+from dmd_jax import weights
+from dmd_jax.devices import sharding
+from dmd_jax.devices.disk import check_writable
+from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Experts, WanConfig
-from dmd_jax.samplers import SOLVERS, balanced, draw, draw_images, sampler_for
+from dmd_jax.pipelines import video, wan
+from dmd_jax.pipelines.prompts import read_prompts
+from dmd_jax.quality import report
+from dmd_jax.rollouts.samplers import SOLVERS, balanced, draw, draw_images, sampler_for
 from dmd_jax.weights import files
 
 FLAGS = flags.FLAGS
@@ -126,7 +130,7 @@ def require_files(outs, known):
             raise ValueError(f"--out={out} is a folder: name a file")
         if out.suffix == ".mp4":
             video.import_av()
-        checkpoint.check_writable(out.parent)
+        check_writable(out.parent)
 
 
 def parts():
@@ -177,13 +181,13 @@ def surroundings():
         ValueError: --checkpoint is a file, in which there is none.
     """
     if weights.notes(FLAGS.checkpoint).get("data") == "moving_digits":
-        return pipeline.DigitsPipeline()
+        return wan.DigitsPipeline()
     if FLAGS.pipeline is None and Path(FLAGS.checkpoint).expanduser().is_file():
         raise ValueError(
             f"{FLAGS.checkpoint} is a transformer alone: name with --pipeline the checkpoint that "
             "has its VAE, text encoder and tokenizer"
         )
-    return pipeline.WanPipeline(
+    return wan.WanPipeline(
         FLAGS.pipeline or FLAGS.checkpoint, FLAGS.frames, FLAGS.height, FLAGS.width, FLAGS.dtype
     )
 
@@ -194,11 +198,11 @@ def sample_videos(config, sampler, outs):
         raise ValueError(f"{FLAGS.checkpoint} makes videos of prompts: give a file as --prompts")
     prompts, around, images = read_prompts(FLAGS.prompts), surroundings(), None
     if FLAGS.images:
-        images = pipeline.first_frames(FLAGS.images, len(prompts), FLAGS.height, FLAGS.width)
+        images = wan.first_frames(FLAGS.images, len(prompts), FLAGS.height, FLAGS.width)
     cond, uncond = around.conditions(prompts, FLAGS.negative, config, images)
     denoiser = load(dtype=FLAGS.dtype)
-    if isinstance(cond, pipeline.Start):
-        denoiser = pipeline.Continuation(denoiser)
+    if isinstance(cond, wan.Start):
+        denoiser = wan.Continuation(denoiser)
     latents = draw(
         denoiser, sampler, cond, uncond, around.sample_shape, FLAGS.seed, batch=FLAGS.batch
     )

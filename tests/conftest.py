@@ -7,7 +7,8 @@ import programs
 import pytest
 from absl import app, flags
 
-from dmd_jax import data, evaluate, features
+from dmd_jax import data
+from dmd_jax.quality import evaluation, features
 
 # By configuration and not by XLA_FLAGS: programs that a test starts decide for themselves.
 jax.config.update("jax_platforms", "cpu")
@@ -45,7 +46,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_judge(data_dir):
     """The judge of the embedded digits, whose features of the test images are made once."""
-    return evaluate.data_judge("mnist5k", data_dir, features.SHIPPED)
+    return evaluation.data_judge("mnist5k", data_dir, features.SHIPPED)
 
 
 @pytest.fixture

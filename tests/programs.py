@@ -14,7 +14,7 @@ import toys
 from safetensors.numpy import load_file
 
 from dmd_jax import weights
-from dmd_jax.denoiser import Denoiser
+from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.dit import DiT, DiTConfig
 
 ROOT = Path(__file__).parents[1]

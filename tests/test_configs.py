@@ -9,7 +9,7 @@ import programs
 import pytest
 
 from dmd_jax.data import MovingDigits, Prompts
-from dmd_jax.run import build, describe
+from dmd_jax.training.run import build, describe
 
 
 def found():

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.denoiser import X0, Denoiser, guided
+from dmd_jax.diffusion.denoiser import X0, Denoiser, guided
+from dmd_jax.diffusion.schedule import FlowMatching, sample_time
 from dmd_jax.losses.distribution_matching import dmd_gradient, dmd_loss
-from dmd_jax.optimizer import AdamW, per_role
-from dmd_jax.schedule import FlowMatching, sample_time
-from dmd_jax.step import init_state, train_step
+from dmd_jax.training.optimizer import AdamW, per_role
+from dmd_jax.training.step import init_state, train_step
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")])

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmd_jax import embed, text, weights
+from dmd_jax import embed, weights
 from dmd_jax.data.embeddings import Embeddings
 from dmd_jax.models import umt5
 from dmd_jax.models.umt5 import UMT5
-from dmd_jax.text import Tokenizer
+from dmd_jax.pipelines import prompts as room
+from dmd_jax.pipelines import text
+from dmd_jax.pipelines.text import Tokenizer
 
 pytest.importorskip("ftfy")
 PROMPTS = ["a cat", "two dogs &amp; a ball", "the sea at night", "rain " * 70, "a", "a red fox"]
@@ -89,15 +91,15 @@ def test_a_prompt_is_a_line_whatever_else_it_holds(tmp_path):
     """Windows' mark of UTF-8 is no part of it; a separator of paragraphs is none of prompts."""
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa cat\r\n\r\nw\u00e4ves\u2028at \u0085 night\r\n".encode())
-    assert embed.read_prompts(path) == ["a cat", "w\u00e4ves\u2028at \u0085 night"]
+    assert room.read_prompts(path) == ["a cat", "w\u00e4ves\u2028at \u0085 night"]
 
 
 def test_the_size_of_a_batch_changes_nothing(net, folder):
     tokenizer = Tokenizer(folder, 96)
-    whole = embed.embed(net, tokenizer, 6, PROMPTS)
+    whole = room.embed(net, tokenizer, 6, PROMPTS)
     assert [len(tokens) for tokens in whole] == tokenizer(PROMPTS)[1].sum(axis=1).tolist()
     for batch in (1, 4, 50):
-        for a, b in zip(embed.embed(net, tokenizer, batch, PROMPTS), whole, strict=True):
+        for a, b in zip(room.embed(net, tokenizer, batch, PROMPTS), whole, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 

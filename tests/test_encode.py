@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from dmd_jax import embed, encode
+from dmd_jax import encode
 from dmd_jax.data import Batches, Prompts, embeddings, latents, to_float
 from dmd_jax.models.wan_vae import WanVAE, WanVAEConfig
-from dmd_jax.video import read_video, save_video
+from dmd_jax.pipelines.prompts import read_prompts
+from dmd_jax.pipelines.video import read_video, save_video
 from dmd_jax.weights import wan_vae as names
 from dmd_jax.weights.table import fill, their_shapes
 
@@ -67,9 +68,9 @@ def embedded(path, prompts):
 @pytest.fixture
 def program(call, checkpoint, clips, tmp_path):
     """`call` of `python -m dmd_jax.encode`, with the usual flags where none are given."""
-    prompts = embed.read_prompts(clips)
-    assert prompts == ["a cat", "a wave breaks", "rain"]
-    texts = embedded(tmp_path / "embeddings", prompts)
+    captions = read_prompts(clips)
+    assert captions == ["a cat", "a wave breaks", "rain"]
+    texts = embedded(tmp_path / "embeddings", captions)
     usual = dict(videos=clips, checkpoint=checkpoint[0], embeddings=texts, out=tmp_path / "latents")
 
     usual |= dict(frames=5, height=16, width=32)
@@ -126,7 +127,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
     program, clips, checkpoint, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(encode, "read_video", None)
-    monkeypatch.setattr(encode.pipeline.weights, "load", None)
+    monkeypatch.setattr(encode.wan.weights, "load", None)
     (tmp_path / "file").write_text("no video")
     texts = embedded(tmp_path / "others", ["a cat", "rain"])
     for given, complaint in (

@@ -8,7 +8,8 @@ import programs
 import pytest
 
 from dmd_jax import evaluate, weights
-from dmd_jax.samplers import FewStep, ManyStep
+from dmd_jax.quality import evaluation
+from dmd_jax.rollouts.samplers import FewStep, ManyStep
 
 SAMPLERS = [ManyStep(2, 1.5), ManyStep(1, 1.5)]
 
@@ -38,7 +39,7 @@ def file(tmp_path):
 
 
 def test_rows_say_what_was_judged_and_at_what_cost(judge):
-    table = evaluate.rows(programs.tiny(), [FewStep((1.0, 0.5)), ManyStep(2, 1.5)], judge, 20)
+    table = evaluation.rows(programs.tiny(), [FewStep((1.0, 0.5)), ManyStep(2, 1.5)], judge, 20)
     assert table == [
         {"name": "student", "steps": 2, "calls": 2, "fd": 1.0},
         {"name": "teacher", "steps": 2, "calls": 4, "fd": 2.0},
@@ -50,17 +51,17 @@ def test_rows_say_what_was_judged_and_at_what_cost(judge):
 
 def test_stored_rows_of_the_same_teacher_and_metric_are_used_again(judge, file, tmp_path):
     store = tmp_path / "kept.json"
-    first = evaluate.teacher_rows(file, SAMPLERS, judge, 10, store=store)
-    assert evaluate.teacher_rows(file, SAMPLERS, judge, 10, store=store) == first
+    first = evaluation.teacher_rows(file, SAMPLERS, judge, 10, store=store)
+    assert evaluation.teacher_rows(file, SAMPLERS, judge, 10, store=store) == first
     assert len(judge.seen) == len(SAMPLERS)
 
 
 def test_rows_beside_the_teacher_are_found_and_those_of_a_run_are_not_written_there(judge, file):
     beside = file.with_suffix(".rows.json")
-    evaluate.teacher_rows(file, SAMPLERS, judge, 10)
+    evaluation.teacher_rows(file, SAMPLERS, judge, 10)
     assert not beside.exists()
-    first = evaluate.teacher_rows(file, SAMPLERS, judge, 10, store=beside)
-    assert evaluate.teacher_rows(file, SAMPLERS, judge, 10, store=file.parent / "other") == first
+    first = evaluation.teacher_rows(file, SAMPLERS, judge, 10, store=beside)
+    assert evaluation.teacher_rows(file, SAMPLERS, judge, 10, store=file.parent / "other") == first
     assert len(judge.seen) == 2 * len(SAMPLERS)
 
 
@@ -90,10 +91,10 @@ def other_weights(file, **_):
 def test_rows_are_computed_anew_where_anything_differs(judge, file, tmp_path, change, arguments):
     store = tmp_path / "kept.json"
     asked = {"ways": SAMPLERS, "num": 10, "store": store}
-    evaluate.teacher_rows(file, judge=judge, **asked)
+    evaluation.teacher_rows(file, judge=judge, **asked)
     if change is not None:
         change(judge=judge, file=file, store=store)
-    again = evaluate.teacher_rows(file, judge=judge, **asked | arguments)
+    again = evaluation.teacher_rows(file, judge=judge, **asked | arguments)
     assert len(judge.seen) == 2 * len(SAMPLERS)
     stored = json.loads(store.read_text()).values()
     assert all(row in stored for row in again)
@@ -101,20 +102,20 @@ def test_rows_are_computed_anew_where_anything_differs(judge, file, tmp_path, ch
 
 def test_a_sampler_that_was_judged_before_is_not_judged_again(judge, file, tmp_path):
     asked = {"judge": judge, "num": 10, "store": tmp_path / "kept.json"}
-    first = evaluate.teacher_rows(file, SAMPLERS, **asked)
-    more = evaluate.teacher_rows(file, [ManyStep(3, 1.5), *SAMPLERS], **asked)
+    first = evaluation.teacher_rows(file, SAMPLERS, **asked)
+    more = evaluation.teacher_rows(file, [ManyStep(3, 1.5), *SAMPLERS], **asked)
     assert more[1:] == first and len(judge.seen) == len(SAMPLERS) + 1
 
 
 def test_shipped_rows_are_those_that_the_shipped_configs_ask_for(real_judge, monkeypatch):
-    monkeypatch.setattr(evaluate, "rows", None)  # nothing may be computed
+    monkeypatch.setattr(evaluation, "rows", None)  # nothing may be computed
     for variant in programs.load_module("configs/dmd.py").VARIANTS:
         config = programs.load_config("configs/dmd.py", variant)
         spec = config.evaluate
         if not spec.features:
             continue
         teachers = [ManyStep(n, spec.teacher_guidance) for n in spec.teacher_steps]
-        found = evaluate.teacher_rows(config.teacher.weights, teachers, real_judge, spec.num)
+        found = evaluation.teacher_rows(config.teacher.weights, teachers, real_judge, spec.num)
         assert [row["steps"] for row in found] == list(spec.teacher_steps)
 
 
@@ -174,7 +175,7 @@ def test_rows_that_could_not_be_kept_are_not_computed(program, file, monkeypatch
     def refuse(directory):
         raise ValueError(f"{directory} cannot be written to")
 
-    monkeypatch.setattr(evaluate.checkpoint, "check_writable", refuse)
+    monkeypatch.setattr(evaluate, "check_writable", refuse)
     monkeypatch.setattr(evaluate.samplers, "draw_images", None)
     said = program(f"--checkpoint={file}", "--store")
     assert said == f"error: {file.parent} cannot be written to"

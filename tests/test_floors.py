@@ -9,62 +9,33 @@ import pytest
 
 LIBRARY = Path(__file__).parents[1] / "dmd_jax"
 
-# Rooms from the ground up. A room may import those on the floors below its own; a floor that must
-# have stairs within has several lines. A package is one room.
-BELOW_THE_PROGRAMS = [
-    # 0. Infrastructure: knows nothing about diffusion.
-    {"paths"},
-    {"sharding", "randomness", "optimizer", "checkpoint", "health", "metrics", "writers"},
-    {"video", "text"},
-    {"data", "report"},
-    # 1. Noise schedules and network families.
-    {"schedule", "models"},
-    # 2. A network as a function to x0; files of weights.
-    {"denoiser"},
-    {"weights"},
-    # 3. The papers; how a generator makes a sample; what samples are judged by.
-    {"losses", "rollout", "solvers", "features"},
-    {"judge"},
-    # 4. A method is its losses; the train step.
-    {"methods", "step", "samplers"},
-]
-PROGRAMS = [
-    # 5.
-    {"configuration", "metric_network", "embed", "export"},
-    {"pipeline"},
-    {"encode", "sample"},
-    {"evaluate"},
-    {"run"},
-    {"train"},
-    # 6. Flags, distributed start, mesh.
-    {"main"},
-]
-FLOORS = BELOW_THE_PROGRAMS + PROGRAMS
+# Rooms from the ground up: a room imports those before it. A command may import every room, and
+# nothing imports a command.
+ROOMS = (
+    *("devices", "data", "diffusion", "losses", "models", "weights"),
+    *("pipelines", "rollouts", "quality", "methods", "training"),
+)
+COMMANDS = (*("main", "sample", "evaluate", "embed", "encode", "export", "metric_network"),)
 
 # The heart is mathematics on jax: no layer library, optimizer, mesh, file or config in it.
 ONLY = {
-    "schedule": {"jax"},
-    "randomness": {"jax"},
-    "denoiser": {"jax", "einops", "schedule"},
-    "losses": {"jax", "schedule", "denoiser"},
-    "solvers": {"jax", "numpy", "schedule"},
-    "rollout": {"jax", "schedule", "denoiser", "randomness"},
-    "methods": {"jax", "schedule", "denoiser", "randomness", "losses", "rollout"},
-    "step": {"jax", "optax", "sharding"},
+    "diffusion": {"jax", "numpy", "einops"},
+    "losses": {"jax", "diffusion"},
+    "methods": {"jax", "devices", "diffusion", "losses", "rollouts"},
 }
 
 # Libraries that are not for everybody, and the rooms that may use them.
 RESERVED = {
-    # Configs and flags stop at the programs; below them, arguments are plain.
-    "ml_collections": set().union(*PROGRAMS),
-    "absl": set().union(*PROGRAMS),
-    "flax": {"models", "weights", "features", "metric_network"},
-    "optax": {"optimizer", "step", "metric_network"},
-    "orbax": {"checkpoint"},
+    # Configs and flags stop at training and the commands; below them, arguments are plain.
+    "ml_collections": {"training", *COMMANDS},
+    "absl": {*COMMANDS},
+    "flax": {"models", "weights", "quality"},
+    "optax": {"training", "quality"},
+    "orbax": {"training"},
     "tensorflow_datasets": {"data"},
-    "tensorflow": {"writers", "data"},
-    "clu": {"writers"},
-    "matplotlib": {"report"},
+    "tensorflow": {"training", "data"},
+    "clu": {"training"},
+    "matplotlib": {"quality"},
 }
 
 
@@ -91,23 +62,18 @@ def imports(source):
 
 
 def complaints(room, source):
-    """What is wrong with a source text of this room, in words."""
+    """What is wrong with a source text of this room or command, in words."""
     rooms, libraries = imports(source)
     rooms -= {room}
-    floor = {name: i for i, floor in enumerate(FLOORS) for name in floor}
-    if room not in floor:
+    if room not in (*ROOMS, *COMMANDS):
         return [
-            f"dmd_jax/{room} has no floor: add it to FLOORS in {Path(__file__).name}, as low as "
-            "its imports allow"
+            f"dmd_jax/{room} is no room and no command: put it into a room, or name it in ROOMS or "
+            f"COMMANDS of {Path(__file__).name}"
         ]
+    below = ROOMS if room in COMMANDS else ROOMS[: ROOMS.index(room)]
     wrong = [
-        f"dmd_jax/{room} imports dmd_jax/{other}, which has no floor"
-        for other in sorted(rooms - floor.keys())
-    ]
-    wrong += [
         f"dmd_jax/{room} imports dmd_jax/{other}, which is not below it: move what both need down"
-        for other in sorted(rooms & floor.keys())
-        if floor[other] >= floor[room]
+        for other in sorted(rooms - set(below))
     ]
     wrong += [
         f"dmd_jax/{room} may import {sorted(ONLY[room])} only, not {other}"
@@ -139,17 +105,24 @@ def test_no_room_is_a_drawer():
     assert not {path.stem for path in FILES} & drawers
 
 
+def test_the_package_holds_commands_and_rooms_and_nothing_else():
+    files = {path.stem for path in LIBRARY.glob("*.py")} - {"__init__"}
+    folders = {path.parent.name for path in LIBRARY.glob("*/__init__.py")}
+    assert files == set(COMMANDS) and folders == set(ROOMS)
+
+
 @pytest.mark.parametrize(
     "room, source, complaint",
     [
-        ("nose", "import jax", "nose has no floor: add it to FLOORS"),
-        ("step", "from dmd_jax import nose", "nose, which has no floor"),
-        ("schedule", "import dmd_jax.denoiser", "schedule imports dmd_jax/denoiser, which is not"),
-        ("train", "def f():\n    from dmd_jax.main import main", "imports dmd_jax/main"),
-        ("losses", "from dmd_jax import step, schedule", "losses imports dmd_jax/step"),
+        ("nose", "import jax", "nose is no room and no command"),
+        ("training", "from dmd_jax import nose", "imports dmd_jax/nose, which is not below it"),
+        ("diffusion", "import dmd_jax.losses.x", "diffusion imports dmd_jax/losses, which is not"),
+        ("training", "def f():\n    from dmd_jax.main import main", "imports dmd_jax/main"),
+        ("sample", "from dmd_jax import embed", "sample imports dmd_jax/embed, which is not below"),
+        ("losses", "from dmd_jax import training", "losses imports dmd_jax/training"),
         ("losses", "from flax import nnx", "losses may import .* only, not flax"),
-        ("losses", "from dmd_jax.sharding import P", "only, not sharding"),
-        ("rollout", "import ml_collections", "ml_collections, which is for"),
+        ("losses", "from dmd_jax.devices.sharding import P", "only, not devices"),
+        ("rollouts", "import ml_collections", "ml_collections, which is for"),
         ("data", "import optax", "data imports optax"),
     ],
 )
@@ -159,7 +132,7 @@ def test_what_is_forbidden_is_found(room, source, complaint):
 
 
 def test_what_is_allowed_is_not_found():
-    assert not complaints("step", "import jax\nfrom dmd_jax import sharding")
+    assert not complaints("training", "import jax\nfrom dmd_jax.devices import sharding")
     assert not complaints(
-        "losses", "from dmd_jax.losses.x import y\nfrom dmd_jax.schedule import z"
+        "losses", "from dmd_jax.losses.x import y\nfrom dmd_jax.diffusion.schedule import z"
     )

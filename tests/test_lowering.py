@@ -11,8 +11,8 @@ import programs
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from dmd_jax import sharding
-from dmd_jax.run import build
+from dmd_jax.devices import sharding
+from dmd_jax.training.run import build
 
 # 64 devices, each with a quarter of every sequence.
 AXES = (1, 16, 4, 1)

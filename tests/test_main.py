@@ -5,8 +5,9 @@ import types
 import programs
 import pytest
 
-from dmd_jax import main, train
-from dmd_jax.run import Run
+from dmd_jax import main
+from dmd_jax.training import loop
+from dmd_jax.training.run import Run
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def refusal(start, monkeypatch, capsys, teacher, data_dir, tmp_path):
         raise AssertionError("weights were loaded, or something compiled")
 
     monkeypatch.setattr(Run, "start", compute)
-    monkeypatch.setattr(train, "compile_steps", compute)
+    monkeypatch.setattr(loop, "compile_steps", compute)
 
     def call(*args, workdir=tmp_path / "run", **overrides):
         values = programs.short(teacher, data_dir, **overrides)
@@ -130,7 +131,7 @@ def test_a_disk_that_fills_in_mid_run_is_told_in_one_line(
     def train_until_full(run, workdir):
         raise OSError(28, "No space left on device", str(workdir / "metrics.jsonl"))
 
-    monkeypatch.setattr(train, "train", train_until_full)
+    monkeypatch.setattr(loop, "train", train_until_full)
     said = start(*programs.flags(tmp_path / "run", programs.short(teacher, data_dir)))
     assert said == f"error: [Errno 28] No space left on device: '{tmp_path}/run/metrics.jsonl'"
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmd_jax import metric_network, metrics
-from dmd_jax.features import extract
-from dmd_jax.models.classifier import Classifier, ClassifierConfig
+from dmd_jax import metric_network as program
+from dmd_jax.quality import metric_network, metrics
+from dmd_jax.quality.classifier import Classifier, ClassifierConfig
+from dmd_jax.quality.features import extract
 
 
 def bars(count, seed):
@@ -61,11 +62,11 @@ def test_the_program_writes_the_network_and_a_card_that_says_how(tmp_path, monke
     class Source:
         num_classes = 2
 
-    monkeypatch.setattr(metric_network, "load", lambda name, split: Source)
-    monkeypatch.setattr(metric_network, "arrays", lambda source: bars(100, 0))
+    monkeypatch.setattr(program, "load", lambda name, split: Source)
+    monkeypatch.setattr(program, "arrays", lambda source: bars(100, 0))
     out = tmp_path / "bars.safetensors"
     monkeypatch.setattr("sys.argv", ["x", f"--out={out}", "--data=bars", "--steps=2", "--batch=8"])
-    metric_network.main()
+    program.main()
     card = (tmp_path / "bars.md").read_text()
     assert f"python -m dmd_jax.metric_network --out={out} --data=bars --steps=2 --batch=8" in card
     assert "**FD-bars-64**" in card
@@ -81,5 +82,5 @@ def test_what_cannot_be_read_or_written_is_refused_before_training(tmp_path, mon
     ):
         monkeypatch.setattr("sys.argv", ["x", f"--out={out}", f"--data={data}"])
         with pytest.raises(SystemExit):
-            metric_network.main()
+            program.main()
         assert message in capsys.readouterr().err

@@ -10,8 +10,10 @@ import pytest
 import toys
 from PIL import Image
 
-from dmd_jax import rollout, sample, samplers, sharding, weights
-from dmd_jax.samplers import FewStep, ManyStep, balanced, draw_images, fewer, sampler_for
+from dmd_jax import sample, weights
+from dmd_jax.devices import sharding
+from dmd_jax.rollouts import backward_simulation, samplers
+from dmd_jax.rollouts.samplers import FewStep, ManyStep, balanced, draw_images, fewer, sampler_for
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
 LABELS = balanced(7, 10)
@@ -122,7 +124,7 @@ def test_few_step_is_the_rollout_to_its_last_step():
     denoiser, key, index = toys.affine(0.5, 0.1), jax.random.key(5), np.arange(2)
     noise = jax.random.normal(key, (2, 3))
     how = {"times": TIMES, "shift": 2.0, "schedule": denoiser.schedule, "exit_step": 3}
-    made = rollout.backward_simulation(denoiser, noise, None, key, **how)
+    made = backward_simulation.backward_simulation(denoiser, noise, None, key, **how)
     x0 = FewStep(TIMES, 2.0)(denoiser, noise, None, None, key, index)
     np.testing.assert_allclose(x0, made.x0, rtol=1e-6)
 

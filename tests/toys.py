@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dmd_jax.denoiser import X0, Denoiser
+from dmd_jax.diffusion.denoiser import X0, Denoiser
+from dmd_jax.diffusion.schedule import FlowMatching, Schedule, align
 from dmd_jax.models.dit import DiT, DiTConfig
-from dmd_jax.schedule import FlowMatching, Schedule, align
 
 FLOW = FlowMatching()
 TINY = DiTConfig(

@@ -8,7 +8,7 @@ leading axes.
 import jax
 import jax.numpy as jnp
 
-from dmd_jax.schedule import align
+from dmd_jax.diffusion.schedule import align
 
 
 def masked_mean(x, mask=None):

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from dmd_jax.diffusion.schedule import align
 from dmd_jax.losses.distribution_matching import finite_samples, masked_mean, teacher_error
-from dmd_jax.schedule import align
 
 
 def sid_loss(x0, real_x0, fake_x0, *, alpha=1.0, normalize=True, mask=None, frames_per_block=None):

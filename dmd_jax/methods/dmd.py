@@ -11,8 +11,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import randomness, rollout
-from dmd_jax.denoiser import Prediction, guided
+from dmd_jax.devices import randomness
+from dmd_jax.diffusion.denoiser import Prediction, guided
+from dmd_jax.diffusion.schedule import check_times, sample_time
 from dmd_jax.losses.distribution_matching import (
     denoising_loss,
     dmd_gradient,
@@ -20,7 +21,7 @@ from dmd_jax.losses.distribution_matching import (
     finite_samples,
     masked_mean,
 )
-from dmd_jax.schedule import check_times, sample_time
+from dmd_jax.rollouts.backward_simulation import backward_simulation, one_step
 
 BANDS = 4  # noise bands, equal in t, over which the gap between teacher and fake score is reported
 
@@ -34,9 +35,9 @@ class DMD:
         times: times of the generator's calls before the shift; (1,) makes a one-step generator.
         strides: how the times are thinned, drawn anew each step; (1, 2, 4) makes one generator for
             four, two and one calls. Each must divide the number of times.
-        last_step_share: how often a rollout runs to its last call for sure (`rollout`). The critic
-            learns the mixture of all exit steps, so what early exits lack in variety the last one
-            makes up for; a share above 0 weights the mixture towards what inference makes.
+        last_step_share: probability of forcing the last step (see `backward_simulation`). The
+            critic learns the mixture of all exit steps; a share above 0 weights that mixture
+            towards what inference makes, and makes up for the variety that early exits lack.
         shift: time shift of the generator's calls.
         guidance: weight of the teacher's guidance; 1 is none (see `denoiser.guided`).
         fake_guidance: weight of the fake score's guidance.
@@ -100,8 +101,8 @@ class DMD:
         noise = randomness.normal(noise_key, batch["index"], self.sample_shape)
         cond, schedule = batch["cond"], generator.schedule
         if self.times == (1.0,):
-            return rollout.one_step(generator, noise, cond, schedule=schedule)
-        return rollout.backward_simulation(
+            return one_step(generator, noise, cond, schedule=schedule)
+        return backward_simulation(
             generator,
             noise,
             cond,

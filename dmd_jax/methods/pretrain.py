@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import randomness
+from dmd_jax.devices import randomness
+from dmd_jax.diffusion.schedule import check_times, sample_time
 from dmd_jax.losses.distribution_matching import denoising_loss
-from dmd_jax.schedule import check_times, sample_time
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from dmd_jax.sharding import BATCH, P
+from dmd_jax.devices.sharding import BATCH, P
 
 # A score that softmax turns into zero, yet finite: hidden minus hidden is not NaN.
 HIDDEN = -1e30

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from dmd_jax import sharding
+from dmd_jax.devices import sharding
 from dmd_jax.models.layers import MLP, check_compute, linear, scan, stack, timestep_embedding
 
 P = jax.P

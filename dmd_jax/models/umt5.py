@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from dmd_jax import sharding
+from dmd_jax.devices import sharding
 from dmd_jax.models.layers import check_compute, linear, scan, stack
 
 P = jax.P

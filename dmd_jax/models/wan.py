@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
-from dmd_jax import sharding
+from dmd_jax.devices import sharding
 from dmd_jax.models import kv_cache
 from dmd_jax.models.attention import BlockCausal, TeacherForcing, attention
 from dmd_jax.models.layers import MLP, check_compute, linear, scan, stack, timestep_embedding

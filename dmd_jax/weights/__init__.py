@@ -16,13 +16,13 @@ import jax
 from flax import nnx
 from safetensors.numpy import save_file
 
-from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
+from dmd_jax.devices.paths import named_leaves, path_name
+from dmd_jax.diffusion.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
+from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching
 from dmd_jax.models import dit
 from dmd_jax.models import wan as wan_model
 from dmd_jax.models.umt5 import UMT5
 from dmd_jax.models.wan_vae import WanVAE
-from dmd_jax.paths import named_leaves, path_name
-from dmd_jax.schedule import EDM, VP, FlowMatching
 from dmd_jax.weights import files, umt5, wan, wan_vae
 from dmd_jax.weights.table import Row, differing, fill, their_shapes
 

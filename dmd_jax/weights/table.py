@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from dmd_jax.paths import named_leaves, path_name
+from dmd_jax.devices.paths import named_leaves, path_name
 
 ALIGNMENT = 64  # bytes; what XLA asks of host memory that it uses in place
 STRIP = 32  # rows of a matrix in a file

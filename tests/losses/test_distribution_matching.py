@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from toys import affine, exact
 
+from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching
 from dmd_jax.losses.distribution_matching import (
     denoising_loss,
     dmd_gradient,
@@ -13,7 +14,6 @@ from dmd_jax.losses.distribution_matching import (
     masked_mean,
     teacher_error,
 )
-from dmd_jax.schedule import EDM, VP, FlowMatching
 
 RNG = np.random.default_rng(0)
 X0, REAL, FAKE = RNG.standard_normal((3, 2, 4, 3)).astype(np.float32)  # [B, F, D]

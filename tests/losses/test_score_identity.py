@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from toys import exact
 
+from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching
 from dmd_jax.losses.score_identity import sid_loss
-from dmd_jax.schedule import EDM, VP, FlowMatching
 
 RNG = np.random.default_rng(1)
 X0, REAL, FAKE = RNG.standard_normal((3, 2, 4, 3)).astype(np.float32)

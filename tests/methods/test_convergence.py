@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from toys import affine, exact, tiny_mlp
 
-from dmd_jax.denoiser import Denoiser, Velocity
+from dmd_jax.diffusion.denoiser import Denoiser, Velocity
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
-from dmd_jax.optimizer import AdamW, per_role
-from dmd_jax.rollout import backward_simulation
-from dmd_jax.step import init_state, merge, train_step
+from dmd_jax.rollouts.backward_simulation import backward_simulation
+from dmd_jax.training.optimizer import AdamW, per_role
+from dmd_jax.training.step import init_state, merge, train_step
 
 BATCH = {"cond": jnp.zeros((256, 1)), "uncond": jnp.zeros((256, 1))}
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from toys import affine, exact, tiny_mlp
 
-from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
+from dmd_jax.diffusion.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
+from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching, shift_time
 from dmd_jax.losses.distribution_matching import dmd_gradient
 from dmd_jax.losses.score_identity import sid_loss
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
-from dmd_jax.rollout import Rollout
-from dmd_jax.schedule import EDM, VP, FlowMatching, shift_time
+from dmd_jax.rollouts.backward_simulation import Rollout
 
 KEY = jax.random.key(3)
 BATCH = {"cond": jnp.zeros((6, 1)), "uncond": jnp.zeros((6, 1)), "index": jnp.arange(6)}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from toys import exact
 
-from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
+from dmd_jax.diffusion.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
+from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching
 from dmd_jax.methods.pretrain import Pretrain
-from dmd_jax.schedule import EDM, VP, FlowMatching
 
 KEY = jax.random.key(4)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from dmd_jax import sharding
+from dmd_jax.devices import sharding
 from dmd_jax.models import attention as room
 from dmd_jax.models.attention import BlockCausal, TeacherForcing, attention
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from toys import TINY, collectives, tiny_dit
 
-from dmd_jax import sharding
+from dmd_jax.devices import sharding
 from dmd_jax.models.dit import SHARDING_RULES, DiT, DiTConfig, timestep_embedding
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 8, 1)), jnp.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmd_jax import sharding
+from dmd_jax.devices import sharding
 from dmd_jax.models import umt5
 from dmd_jax.models.umt5 import SHARDING_RULES, UMT5, UMT5Config, position_buckets
 from dmd_jax.weights import umt5 as names

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmd_jax import sharding
-from dmd_jax.denoiser import Denoiser
+from dmd_jax.devices import sharding
+from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models import wan
 from dmd_jax.models.wan import SHARDING_RULES, Causal, Conditions, Wan, WanConfig
 from dmd_jax.weights import wan as names

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmd_jax import sharding
 from dmd_jax.data import to_float
+from dmd_jax.devices import sharding
 from dmd_jax.models import wan_vae
 from dmd_jax.models.wan_vae import SHARDING_RULES, WanVAE, WanVAEConfig
-from dmd_jax.video import read_video
+from dmd_jax.pipelines.video import read_video
 from dmd_jax.weights import wan_vae as names
 from dmd_jax.weights.table import fill, their_shapes
 

@@ -13,9 +13,9 @@ import toys
 from checkpoints import CONFIG
 
 from dmd_jax import export, weights
-from dmd_jax.denoiser import Denoiser, Velocity
+from dmd_jax.diffusion.denoiser import Denoiser, Velocity
+from dmd_jax.diffusion.schedule import shift_time
 from dmd_jax.models.wan import Wan
-from dmd_jax.schedule import shift_time
 from dmd_jax.weights import export as formats
 from dmd_jax.weights import files
 

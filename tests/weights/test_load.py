@@ -15,10 +15,11 @@ import toys
 from checkpoints import CONFIG
 from safetensors.numpy import load_file, save_file
 
-from dmd_jax import sharding, weights
-from dmd_jax.denoiser import Denoiser, Velocity
+from dmd_jax import weights
+from dmd_jax.devices import sharding
+from dmd_jax.diffusion.denoiser import Denoiser, Velocity
+from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.models.wan import I2V_14B, SHARDING_RULES, T2V_14B
-from dmd_jax.schedule import FlowMatching
 from dmd_jax.weights import files, table
 from dmd_jax.weights import wan as names
 

@@ -10,9 +10,9 @@ import toys
 from safetensors.numpy import load_file, save_file
 
 from dmd_jax import weights
-from dmd_jax.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon
+from dmd_jax.diffusion.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon
+from dmd_jax.diffusion.schedule import EDM, VP
 from dmd_jax.models.dit import SHARDING_RULES
-from dmd_jax.schedule import EDM, VP
 
 
 def header(path):

@@ -1,0 +1,1 @@
+"""The ground: the mesh, random numbers, names of arrays and the disk. Knows no diffusion."""

@@ -1,0 +1,165 @@
+"""The mesh, and where arrays live on it. Knows nothing about diffusion.
+
+The mesh is set once, by main, with `jax.set_mesh`. Modules never receive one: the activation
+constraints below read the mesh in force and do nothing where there is none (notebooks, tests).
+
+    data      the batch; weights are whole
+    fsdp      the batch; weights are split and gathered layer by layer
+    context   the tokens of a sequence
+    tensor    the heads and hidden units of a layer
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+
+from dmd_jax.devices.paths import path_name
+
+P = jax.P
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH = ("data", "fsdp")
+
+# An array below this many elements may stay whole on every device without a rule that says so.
+SMALL = 2**16
+
+
+def make_mesh(data=-1, fsdp=1, context=1, tensor=1, *, devices=None):
+    """A mesh over all devices; one axis may be -1, which is whatever the others leave.
+
+    Raises:
+        ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [data, fsdp, context, tensor]
+    given = int(np.prod([n for n in shape if n != -1]))
+    if shape.count(-1) > 1 or len(devices) % given or (-1 not in shape and given != len(devices)):
+        wanted = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True))
+        raise ValueError(
+            f"mesh({wanted}) does not fit {len(devices)} devices: the axes must "
+            "multiply to that number, and one of them may be -1"
+        )
+    shape = [len(devices) // given if n == -1 else n for n in shape]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _has_mesh():
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def _constrain(x, spec):
+    return jax.lax.with_sharding_constraint(x, spec) if _has_mesh() else x
+
+
+def shard_batch(tree):
+    """Splits the leading axis of every array over data and fsdp."""
+    return jax.tree.map(lambda x: _constrain(x, P(BATCH)), tree)
+
+
+def shard_tokens(x):
+    """Splits tokens [B, L, D]: the batch over data and fsdp, the sequence over context."""
+    return _constrain(x, P(BATCH, "context"))
+
+
+def gather(layer, rules):
+    """Brings a layer's weights together over fsdp, just before use; tensor stays split."""
+    if not _has_mesh():
+        return layer
+
+    def whole(path, weight):
+        spec = _find(rules, path_name(path)) or P()
+        spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return _constrain(weight, _fit(spec, weight.shape, jax.sharding.get_abstract_mesh()))
+
+    return jax.tree_util.tree_map_with_path(whole, layer)
+
+
+def _find(rules, name, used=None):
+    """The spec of the first rule that matches `name`; None if none does."""
+    for pattern, spec in rules:
+        if re.search(pattern, name):
+            if used is not None:
+                used.add(pattern)
+            return spec
+    return None
+
+
+def infer(tree, rules, mesh):
+    """Shardings for a tree of weights, or of states whose paths end as weights' do.
+
+    Args:
+        tree: arrays or jax.ShapeDtypeStructs.
+        rules: (regular expression, jax.P) pairs; the first that `re.search` finds in a path wins. A
+            spec speaks of the trailing axes: stacked layers need no rule of their own. An axis that
+            does not divide is left whole.
+        mesh: the mesh of `make_mesh`.
+
+    Returns:
+        A tree of NamedSharding.
+
+    Raises:
+        ValueError: a rule matches nothing, or a large array is matched by no rule.
+    """
+    used, lost = set(), []
+
+    def place(path, leaf):
+        name = path_name(path)
+        spec = _find(rules, name, used)
+        if spec is None and leaf.size > SMALL:
+            lost.append(f"{name} {leaf.shape}")
+        return NamedSharding(mesh, _fit(spec or P(), leaf.shape, mesh))
+
+    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    if lost:
+        raise ValueError("no sharding rule matches these large arrays; add one: " + ", ".join(lost))
+    if idle := [pattern for pattern, _ in rules if pattern not in used]:
+        raise ValueError(f"these sharding rules match no weight; mend or remove them: {idle}")
+    return shardings
+
+
+def _fit(spec, shape, mesh):
+    """Left-pads a spec to the rank of `shape` and drops axes that do not divide their dimension."""
+    padded = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
+    sizes = dict(mesh.shape)
+    return P(*(a if a and n % sizes[a] == 0 else None for a, n in zip(padded, shape, strict=True)))
+
+
+def replicate(tree):
+    """Whole arrays on every device: what a host can read, of arrays that other hosts share in."""
+    if not _has_mesh():
+        return tree
+    return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
+
+
+def even_batch(size):
+    """The least batch of `size` rows or more that data and fsdp split evenly."""
+    axes = jax.sharding.get_abstract_mesh().shape
+    return size + -size % (axes.get("data", 1) * axes.get("fsdp", 1))
+
+
+def batch_part(mesh, size):
+    """Which part of a global batch of `size` rows this host's devices hold: (index, count).
+
+    Hosts whose devices differ along context or tensor alone hold the same part.
+
+    Raises:
+        ValueError: its devices hold rows that are no such part; order the mesh by hosts.
+    """
+    held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
+    rows = sorted({(part.start or 0, size if part.stop is None else part.stop) for (part,) in held})
+    start, length = rows[0][0], sum(stop - first for first, stop in rows)
+    if start + length != rows[-1][1] or size % length or start % length:
+        raise ValueError(
+            f"this host's devices hold rows {rows} of a batch of {size}, which are no equal part "
+            f"of it: make the mesh's data and fsdp axes follow the hosts, unlike {mesh}"
+        )
+    return start // length, size // length
+
+
+def global_batch(tree):
+    """Makes global arrays, split over data and fsdp, from each host's own part of a batch."""
+    if not _has_mesh():
+        return jax.tree.map(jax.numpy.asarray, tree)
+    sharding = NamedSharding(jax.sharding.get_mesh(), P(BATCH))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)

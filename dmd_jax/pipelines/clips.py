@@ -1,0 +1,82 @@
+"""Videos with captions as training data: files in a folder, each beside a text of its name.
+
+    clips/waves.mp4     a video, in subfolders too
+    clips/waves.txt     what it shows
+
+Imports video.
+"""
+
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+
+from dmd_jax.pipelines.video import video_size
+
+ENDINGS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
+NAMED = 10  # of the files that are refused
+
+
+def captioned(folder: str | PathLike) -> list[tuple[Path, str]]:
+    """The videos of a folder and their captions, in the order of their paths.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no video in it.
+        ValueError: captions are missing, empty, or not UTF-8; the first of them are named.
+    """
+    folder = Path(folder).expanduser()
+    paths = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in ENDINGS)
+    if not paths:
+        raise FileNotFoundError(f"there is no video in {folder}: they end in {', '.join(ENDINGS)}")
+    captions = [_caption(path.with_suffix(".txt")) for path in paths]
+    _refuse(
+        f"write what it shows into {path.with_suffix('.txt')}, in UTF-8"
+        for path, caption in zip(paths, captions, strict=True)
+        if not caption
+    )
+    return list(zip(paths, captions, strict=True))
+
+
+def require_clips(
+    paths: Iterable[str | PathLike], *, frames: int, height: int, width: int, fps: float
+) -> None:
+    """Looks into the headers of videos of which clips will be read; decodes nothing.
+
+    Args:
+        paths: local files.
+        frames: T, of a clip at `fps`.
+        height, width: of a clip, which no frame is enlarged to cover.
+
+    Raises:
+        ValueError: some are no videos, or are shorter or smaller; the first of them are named.
+        ImportError: PyAV is missing.
+    """
+    wanted = frames, height, width
+    _refuse(filter(None, (_complaint(path, wanted, fps) for path in paths)))
+
+
+def _caption(path: Path) -> str:
+    """The words of a text file; '' where there are none."""
+    try:
+        return " ".join(path.read_text(encoding="utf-8").split())
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
+
+
+def _complaint(path: str | PathLike, wanted: tuple[int, int, int], fps: float) -> str | None:
+    try:
+        found = video_size(path, fps=fps)
+    except ValueError as error:
+        return str(error)
+    if all(have >= want for have, want in zip(found, wanted, strict=True)):
+        return None
+    has, want = ("{} frames of {}x{}".format(*size) for size in (found, wanted))
+    return f"{path} has {has} at {fps:g} frames a second, less than {want}"
+
+
+def _refuse(complaints: Iterable[str]) -> None:
+    if lines := list(complaints):
+        more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+        raise ValueError(
+            "these videos cannot be used; mend them or take them out:\n"
+            + "\n".join(lines[:NAMED] + more)
+        )

@@ -1,0 +1,233 @@
+"""What surrounds a network of videos: from prompts to its conditions, from its latents to frames.
+
+`WanPipeline` is the rest of a Wan checkpoint, whose large text encoder is let go after use;
+`DigitsPipeline` serves the networks that learnt moving digits. Both have `sample_shape`,
+`conditions` and `frames`. Imports the rooms below, and embed.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import repeat
+
+from dmd_jax import weights
+from dmd_jax.data import moving_digits, to_float, to_uint8
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.models.wan import Conditions
+from dmd_jax.pipelines import text, video
+from dmd_jax.pipelines.prompts import embed
+from dmd_jax.weights import files
+
+
+class Start(NamedTuple):
+    """The conditions of a video that goes on from a given first frame: see `Continuation`."""
+
+    text: jax.Array  # [B, L, D]
+    frame: jax.Array  # [B, 1, H, W, C]: latents
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """A text-to-video Denoiser whose first frame is given: clean, and at time 0 (Wan 2.2's 5B).
+
+    Called as a Denoiser is, with `Start` for its conditions.
+    """
+
+    denoiser: Denoiser
+
+    @property
+    def schedule(self):
+        return self.denoiser.schedule
+
+    def __call__(self, x_t, t, cond):
+        x_t = x_t.at[:, :1].set(cond.frame)
+        times = jnp.broadcast_to(t[:, None], x_t.shape[:2]).at[:, :1].set(0.0)
+        return self.denoiser(x_t, times, cond.text).at[:, :1].set(cond.frame)
+
+
+@dataclasses.dataclass(frozen=True)
+class WanPipeline:
+    """The parts of a Wan checkpoint around its transformer.
+
+    Attributes:
+        path: a folder of either layout, or a name on the Hugging Face hub.
+        num_frames, height, width: of the videos, in pixels.
+        dtype: of the text encoder's weights; the VAE's are as they are stored.
+
+    Raises:
+        ValueError: there is no such video: its number of frames or its sides do not divide.
+    """
+
+    path: str
+    num_frames: int = 81
+    height: int = 480
+    width: int = 832
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        c = self._vae_config
+        side = 2 * c.space_factor
+        if self.height % side or self.width % side or (self.num_frames - 1) % c.time_factor:
+            raise ValueError(
+                f"{self.num_frames} frames of {self.height}x{self.width}: this VAE takes "
+                f"{c.time_factor} k + 1 frames, and sides that {side} divides"
+            )
+
+    @functools.cached_property
+    def _vae_config(self):
+        return weights.abstract_part(self.path, part="vae").config
+
+    @property
+    def sample_shape(self):
+        """(F, H, W, C) of the latents."""
+        c = self._vae_config
+        return (
+            (self.num_frames - 1) // c.time_factor + 1,
+            self.height // c.space_factor,
+            self.width // c.space_factor,
+            c.channels,
+        )
+
+    @functools.cached_property
+    def vae(self):
+        return weights.load(self.path, part="vae")
+
+    def conditions(self, prompts, negative, config, images=None, *, batch=8):
+        """(cond, uncond) of N prompts, as `samplers.draw` takes them.
+
+        Args:
+            prompts: N strings.
+            negative: what guidance moves away from.
+            config: the WanConfig of the network: tells how it is given an image.
+            images: uint8 [N, height, width, 3], the first frames; None for text alone.
+
+        Raises:
+            ValueError: the network needs images and there are none, or is of another checkpoint.
+        """
+        self._require_fit(config, images)
+        features = clip_features(self.path, images) if config.image_dim else None
+        told = self._embedded([*prompts, negative], batch)
+        cond, uncond = told[:-1], np.broadcast_to(told[-1], told[:-1].shape)
+        if images is None:
+            return cond, uncond
+        if config.in_channels == config.out_channels:
+            frame = self.encode(to_float(images)[:, None])
+            return Start(cond, frame), Start(uncond, frame)
+        frames = self._frames_to_fill(to_float(images))
+        return Conditions(cond, frames, features), Conditions(uncond, frames, features)
+
+    def _require_fit(self, config, images):
+        """Refuses, before anything large is read, a network that these parts do not serve."""
+        if images is None and config.in_channels > config.out_channels:
+            raise ValueError("this is an image-to-video network: give it --images")
+        text_dim = weights.abstract_part(self.path, part="text_encoder").config.dim
+        wanted, found = (config.out_channels, config.text_dim), (self.sample_shape[-1], text_dim)
+        if wanted != found:
+            raise ValueError(
+                f"the network makes latents of {wanted[0]} channels and reads texts of width "
+                f"{wanted[1]}; VAE and text encoder of {self.path} have {found[0]} and {found[1]}: "
+                "name with --pipeline the checkpoint that it was made from"
+            )
+
+    def _embedded(self, prompts, batch):
+        """[N, L, D] in `dtype`; the text encoder is let go."""
+        tokenizer = text.Tokenizer(files.companion(self.path, text.FOLDERS[1:]))
+        encoder = weights.load(self.path, self.dtype, part="text_encoder")
+        rows = embed(encoder, tokenizer, batch, prompts)
+        told = np.zeros((len(rows), tokenizer.length, rows[0].shape[-1]), jnp.dtype(self.dtype))
+        for place, row in zip(told, rows, strict=True):
+            place[: len(row)] = row
+        return told
+
+    def encode(self, videos):
+        """[N, T, H, W, 3] in [-1, 1] -> normalised latents [N, F, h, w, C], one at a time."""
+        return np.concatenate([np.asarray(_encode(self.vae, one[None])) for one in videos])
+
+    def _frames_to_fill(self, images):
+        """What an image-to-video network sees beside the noise: [N, F, H, W, 4 + C].
+
+        Which frames are given, by the four of a latent frame, and the latents of the image with
+        grey frames after it.
+        """
+        grey = np.zeros((len(images), self.num_frames - 1, *images.shape[1:]), np.float32)
+        latents = self.encode(np.concatenate([images[:, None], grey], axis=1))
+        given = np.zeros((*latents.shape[:-1], self._vae_config.time_factor), np.float32)
+        given[:, 0] = 1.0
+        return np.concatenate([given, latents], axis=-1)
+
+    def frames(self, latents):
+        """Videos of latents [N, F, H, W, C], one after the other: uint8 [T, H, W, 3]."""
+        for one in latents:
+            blocks = self.vae.decode_blocks(one[None])
+            yield np.concatenate([to_uint8(block[0]) for block in blocks])
+
+
+@jax.jit
+def _encode(vae, video):
+    return vae.encode(video)
+
+
+def clip_features(path, images):
+    """What Wan 2.1's image-to-video networks see of an image: CLIP's last layer but one.
+
+    Args:
+        path: a diffusers pipeline folder, with `image_encoder` and `image_processor`.
+        images: uint8 [N, H, W, 3].
+
+    Returns:
+        float32 [N, 257, 1280].
+
+    Raises:
+        ImportError: transformers or torch is not installed; they are needed here alone.
+    """
+    try:
+        import torch
+        from transformers import CLIPImageProcessor, CLIPVisionModel
+    except ImportError as error:
+        raise ImportError(
+            f"CLIP's features need transformers and torch ({error}): pip install transformers torch"
+        ) from error
+    folders = "image_processor", "image_encoder"
+    roots = [files.companion(path, (folder,)) for folder in folders]
+    processor = CLIPImageProcessor.from_pretrained(roots[0] / folders[0])
+    encoder = CLIPVisionModel.from_pretrained(roots[1] / folders[1])
+    with torch.no_grad():
+        seen = processor(images=list(images), return_tensors="pt")
+        return encoder(**seen, output_hidden_states=True).hidden_states[-2].float().numpy()
+
+
+class DigitsPipeline:
+    """Captions to conditions and latents to frames, for networks that learnt moving digits."""
+
+    sample_shape = moving_digits.MovingDigits.sample_shape
+
+    def conditions(self, prompts, negative, config, images=None):
+        """As `WanPipeline.conditions`; words that no caption has mean nothing to the network."""
+        if images is not None:
+            raise ValueError("these networks are given no image: drop --images")
+        del config
+        told = moving_digits.padded([*prompts, negative])
+        return told[:-1], np.broadcast_to(told[-1], told[:-1].shape)
+
+    def frames(self, latents):
+        """uint8 [T, H, W, 3], one video after the other."""
+        for one in moving_digits.decode(latents):
+            yield repeat(one, "t h w 1 -> t h w c", c=3)
+
+
+def first_frames(paths, count, height, width):
+    """uint8 [count, height, width, 3]: one image for all videos, or one for each.
+
+    Raises:
+        ValueError: another number of images.
+        FileNotFoundError: one is not there.
+    """
+    if len(paths) not in (1, count):
+        raise ValueError(f"{len(paths)} images for {count} prompts: give one, or one for each")
+    images = [video.read_image(path, height, width) for path in paths]
+    return np.stack(images * (count // len(images)))

@@ -1,0 +1,1 @@
+"""How good samples are: metrics, the networks that they see through, tables and figures."""

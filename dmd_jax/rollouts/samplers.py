@@ -1,0 +1,212 @@
+"""How samples are drawn from a checkpoint: few steps of a student, or many of a guided teacher.
+
+    denoiser = weights.denoiser("mnist_teacher")
+    images = draw_images(denoiser, ManyStep(50, guidance=1.25), labels=balanced(100, 10))
+
+Imports the rollouts, the solvers and what lies below them.
+"""
+
+import dataclasses
+from functools import partial
+from typing import ClassVar
+
+import jax
+import numpy as np
+
+from dmd_jax import weights
+from dmd_jax.data import to_uint8
+from dmd_jax.devices import randomness, sharding
+from dmd_jax.diffusion import solvers
+from dmd_jax.diffusion.denoiser import guided
+from dmd_jax.diffusion.schedule import step_times
+from dmd_jax.rollouts.backward_simulation import backward_simulation
+from dmd_jax.rollouts.ode import ode
+
+BATCH = 250  # images per call of the compiled sampler
+SOLVERS = {"euler": ode, "unipc": solvers.unipc}
+
+
+class Sampler:
+    """How samples are made: a static value, whose `steps` and `name` name it in tables.
+
+    Raises:
+        ValueError: a time shift that is not above 0.
+    """
+
+    shift: ClassVar = 1.0
+
+    def __post_init__(self):
+        if self.shift <= 0:
+            raise ValueError(f"shift={self.shift} must be above 0; 1 shifts nothing")
+
+    @property
+    def title(self):
+        """As "student, 4 steps"."""
+        return f"{self.name}, {self.steps} step{'s' if self.steps > 1 else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class FewStep(Sampler):
+    """A student's sampler: a call, fresh noise, the next call (`backward_simulation`).
+
+    Attributes:
+        times: times of the calls before the shift, descending from 1.
+        shift: time shift.
+    """
+
+    name: ClassVar = "student"
+
+    times: tuple[float, ...]
+    shift: float = 1.0
+
+    @property
+    def steps(self):
+        return len(self.times)
+
+    @property
+    def calls(self):
+        """Network calls for one sample."""
+        return self.steps
+
+    def __call__(self, denoiser, noise, cond, uncond, key, index):
+        return backward_simulation(
+            denoiser,
+            noise,
+            cond,
+            key,
+            times=self.times,
+            shift=self.shift,
+            schedule=denoiser.schedule,
+            index=index,
+            exit_step=len(self.times) - 1,
+        ).x0
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyStep(Sampler):
+    """A teacher's sampler: steps along the guided ODE.
+
+    Attributes:
+        steps: how many, evenly spaced before the shift.
+        guidance: weight of classifier-free guidance; 1 is none.
+        shift: time shift.
+        solver: "euler" (`ode.ode`) or "unipc" (`solvers.unipc`).
+
+    Raises:
+        ValueError: there is no step, no such solver, or a shift that is not above 0.
+    """
+
+    name: ClassVar = "teacher"
+
+    steps: int
+    guidance: float = 1.0
+    shift: float = 1.0
+    solver: str = "euler"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be 1 or more")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r} must be one of {sorted(SOLVERS)}")
+
+    @property
+    def calls(self):
+        """Network calls for one sample; guidance takes two a step."""
+        return self.steps * (1 if self.guidance == 1 else 2)
+
+    def __call__(self, denoiser, noise, cond, uncond, key, index):
+        def guided_denoiser(x_t, t, cond):
+            return guided(denoiser, x_t, t, cond, uncond, self.guidance)
+
+        return SOLVERS[self.solver](
+            guided_denoiser,
+            noise,
+            cond,
+            times=step_times(self.steps),
+            shift=self.shift,
+            schedule=denoiser.schedule,
+        )
+
+
+def fewer(times, steps):
+    """The times of a student in `steps` calls: its own, evenly thinned, or evenly spaced anew."""
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be 1 or more")
+    if len(times) % steps:
+        return step_times(steps)
+    return tuple(times)[:: len(times) // steps]
+
+
+@partial(jax.jit, static_argnames=("sampler", "shape"))
+def _batch(denoiser, cond, uncond, root, index, sampler, shape):
+    noise_key, step_key = jax.random.split(root)
+    cond, uncond, index = sharding.shard_batch((cond, uncond, index))
+    noise = randomness.normal(noise_key, index, shape)
+    return sampler(denoiser, noise, cond, uncond, step_key, index)
+
+
+def draw(denoiser, sampler, cond, uncond, shape, seed=0, *, batch):
+    """Draws samples for conditions. Sample i has the same noise under every sampler and batch size.
+
+    Args:
+        denoiser: a Denoiser.
+        sampler: FewStep or ManyStep.
+        cond, uncond: conditions and what guidance leaves them for, pytrees with leading axis N.
+        shape: of one sample, [...].
+        seed: of the noise.
+        batch: samples per call; where there is a mesh, as many more as make its parts equal.
+
+    Yields:
+        float32 [n, ...], n = batch or what is left of N, in order.
+    """
+    num, root = len(jax.tree.leaves(cond)[0]), jax.random.key(seed)
+    batch = sharding.even_batch(batch)
+    for start in range(0, num, batch):
+        index = np.arange(start, start + batch) % num  # one shape, one compilation
+        told, untold = jax.tree.map(lambda x: x[index], (cond, uncond))  # noqa: B023
+        x0 = _batch(denoiser, told, untold, root, index, sampler, tuple(shape))
+        yield np.asarray(sharding.replicate(x0))[: num - start]
+
+
+def draw_images(denoiser, sampler, labels, seed=0, *, batch=BATCH):
+    """`draw` of a class-conditional network's images, as bytes.
+
+    Args:
+        labels: int32 [N].
+
+    Returns:
+        uint8 [N, H, W, C].
+    """
+    config, labels = denoiser.net.config, np.asarray(labels, np.int32)
+    uncond = np.full_like(labels, config.uncond)
+    parts = draw(denoiser, sampler, labels, uncond, config.sample_shape, seed, batch=batch)
+    return np.concatenate([to_uint8(part) for part in parts])
+
+
+def sampler_for(path, *, steps=None, guidance=None, shift=None, solver="euler"):
+    """The sampler that fits the file at `path`, from its notes and what the caller asks for.
+
+    Raises:
+        ValueError: a student is asked for guidance, which is in its weights already.
+    """
+    notes = weights.notes(path)
+    if "times" not in notes:
+        return ManyStep(
+            50 if steps is None else steps,
+            1.0 if guidance is None else guidance,
+            1.0 if shift is None else shift,
+            solver,
+        )
+    if guidance is not None:
+        raise ValueError(
+            f"{path} is a distilled student: guidance is in its weights already; drop --guidance"
+        )
+    times = tuple(notes["times"])
+    shift = notes["shift"] if shift is None else shift
+    return FewStep(fewer(times, len(times) if steps is None else steps), shift)
+
+
+def balanced(num, num_classes):
+    """int32 [num] labels, every class in turn."""
+    return np.arange(num, dtype=np.int32) % num_classes

@@ -1,0 +1,229 @@
+"""Meshes and rules; and that eight devices compute what one does."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import pytest
+from toys import assert_close, exact, tiny_mlp
+
+from dmd_jax.devices import sharding
+from dmd_jax.devices.sharding import P, _fit, gather, global_batch, infer, make_mesh
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.methods.dmd import DMD
+from dmd_jax.training.optimizer import AdamW, per_role
+from dmd_jax.training.step import init_state, train_step
+
+
+def test_one_axis_of_a_mesh_may_be_the_rest():
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
+    assert dict(make_mesh(data=2, fsdp=-1).shape)["fsdp"] == 4
+    assert dict(make_mesh(data=1, devices=jax.devices()[:1]).shape)["data"] == 1
+
+
+@pytest.mark.parametrize("axes", [{"data": 3}, {"data": 2, "fsdp": 2}, {"fsdp": -1}, {"fsdp": 16}])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes):
+    with pytest.raises(ValueError, match=r"mesh\(data=.*\) does not fit 8 devices"):
+        make_mesh(**axes)
+
+
+WEIGHTS = {
+    "blocks": {"up": {"kernel": jnp.zeros((3, 8, 64)), "bias": jnp.zeros((3, 64))}},
+    "head": {"kernel": jnp.zeros((64, 6))},
+}
+RULES = ((r"up/kernel$", P("fsdp", "tensor")), (r"kernel$", P(None, "fsdp")), (r"bias$", P()))
+
+
+def test_the_first_rule_that_matches_speaks_of_the_trailing_axes():
+    places = infer(WEIGHTS, RULES, make_mesh(data=2, fsdp=2, tensor=2))
+    assert places["blocks"]["up"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert places["blocks"]["up"]["bias"].spec == P(None, None)
+    assert places["head"]["kernel"].spec == P(None, "fsdp")
+
+
+def test_a_state_is_placed_by_the_paths_of_its_weights():
+    tx = per_role({"generator": AdamW().transform(1)})
+    state = init_state({"generator": WEIGHTS}, tx)
+    places = infer(state, RULES, make_mesh(data=2, fsdp=4))
+    adam = places.opt_state.inner_states["generator"].inner_state.inner_state
+    wanted = places.nets["generator"]["blocks"]["up"]["kernel"]
+    assert wanted.spec == P(None, "fsdp", "tensor")
+    seen = [
+        place
+        for path, place in jax.tree_util.tree_leaves_with_path((adam, places.ema))
+        if "up" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path)
+    ]
+    assert seen == [wanted] * 3  # two moments and the average
+
+
+def test_an_axis_that_does_not_divide_is_left_whole():
+    mesh = make_mesh(data=2, fsdp=4)
+    assert _fit(P("fsdp", "tensor"), (8, 6), mesh) == P("fsdp", "tensor")
+    assert _fit(P(None, "fsdp"), (64, 6), mesh) == P(None, None)
+    assert _fit(P("fsdp"), (3, 8), mesh) == P(None, "fsdp")
+    assert _fit(P("fsdp", "data"), (4,), mesh) == P("data")
+    assert _fit(P(), (2, 2), mesh) == P(None, None)
+
+
+def test_a_rule_that_matches_nothing_is_refused():
+    rules = (*RULES, (r"nose/kernel$", P()), (r"head/kernel$", P()))
+    with pytest.raises(ValueError, match=r"match no weight.*nose/kernel\$.*head/kernel\$"):
+        infer(WEIGHTS, rules, make_mesh())
+
+
+def test_a_large_array_without_a_rule_is_refused_and_a_small_one_is_not():
+    tree = WEIGHTS | {
+        "table": jax.ShapeDtypeStruct((2**8, 2**8 + 1), jnp.float32),
+        "gain": WEIGHTS["head"]["kernel"],
+    }
+    with pytest.raises(ValueError, match=r"no sharding rule matches.*table \(256, 257\)$"):
+        infer(tree, RULES, make_mesh())
+    tree["table"] = jax.ShapeDtypeStruct((2**8, 2**8), jnp.float32)
+    assert infer(tree, RULES, make_mesh())["table"].spec == P(None, None)
+
+
+def test_without_a_mesh_the_constraints_are_not_there():
+    x = jnp.ones((3, 5, 2))  # would not divide by anything
+    tree = {"x": x}
+    assert sharding.shard_batch(tree)["x"] is x
+    assert sharding.shard_tokens(x) is x
+    assert gather(tree, RULES) is tree
+    np.testing.assert_array_equal(global_batch({"x": np.ones(3)})["x"], 1.0)
+
+
+def test_the_constraints_place_what_they_name():
+    def place(tree):
+        tokens = sharding.shard_tokens(tree["tokens"])
+        return sharding.shard_batch(tree["batch"]), tokens, gather(tree["layer"], RULES)
+
+    tree = {
+        "batch": jnp.ones((8, 3)),
+        "tokens": jnp.ones((8, 4, 3)),
+        "layer": {"up": {"kernel": jnp.ones((8, 6))}, "down": {"kernel": jnp.ones((8, 7))}},
+    }
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, context=1, tensor=2)):
+        batch, tokens, layer = jax.jit(place)(tree)
+    assert batch.sharding.shard_shape(batch.shape) == (2, 3)
+    assert tokens.sharding.shard_shape(tokens.shape) == (2, 4, 3)
+    # Whole over fsdp, split over tensor; an axis that tensor does not divide stays whole.
+    up, down = layer["up"]["kernel"], layer["down"]["kernel"]
+    assert up.sharding.shard_shape(up.shape) == (8, 3)
+    assert down.sharding.shard_shape(down.shape) == (8, 7)
+    with jax.set_mesh(make_mesh(data=4, tensor=2)):
+        odd = jax.jit(lambda layer: gather(layer, RULES))({"up": {"kernel": jnp.ones((8, 7))}})
+    assert odd["up"]["kernel"].shape == (8, 7)
+
+
+def test_a_hosts_rows_become_a_global_array():
+    rows = np.arange(16.0).reshape(8, 2)
+    with jax.set_mesh(make_mesh(data=2, fsdp=4)):
+        made = global_batch({"x": rows})["x"]
+    assert made.sharding.shard_shape(made.shape) == (1, 2)
+    np.testing.assert_array_equal(made, rows)
+
+
+METHOD = DMD((2,), times=(1.0,))
+ROLES = ("generator", "fake_score")
+TX = per_role({role: AdamW(1e-2, weight_decay=0.1).transform(10) for role in ROLES})
+MLP_RULES = ((r"(second|last)/kernel$", P("fsdp", None)), (r"first/kernel$", P(None, "fsdp")))
+
+
+def init():
+    """A state that is a pure function of nothing, to be born where it lives."""
+    nets = {"generator": Denoiser(tiny_mlp(0)), "fake_score": Denoiser(tiny_mlp(1))}
+    return init_state(nets, TX)
+
+
+def train(axes):
+    """Metrics of three steps on a mesh, and the state after them."""
+    mesh = make_mesh(**axes)
+    whole = jax.sharding.NamedSharding(mesh, P())
+    frozen = {"teacher": exact([[0.5, 0.0]], 0.7)}
+    with jax.set_mesh(mesh):
+        places = infer(jax.eval_shape(init), MLP_RULES, mesh)
+        state = jax.jit(init, out_shardings=places)()
+        kernel = state.nets["generator"].net.second.kernel[...]
+        assert kernel.sharding.shard_shape(kernel.shape) == (16 // mesh.shape["fsdp"], 16)
+        batch = global_batch({name: np.zeros((16, 1), np.float32) for name in ("cond", "uncond")})
+        step = jax.jit(
+            lambda state, frozen, batch: train_step(
+                state,
+                frozen,
+                batch,
+                jax.random.key(0),
+                method=METHOD,
+                tx=TX,
+                update_generator=True,
+            ),
+            out_shardings=(places, whole),
+            donate_argnums=0,
+        )
+        seen = []
+        for _ in range(3):
+            state, metrics = step(state, jax.device_put(frozen, whole), batch)
+            seen.append(metrics)
+        assert step._cache_size() == 1
+        assert [x.sharding for x in jax.tree.leaves(state)] == jax.tree.leaves(places)
+    return jax.device_get((seen, state))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return train({"data": 1, "devices": jax.devices()[:1]})
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 4}])
+def test_eight_devices_train_as_one_does(axes, one_device):
+    """Losses, gradients (by their norms and moments) and weights, to the rounding of sums."""
+    seen, state = train(axes)
+    assert_close(seen, one_device[0], rtol=1e-4, atol=1e-5)
+    # Adam divides by the gradient's size: a weight whose gradient is rounding may move either way.
+    assert_close(state, one_device[1], rtol=1e-3, atol=1e-4)
+
+
+HOST = """
+import sys
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+import numpy as np
+from dmd_jax.devices import sharding
+from dmd_jax.data import Batches
+
+
+class Rows:
+    def __len__(self):
+        return 1000
+
+    def examples(self, rows):
+        return {"cond": np.array(rows, np.int32)}
+
+
+whole = Batches(Rows(), 8, seed=0)[3]["cond"]
+for axes in dict(data=4), dict(data=2, context=2), dict(data=1, context=4), dict(fsdp=4, data=1):
+    mesh = sharding.make_mesh(**axes)
+    index, count = sharding.batch_part(mesh, 8)
+    part = Batches(Rows(), 8, seed=0, process_index=index, process_count=count)[3]
+    with jax.set_mesh(mesh):
+        cond = sharding.global_batch(part)["cond"]
+    assert cond.shape == whole.shape, cond.shape
+    for shard in cond.addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
+print("the same batch on every mesh")
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_make_one_batch_also_where_they_share_its_rows():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    with ThreadPoolExecutor() as pool:
+        run = partial(programs.python, "-c", HOST, **flags)
+        hosts = list(pool.map(lambda host: run(host, port), (0, 1)))
+    for host in hosts:
+        assert "the same batch on every mesh" in host.stdout, host.stderr[-3000:]

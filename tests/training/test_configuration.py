@@ -1,0 +1,137 @@
+"""Configs are completed, become objects, refuse what they cannot be, and compare."""
+
+import dataclasses
+from typing import ClassVar
+
+import ml_collections
+import pytest
+from ml_collections import config_dict
+
+from dmd_jax.methods.dmd import DMD
+from dmd_jax.training.configuration import complete, construct, differences, flatten
+from dmd_jax.training.optimizer import AdamW
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    kind: ClassVar = "not a field"
+
+    shape: tuple[int, ...]
+    weight: float = 1.0
+    count: int = 2
+    flag: bool = False
+    name: str = "plain"
+    limit: float | None = None
+    inner: Inner | None = None
+
+    def __post_init__(self):
+        if self.count > 9:
+            raise ValueError(f"count={self.count} must be 9 or less")
+
+
+def described(**fields):
+    return complete(ml_collections.ConfigDict({"part": {"cls": Outer, **fields}})).part
+
+
+def made(**fields):
+    return construct(described(**fields), "config.part", shape=(1, 2))
+
+
+def test_completed_config_holds_every_default_of_the_classes_it_names():
+    config = complete(ml_collections.ConfigDict({"method": {"cls": DMD, "guidance": 1.5}}))
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(DMD)
+        if field.default is not dataclasses.MISSING
+    }
+    assert config.method.to_dict() == defaults | {"cls": DMD, "guidance": 1.5}
+    assert "sample_shape" not in config.method  # no default: the program knows it
+
+
+def test_completed_config_is_locked_at_every_depth_and_says_what_was_meant():
+    config = complete(ml_collections.ConfigDict({"a": {"optimizer": {"cls": AdamW}}}))
+    with pytest.raises(AttributeError, match='Did you mean "learning_rate"'):
+        config.a.optimizer.learning_rat = 1.0
+
+
+def test_a_default_of_none_can_be_overridden_by_its_own_type_only():
+    part = described()
+    part.limit = 0.5
+    assert construct(part, "config.part", shape=(1,)).limit == 0.5
+    with pytest.raises(TypeError):
+        part.limit = "half"
+
+
+def test_objects_are_made_from_values_defaults_and_what_the_program_gives():
+    assert made(weight=2.0, name="other") == Outer(shape=(1, 2), weight=2.0, name="other")
+    assert made(inner={"cls": Inner, "size": 5}).inner == Inner(5)
+
+
+def test_a_whole_number_does_for_a_real_one():
+    assert made(weight=2).weight == 2
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"wieght": 2.0}, r"unknown config\.part\.wieght: did you mean 'weight'\?"),
+        ({"zzz": 2.0}, r"unknown config\.part\.zzz: known are \['count', "),
+        ({"count": 2.5}, r"config\.part\.count is 2\.5; it must be of type int"),
+        ({"count": True}, r"config\.part\.count is True; it must be of type int"),
+        ({"weight": "much"}, r"config\.part\.weight is 'much'; it must be of type float"),
+        ({"weight": False}, r"config\.part\.weight is False; it must be of type float"),
+        ({"weight": None}, r"config\.part\.weight is None; it must be of type float"),
+        ({"limit": "low"}, r"config\.part\.limit is 'low'; it must be of type float \| None"),
+        ({"inner": {"cls": Inner, "size": 0.5}}, r"config\.part\.inner\.size is 0\.5"),
+        ({"inner": {"cls": Inner, "sice": 5}}, r"config\.part\.inner\.sice: did you mean 'size'"),
+        ({"count": 10}, r"config\.part: count=10 must be 9 or less"),
+    ],
+)
+def test_what_a_class_cannot_be_made_of_is_refused_by_its_path(fields, message):
+    with pytest.raises(ValueError, match=message):
+        made(**fields)
+
+
+def test_elements_of_a_tuple_have_types_too():
+    with pytest.raises(ValueError, match=r"config\.part\.shape is \(1, 'two'\)"):
+        construct(described(), "config.part", shape=(1, "two"))
+
+
+def test_fields_without_a_value_are_named():
+    with pytest.raises(ValueError, match=r"config\.part lacks shape of Outer"):
+        construct(described(), "config.part")
+
+
+def test_flat_config_is_json_and_names_classes():
+    config = ml_collections.ConfigDict(
+        {"a": {"b": (1, 2), "cls": AdamW}, "c": config_dict.placeholder(str), "d": 0.5}
+    )
+    assert flatten(config) == {
+        "a.b": [1, 2],
+        "a.cls": "AdamW",
+        "c": None,
+        "d": 0.5,
+    }
+
+
+def test_differences_are_listed_with_both_values():
+    stored, now = {"seed": 0, "a.b": 1, "gone": 2}, {"seed": 1, "a.b": 1, "new": 3}
+    assert differences(stored, now).splitlines() == [
+        "  gone: the run here has 2, this command nothing",
+        "  new: the run here has nothing, this command 3",
+        "  seed: the run here has 0, this command 1",
+    ]
+
+
+@pytest.mark.parametrize("name", ["steps", "log.every", "checkpoint.keep", "evaluate.samples"])
+def test_length_and_logging_keep_no_two_configs_apart(name):
+    assert differences({name: 1}, {name: 2}) == ""
+
+
+def test_numbers_of_steps_elsewhere_do_keep_configs_apart():
+    assert "method.steps" in differences({"method.steps": 1}, {"method.steps": 2})

@@ -1,0 +1,174 @@
+"""Whole runs of the entry point, in processes of their own: killed, stopped, resumed, finished."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import programs
+import pytest
+
+from dmd_jax.training import checkpoint
+from dmd_jax.training.run import build
+
+pytestmark = pytest.mark.slow
+
+STEPS = 200
+RUN = {
+    "steps": STEPS,
+    "checkpoint.every": 20,
+    "evaluate.every": 60,
+    "log.every": 10,
+    "log.tensorboard": False,
+}
+
+
+@pytest.fixture(scope="module")
+def launch(teacher, data_dir, cache):
+    """Starts a run in a directory; returns the process, its output in a pipe."""
+
+    def call(workdir, **overrides):
+        values = programs.short(teacher, data_dir, **(RUN | overrides))
+        flags = [*programs.flags(workdir, values), f"--compilation_cache={cache}"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "dmd_jax.main", *flags],
+            cwd=programs.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def straight(launch, tmp_path_factory):
+    """The directory of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    process = launch(workdir)
+    told, _ = process.communicate()
+    assert process.returncode == 0, told
+    assert (workdir / "report.md").exists() and (workdir / "report.png").exists()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def final_state(teacher, data_dir):
+    """Reads all of a run's last state: {path: array}."""
+    run = build(programs.config(teacher, data_dir, **RUN), devices=jax.devices()[:1])
+
+    def read(workdir):
+        state, extra = checkpoint.read(workdir / "checkpoints" / str(STEPS), run.state_shape())
+        named = checkpoint.named_leaves(state)
+        return {name: np.asarray(leaf) for name, leaf in named.items()}, extra
+
+    return read
+
+
+def until(condition, process):
+    """Waits for `condition()` while the process lives."""
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+
+
+def newest(saved):
+    """The last complete checkpoint, 0 before the first: old ones go, so that one may be missed."""
+    return max((int(path.name) for path in saved.glob("*") if path.name.isdigit()), default=0)
+
+
+def records(workdir):
+    """The lines of metrics.jsonl without the rates, which are measurements."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if "per_second" not in k} for line in lines]
+
+
+def assert_same_run(workdir, straight, final_state):
+    (state, extra), (wanted, wanted_extra) = final_state(workdir), final_state(straight)
+    assert state.keys() == wanted.keys() and extra == wanted_extra
+    assert [name for name in state if state[name].tobytes() != wanted[name].tobytes()] == []
+    for name in ("generator.safetensors", "best.safetensors"):
+        assert programs.same_tensors(workdir / name, straight / name)
+    assert records(workdir) == records(straight)
+
+
+@pytest.mark.parametrize("moment", ["before the first checkpoint", "between two", "while saving"])
+def test_a_run_killed_and_started_again_ends_with_the_bits_of_one_that_was_not(
+    moment, launch, straight, final_state, tmp_path
+):
+    workdir, process = tmp_path / "run", launch(tmp_path / "run")
+    metrics, saved = workdir / "metrics.jsonl", workdir / "checkpoints"
+    if moment == "before the first checkpoint":
+        until(metrics.exists, process)
+    elif moment == "between two":
+        until(lambda: newest(saved) >= 60, process)
+    else:
+        until(lambda: any(saved.glob("*tmp*")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (saved / str(STEPS)).exists()  # it was killed in time
+
+    again = launch(workdir)
+    told, _ = again.communicate()
+    assert again.returncode == 0, told
+    assert_same_run(workdir, straight, final_state)
+
+
+def test_sigterm_saves_and_ends_well_and_the_next_start_ends_bit_identical(
+    launch, straight, final_state, tmp_path
+):
+    workdir, process = tmp_path / "run", launch(tmp_path / "run")
+    until(lambda: newest(workdir / "checkpoints") >= 40, process)
+    process.terminate()
+    told, _ = process.communicate()
+    assert process.returncode == 0 and "stopped and saved at step" in told
+
+    again = launch(workdir)
+    told, _ = again.communicate()
+    assert again.returncode == 0 and "going on from step" in told
+    assert_same_run(workdir, straight, final_state)
+
+
+def test_a_finished_run_says_so_reprints_its_report_and_refuses_another_config(launch, straight):
+    report = (straight / "report.md").read_text()
+    process = launch(straight)
+    told, _ = process.communicate()
+    assert process.returncode == 0
+    assert "this run is finished" in told and report in told
+
+    other = launch(straight, **{"method.guidance": 3.0})
+    told, _ = other.communicate()
+    assert other.returncode != 0 and "Traceback" not in told
+    assert "method.guidance: the run here has 1.25, this command 3.0" in told
+
+    shorter = launch(straight, steps=STEPS - 20)
+    told, _ = shorter.communicate()
+    assert shorter.returncode != 0 and "ask for as many or more" in told
+
+
+def test_videos_of_prompts_train_go_on_and_are_judged(tmp_path, cache):
+    def train(name, steps):
+        overrides = {
+            **{"steps": steps, "batch_size": 8, "checkpoint.every": 2, "evaluate.every": 3},
+            **{"evaluate.num": 8, "evaluate.steps": (2,), "evaluate.teacher_steps": (2,)},
+            **{"log.tensorboard": False, "data.num": 80},
+            **{f"data.{part}": tmp_path / part for part in ("latents", "embeddings")},
+        }
+        values = [f"--config.{key}={value}" for key, value in overrides.items()]
+        config, workdir = "--config=configs/dmd.py:wan_tiny", tmp_path / name
+        done = programs.python(
+            *("-m", "dmd_jax.main", config, f"--workdir={workdir}", *values), cache=cache
+        )
+        assert done.returncode == 0, done.stderr
+        return workdir
+
+    straight, stopped = train("straight", 4), train("stopped", 2)
+    assert train("stopped", 4) == stopped
+    exported = "generator.safetensors"
+    assert programs.same_tensors(stopped / exported, straight / exported)
+    report = (straight / "report.md").read_text()
+    assert "| digit | motion | flicker |" in report and "| real | – | – |" in report
+    assert (straight / "report.png").exists()

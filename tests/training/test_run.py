@@ -1,0 +1,320 @@
+"""The training program from start to report, in this process: resumed, damaged, lost, split."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import programs
+import pytest
+import toys
+from jax.experimental.compilation_cache import compilation_cache
+
+from dmd_jax import weights
+from dmd_jax.quality import evaluation, features
+from dmd_jax.rollouts import samplers
+from dmd_jax.training import checkpoint, health, loop
+from dmd_jax.training.run import Run
+from dmd_jax.training.run import build as resolve
+
+STEPS = programs.SHORT["steps"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compilation(cache):
+    """Every run of this file compiles the same two steps: the first one pays."""
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def build(teacher, data_dir):
+    """A tiny run, on one device if not told otherwise."""
+
+    def call(devices=1, **overrides):
+        config = programs.config(teacher, data_dir, **overrides)
+        return resolve(config, jax.devices()[:devices])
+
+    return call
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Leaves out the report, which costs more than all the steps of a tiny run."""
+    monkeypatch.setattr(loop, "_report", lambda *_: "no report")
+
+
+def start(run, workdir):
+    with jax.set_mesh(run.mesh):
+        return loop.train(run, workdir)
+
+
+def final(run, workdir, step=STEPS):
+    """The TrainState that a run left, and what else it kept."""
+    return checkpoint.read(workdir / "checkpoints" / str(step), run.state_shape())
+
+
+def records(workdir):
+    """The lines of metrics.jsonl without the rates, which are measurements."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if "per_second" not in k} for line in lines]
+
+
+def signal_at(step, monkeypatch):
+    """SIGTERM reaches this process while it takes that step."""
+    requested = checkpoint.Preemption.requested
+
+    def ask(self, now):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return requested(self, now)
+
+    monkeypatch.setattr(checkpoint.Preemption, "requested", ask)
+
+
+@pytest.fixture(scope="module")
+def straight(build, tmp_path_factory):
+    """The directory of a run that nothing disturbed, and what `train` returned."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    return workdir, start(build(), workdir)
+
+
+def assert_same_run(build, workdir, straight):
+    """Same weights, moments, average, step, exports and record; bit for bit."""
+    run = build()
+    (state, extra), (wanted, wanted_extra) = final(run, workdir), final(run, straight[0])
+    toys.assert_same(state, wanted)
+    assert extra == wanted_extra
+    for name in ("generator.safetensors", "best.safetensors"):
+        assert (workdir / name).read_bytes() == (straight[0] / name).read_bytes()
+    assert records(workdir) == records(straight[0])
+
+
+def test_a_run_leaves_what_its_docstring_says(straight):
+    workdir, report = straight
+    assert report == workdir / "report.md"
+    left = {str(path.relative_to(workdir)) for path in workdir.glob("*")}
+    assert left == {
+        *("config.json", "metrics.jsonl", "checkpoints", "best", "images"),
+        *("generator.safetensors", "best.safetensors", "teacher.rows.json"),
+        *("report.md", "report.png", "report.json"),
+    }
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"8", "12"}
+    assert {path.name for path in (workdir / "images").iterdir()} == {"student_0000008.png"}
+
+
+def test_the_resolved_config_is_kept_in_full(straight, teacher):
+    kept = json.loads((straight[0] / "config.json").read_text())
+    assert kept["teacher.weights"] == str(teacher)
+    assert kept["method.cls"] == "dmd_jax.methods.dmd.DMD"
+    assert kept["generator.optimizer.eps"] == 1e-8  # a default that no config names
+
+
+def test_metrics_are_one_line_a_record(straight):
+    lines = records(straight[0])
+    assert [line["step"] for line in lines] == [3, 6, 8, 9, 12]
+    judged = lines.pop(2)
+    assert {"quality/fd", "quality/accuracy", "quality/recall"} <= judged.keys()
+    for line in lines:
+        assert line["generator/skipped"] == line["fake_score/skipped"] == 0
+        assert line["generator/loss"] > 0 and line["fake_score/loss"] > 0
+        assert {"gap/0", "critic/tracking", "samples/diversity"} <= line.keys()
+
+
+def test_the_report_stands_everything_beside_the_floor(straight):
+    workdir, report = straight
+    rows = json.loads((workdir / "report.json").read_text())
+    assert [(row["name"], row["steps"], row["calls"]) for row in rows] == [
+        ("real images", 0, 0),
+        ("teacher", 3, 6),
+        ("student", 4, 4),
+        ("student", 1, 1),
+    ]
+    text = report.read_text()
+    assert text.startswith("# DMD on mnist5k, 12 steps") and text.count("| student |") == 2
+
+
+def test_the_export_is_the_average_and_samples_as_the_run_was_judged(build, straight):
+    workdir, run = straight[0], build()
+    exported = weights.denoiser(workdir / "generator.safetensors")
+    state, _ = final(run, workdir)
+    toys.assert_same(jax.tree.leaves(exported), jax.tree.leaves(state.ema))
+    moved = jax.tree.map(np.array_equal, state.ema, state.nets["generator"])
+    assert not any(jax.tree.leaves(moved))  # the average is not the generator
+    assert samplers.sampler_for(workdir / "generator.safetensors") == run.samplers()[0]
+    notes = weights.notes(workdir / "generator.safetensors")
+    assert notes == {"step": 12, "method": "dmd", "times": list(run.method.times), "shift": 1.0}
+    assert weights.notes(workdir / "best.safetensors")["step"] == 8
+
+
+def test_a_finished_run_says_so_and_reprints_its_report(build, straight, monkeypatch, capsys):
+    workdir, report = straight
+    monkeypatch.setattr(loop, "compile_steps", None)
+    assert start(build(**{"log.every": 4}), workdir) == report
+    assert report.read_text() in capsys.readouterr().out
+
+
+def test_another_config_is_refused_with_the_difference(build, straight, monkeypatch):
+    monkeypatch.setattr(loop, "compile_steps", None)
+    with pytest.raises(ValueError, match="another config") as error:
+        start(build(**{"method.guidance": 3.0, "seed": 1, "log.every": 4}), straight[0])
+    assert str(error.value).splitlines()[1:] == [
+        "  method.guidance: the run here has 1.25, this command 3.0",
+        "  seed: the run here has 0, this command 1",
+    ]
+
+
+def test_another_teacher_at_the_same_path_is_another_config(build, data_dir, no_report, tmp_path):
+    file = programs.save_tiny(tmp_path / "teacher.safetensors")
+    overrides = {"teacher.weights": str(file), "steps": 1, "evaluate.every": 100}
+    start(build(**overrides), tmp_path / "run")
+    programs.save_tiny(file, seed=1)
+    with pytest.raises(ValueError, match=r"teacher\.sha256"):
+        start(build(**overrides), tmp_path / "run")
+
+
+def test_fewer_steps_than_were_taken_are_refused(build, straight):
+    with pytest.raises(ValueError, match=r"config\.steps=4, .* has taken 12: ask for as many"):
+        start(build(steps=4), straight[0])
+
+
+def test_sigterm_saves_at_once_and_the_next_start_ends_bit_identical(
+    build, straight, no_report, tmp_path, monkeypatch, caplog
+):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched, caplog.at_level("INFO", "dmd_jax"):
+        signal_at(5, patched)
+        assert start(build(), workdir) is None
+    assert "stopped and saved at step " in caplog.text
+    assert not (workdir / "generator.safetensors").exists()
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert saved in (5, 6)
+    with caplog.at_level("INFO", "dmd_jax"):
+        start(build(), workdir)
+    assert f"going on from step {saved} in " in caplog.text
+    assert_same_run(build, workdir, straight)
+
+
+def test_a_signal_at_a_step_that_is_judged_costs_no_judgement(
+    build, straight, no_report, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Preemption, "requested", lambda self, step: step == 8)
+        assert start(build(), tmp_path / "run") is None
+    start(build(), tmp_path / "run")
+    assert_same_run(build, tmp_path / "run", straight)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_says_so_and_ends_bit_identical(
+    build, straight, no_report, tmp_path, monkeypatch, caplog
+):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Preemption, "requested", lambda self, step: step == 10)
+        start(build(), workdir)
+    for path in (workdir / "checkpoints" / "10" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            os.truncate(path, path.stat().st_size // 2)
+    with caplog.at_level("INFO", "dmd_jax"):
+        start(build(), workdir)
+    assert "checkpoints/10 is damaged" in caplog.text
+    assert "going on from step 8 in " in caplog.text
+    assert_same_run(build, workdir, straight)
+
+
+def test_a_longer_run_goes_on_and_one_killed_before_its_report_reports_later(
+    build, straight, no_report, tmp_path, monkeypatch
+):
+    workdir, steps = tmp_path / "run", {"checkpoint.every": 2, "evaluate.every": 100}
+    monkeypatch.setattr(loop, "_report", lambda *_: (workdir / evaluation.REPORT).write_text("old"))
+    start(build(steps=2, **steps), workdir)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_report", kill)
+    with pytest.raises(KeyboardInterrupt):
+        start(build(steps=4, **steps), workdir)
+    monkeypatch.setattr(loop, "_report", lambda *_: "new")
+    monkeypatch.setattr(loop, "compile_steps", None)  # all steps are taken
+    start(build(steps=4, **steps), workdir)
+    assert not (workdir / evaluation.REPORT).exists()  # the old report is not this run's
+
+
+def test_a_teacher_that_says_nothing_finite_stops_the_run_at_its_last_good_checkpoint(
+    build, no_report, tmp_path, monkeypatch
+):
+    often = {"log.every": 1, "generator_every": 1, "evaluate.every": 100, "checkpoint.every": 2}
+    run, workdir = build(steps=4, **often), tmp_path / "run"
+    start(run, workdir)
+    load = Run.load_frozen
+    monkeypatch.setattr(Run, "load_frozen", lambda self: programs.poisoned(load(self)))
+    with pytest.raises(health.Diverged, match=r"all was well until step 4\. What may help"):
+        start(build(**often), workdir)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4"}
+    final(run, workdir, step=4)
+
+
+def test_a_huge_learning_rate_stops_the_run(build, no_report, tmp_path):
+    rates = {f"{role}.optimizer.learning_rate": 1e6 for role in ("generator", "fake_score")}
+    often = {"log.every": 1, "generator_every": 1, "evaluate.every": 100, "steps": 40}
+    with pytest.raises(health.Diverged, match="lower"):
+        start(build(**rates, **often), tmp_path / "run")
+
+
+def test_pretraining_runs_to_its_report(data_dir, tmp_path, capsys):
+    values = {name: v for name, v in programs.SHORT.items() if "teacher" not in name}
+    values |= {"data.data_dir": data_dir, "generator_every": 1, "generator.model.depth": 1}
+    values |= {"generator.model.patch": 14, "generator.model.dim": 16, "generator.model.heads": 2}
+    values |= {"evaluate.steps": (2,), "steps": 6, "evaluate.every": 4}
+    config = programs.load_config("configs/pretrain.py")
+    config.update_from_flattened_dict(values)
+    start(resolve(config, jax.devices()[:1]), tmp_path / "run")
+    trained = tmp_path / "run" / "generator.safetensors"
+    assert samplers.sampler_for(trained) == samplers.ManyStep(50)
+    assert "times" not in weights.notes(trained)
+    assert "| teacher | 2 | 4 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_devices_change_a_run_by_rounding_only(mesh, build, no_report, tmp_path):
+    # A large epsilon makes Adam's step a smooth function of the gradient: with a small one, the
+    # sign of a gradient that is all rounding decides.
+    smooth = {f"{role}.optimizer.eps": 1e-2 for role in ("generator", "fake_score")}
+    few = {"steps": 3, "log.every": 1, "generator_every": 1, "evaluate.every": 100}
+    split = {f"mesh.{axis}": n for axis, n in mesh.items()}
+    runs = {
+        1: build(**smooth, **few),
+        8: build(devices=8, **smooth, **few, **split),
+    }
+    for devices, run in runs.items():
+        start(run, tmp_path / str(devices))
+    (one, _), (eight, _) = (final(run, tmp_path / str(n), 3) for n, run in runs.items())
+    toys.assert_close(jax.device_get(eight.nets), jax.device_get(one.nets), rtol=1e-4, atol=1e-6)
+    for a, b in zip(records(tmp_path / "8"), records(tmp_path / "1"), strict=True):
+        # A noise band without a sample has no number, on one device as on eight.
+        assert {k for k in a if a[k] is None} == {k for k in b if b[k] is None}
+        numbers = {k: v for k, v in b.items() if v is not None}
+        assert {k: a[k] for k in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+    if "fsdp" in mesh:
+        kernel = eight.nets["generator"].net.blocks.qkv.kernel[...]
+        assert kernel.addressable_shards[0].data.shape == (1, 4, 48)
+
+
+@pytest.mark.parametrize("number", ["samples", "num"])
+def test_numbers_of_samples_that_cannot_be_judged_are_refused_before_anything_starts(build, number):
+    for value in (60, 101):  # the metric network has 64 features; there are 10 classes
+        with pytest.raises(ValueError, match=rf"evaluate\.{number}={value} must be a multiple"):
+            build(**{f"evaluate.{number}": value})
+
+
+def test_images_are_not_judged_where_the_data_are_no_images(data_dir):
+    config = programs.load_config("configs/dmd.py", "wan_tiny")
+    config.evaluate.features = features.SHIPPED
+    with pytest.raises(ValueError, match=r"config\.evaluate\.features='mnist_metric' judges"):
+        resolve(config, jax.devices()[:1], files=False)
