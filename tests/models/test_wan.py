@@ -13,7 +13,7 @@ from flax import nnx
 
 from dmd_jax.devices import sharding
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.models import wan
+from dmd_jax.models import kv_cache, wan
 from dmd_jax.models.wan import SHARDING_RULES, Causal, Conditions, Wan, WanConfig
 from dmd_jax.weights import wan as names
 from dmd_jax.weights.table import fill, their_shapes
@@ -381,8 +381,10 @@ def test_conditions_of_other_shapes_are_refused(change, complaint):
     [
         (Causal(), (2, 3, 4, 4), r"keys of the cache .* must be \[2, 2, slots, 6, 2, 24\]"),
         (Causal(), (1, 3, 4, 6), r"keys of the cache .* must be \[2, 2, slots, 6, 2, 24\]"),
-        (Causal(), (2, 2, 4, 6), "3 frames at once do not fit a cache of 2"),
-        (Causal(frames_per_block=2, window=2, sink=1), (2, 3, 4, 6), "3 frames at once"),
+        (Causal(), (2, 2, 4, 6), "3 frames do not fit a cache of 2"),
+        # They would see each other, the earlier block the later one too.
+        (Causal(frames_per_block=2), (2, 4, 4, 6), "x has 3 frames, but a block has 2"),
+        (Causal(window=3, sink=1), (2, 5, 4, 6), "must have room for 4"),
     ],
     ids=str,
 )
@@ -399,9 +401,7 @@ def test_a_cache_of_another_size_is_refused(causal, size, complaint):
         (lambda: dataclasses.replace(SMALL, heads=5), "heads=5"),
         (lambda: dataclasses.replace(SMALL, out_channels=9), "out_channels=9"),
         (lambda: dataclasses.replace(SMALL, dtype="float16"), "float16"),
-        (lambda: Causal(frames_per_block=0), "frames_per_block=0"),
-        (lambda: Causal(frames_per_block=3, window=2), "smaller than"),
-        (lambda: Causal(window=6, sink=1).ring(9, 3, 21), "must hold 7"),
+        (lambda: kv_cache.ring(Causal(window=6, sink=1), 9), "must have room for 7"),
     ],
 )
 def test_numbers_out_of_range_are_refused(make, complaint):

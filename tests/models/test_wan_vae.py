@@ -14,7 +14,7 @@ from flax import nnx
 from dmd_jax.data import to_float
 from dmd_jax.devices import sharding
 from dmd_jax.models import wan_vae
-from dmd_jax.models.wan_vae import SHARDING_RULES, WanVAE, WanVAEConfig
+from dmd_jax.models.wan_vae import SHARDING_RULES, WanVAE, WanVAEConfig, autoencoder
 from dmd_jax.pipelines.video import read_video
 from dmd_jax.weights import wan_vae as names
 from dmd_jax.weights.table import fill, their_shapes
@@ -197,12 +197,12 @@ def test_equals_the_stored_numbers_of_diffusers(kind):
 def test_streamed_frames_are_those_of_the_whole(kind):
     vae, (_, latents) = network(KINDS[kind]), inputs(KINDS[kind], frames=7)
     _, whole = both(vae, *inputs(KINDS[kind], frames=7))
-    before = wan_vae._decode_frame._cache_size()
+    before = autoencoder._decode_frame._cache_size()
     stream = vae.decode_blocks(latents)
     pieces = [next(stream)]
-    assert wan_vae._decode_frame._cache_size() == before + 1  # the rest is not even compiled
+    assert autoencoder._decode_frame._cache_size() == before + 1  # the rest is not even compiled
     pieces += stream
-    assert wan_vae._decode_frame._cache_size() == before + 2
+    assert autoencoder._decode_frame._cache_size() == before + 2
     assert [piece.shape[1] for piece in pieces] == [1, 2, 2, 2]
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, rtol=0, atol=1e-6)
 
@@ -244,7 +244,7 @@ def test_81_frames_of_480_by_832_fit_into_16_gigabytes():
     latent = jax.ShapeDtypeStruct((1, 1, 60, 104, 16), "float32")
     _, caches = jax.eval_shape(lambda vae, z: vae.decode_frame(z), vae, latent)
     for program, given in (
-        (wan_vae._decode_frame, (vae, latent, caches)),
+        (autoencoder._decode_frame, (vae, latent, caches)),
         (jax.jit(WanVAE.encode), (vae, video)),
     ):
         memory = program.lower(*given).compile().memory_analysis()
