@@ -329,6 +329,17 @@ def test_eight_devices_give_what_one_gives():
         assert foreign.relative_error(a, b) < ROUNDING
 
 
+def test_a_cached_rollout_on_eight_devices_is_that_of_one():
+    """With a batch that data does not divide, and blocks that are split over context."""
+    net, causal = network(SMALL), Causal(frames_per_block=1, window=2, sink=1)
+    given = inputs(SMALL, frames=4, height=2, width=6, batch=3, per_frame=True)
+    wanted = block_by_block(net, *given, causal)
+    mesh = sharding.make_mesh(data=2, context=2, tensor=2)
+    placed = jax.device_put(net, sharding.infer(net, SHARDING_RULES, mesh))
+    with jax.set_mesh(mesh):
+        assert foreign.relative_error(block_by_block(placed, *given, causal), wanted) < ROUNDING
+
+
 def test_a_denoiser_takes_it_as_it_is():
     net, (x, _, text) = network(SMALL), inputs(SMALL)
     t = np.array([0.25, 1.0], np.float32)
