@@ -67,25 +67,20 @@ class Ring:
         turn = self.sink + (frames - self.sink) % (self.slots - self.sink)
         return jnp.where(frames < self.sink, frames, turn)
 
-    def num_positions(self, max_distance):
-        """Positions are in [0, num_positions)."""
-        return max(self.slots, max_distance)
-
-    def positions(self, frames, end, max_distance):
+    def positions(self, frames, end, length):
         """Positions of int32 [n] frames for a rotary embedding, which uses their differences alone.
 
-        The newest frame has the last position, and earlier frames those before it. A frame of the
-        sink has a position at most `max_distance` before the end.
+        The newest frame has the last position, length - 1, and earlier frames those before it. Once
+        a video is longer than `length`, frame f of the sink stays at position f.
 
         Args:
             frames: int32 [n], numbers in the video; for EMPTY the position has no meaning.
             end: number of the newest frame plus 1.
-            max_distance: frames of the longest video that the network was trained on.
+            length: positions are in [0, length); at least as many as frames that are visible.
         """
-        last = self.num_positions(max_distance)
-        nearest = jnp.maximum(frames - end, frames - max_distance)
-        distance = jnp.where(frames < self.sink, nearest, frames - end)
-        return jnp.clip(last + distance, 0, last - 1)
+        positions = frames + length - end
+        positions = jnp.where(frames < self.sink, jnp.maximum(frames, positions), positions)
+        return jnp.clip(positions, 0, length - 1)
 
 
 def ring(causal, slots):
@@ -96,9 +91,9 @@ def ring(causal, slots):
     """
     if causal.window is None:
         return Ring(slots, sink=0)  # every frame stays: no slot has to be kept for the sink
-    if slots != causal.window + causal.sink:
+    if slots != causal.most_visible:
         raise ValueError(
             f"a cache of {slots} frames for window={causal.window} and sink={causal.sink}: it must "
-            f"have room for {causal.window + causal.sink}"
+            f"have room for {causal.most_visible}"
         )
     return Ring(slots, causal.sink)

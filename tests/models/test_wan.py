@@ -268,6 +268,15 @@ def test_without_a_window_a_sink_changes_nothing():
     assert foreign.relative_error(made, whole) < ROUNDING
 
 
+def test_a_sink_and_a_window_longer_than_the_trained_videos_have_positions_of_their_own():
+    net = network(dataclasses.replace(SMALL, reach=3))
+    causal = Causal(frames_per_block=1, window=4, sink=1)
+    x, timestep, text = inputs(SMALL, frames=5, height=2, width=4, per_frame=True)
+    whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
+    made = block_by_block(net, x, timestep, text, causal)
+    assert foreign.relative_error(made, whole) < ROUNDING
+
+
 def test_a_cache_may_begin_another_video():
     net, causal = network(SMALL), Causal(frames_per_block=1, window=3, sink=2)
     x, timestep, text = inputs(SMALL, frames=7, height=2, width=4, per_frame=True)

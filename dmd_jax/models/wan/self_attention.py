@@ -55,8 +55,8 @@ def over_sequence(config, grid, causal, teacher_forcing):
 def over_cache(config, grid, causal, ring, cached_frames, own_frames):
     """The frames of one block, which attend to themselves and to the frames of a cache.
 
-    Later blocks see the block's K/V as constants, the block itself does not: `attend` returns them
-    under stop_gradient.
+    The block's K/V are constants for later blocks: `attend` returns them under stop_gradient. The
+    block itself differentiates through them.
 
     Args:
         config: WanConfig.
@@ -67,15 +67,15 @@ def over_cache(config, grid, causal, ring, cached_frames, own_frames):
     """
     slots, end = ring.slot(own_frames), own_frames[-1] + 1
     frames = cached_frames.at[slots].set(own_frames)
+    length = max(config.reach, causal.most_visible or ring.slots)
 
     def rotation(frames):
-        positions = ring.positions(frames, end, config.reach)
-        length = ring.num_positions(config.reach)
+        positions = ring.positions(frames, end, length)
         return rotations(config.rope_dims, positions, grid.height, grid.width, length)
 
     own_rotation, rotation_of_slots = rotation(own_frames), rotation(frames)
     mask = BlockCausal(causal)  # over frames: their numbers are the indices
-    # Numbers are traced, so not checked: frames that are no block of `causal` still see themselves.
+    # Traced numbers are not checked: frames that are not a block of `causal` still see each other.
     block_end = jnp.maximum(mask.group(own_frames[0]), end)
     allowed = mask.group_allows(block_end, frames) & (frames != kv_cache.EMPTY)
     visible = jnp.repeat(allowed, grid.frame)
