@@ -1,1 +1,4 @@
-"""One file a method: which losses it takes, at which times, on which rollout."""
+"""One file for each method: its losses, the times at which it takes them, and its rollout.
+
+Imports jax, jaxtyping and the rooms rollouts/, losses/, diffusion/ and devices/.
+"""

@@ -40,10 +40,10 @@ def batch(n):
 def test_loss_is_the_mean_squared_error_of_what_the_network_predicts(prediction, schedule):
     spy, data = Spy(), batch(8)
     method = Pretrain((2,), dropout=0.0, clip=(0.1, 0.9))
-    loss, (metrics, made) = method.generator_loss(
+    loss, (metrics, rollout) = method.generator_loss(
         Denoiser(spy, schedule, prediction), {}, data, KEY
     )
-    assert metrics == {} and made is None
+    assert metrics == {} and rollout is None
     # The spy's input and time give back the noise, and with it the target.
     t, x_t = spy.t, spy.x
     if isinstance(prediction, EDMPreconditioned):
