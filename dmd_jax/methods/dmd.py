@@ -6,7 +6,7 @@ A method is a frozen dataclass of numbers.
 import dataclasses
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,8 @@ from dmd_jax.losses.distribution_matching import (
     finite_samples,
     teacher_error,
 )
+from dmd_jax.methods import Batch, Metrics, Nets
 from dmd_jax.rollouts.backward_simulation import Rollout, backward_simulation, one_step
-
-Nets: TypeAlias = Mapping[str, Any]  # networks by role, Denoisers
-Batch: TypeAlias = Mapping[str, Any]  # {"cond", "uncond", "index"}, and "data" for some methods
-Metrics: TypeAlias = dict[str, Float32[Array, ""]]
 
 BANDS = 4  # intervals of t, of equal length, in which the metric gap/i is reported
 

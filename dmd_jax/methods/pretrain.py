@@ -11,7 +11,7 @@ from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import check_times, expand, sample_time
 from dmd_jax.losses.distribution_matching import denoising_loss
-from dmd_jax.methods.dmd import Batch, Metrics, Nets
+from dmd_jax.methods import Batch, Metrics, Nets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float32, Key
 from dmd_jax.diffusion.schedule import Samples, expand
 from dmd_jax.losses.distribution_matching import finite_samples
 from dmd_jax.losses.score_identity import sid_loss
-from dmd_jax.methods.dmd import DMD, Batch, Nets
+from dmd_jax.methods import Batch, Nets
+from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout
 
 
