@@ -174,10 +174,19 @@ class Denoiser:
         self.prediction.check(self.schedule)
 
     def predict(self, x_t: Samples, t: Times, cond: PyTree, **kwargs: Any) -> Output:
-        """Calls the network once; `kwargs` are passed to the network."""
+        """Calls the network once; `kwargs` are passed to the network.
+
+        Raises:
+            ValueError: the network's output does not have the shape of its input.
+        """
         t = jnp.asarray(t, jnp.float32)
         out = self.net(*self.prediction.inputs(x_t, t, self.schedule), cond, **kwargs)
         raw, aux = out if isinstance(out, tuple) else (out, None)
+        if raw.shape != x_t.shape:  # it could broadcast: one channel of data, two of output
+            raise ValueError(
+                f"the network returned {raw.shape} for x_t of {x_t.shape}: select the channels of "
+                f"its {type(self.prediction).__name__} prediction"
+            )
         # From here on everything is float32, whatever the dtype inside the network is.
         raw, x_t = raw.astype(jnp.float32), x_t.astype(jnp.float32)
         return Output(self.prediction.x0(raw, x_t, t, self.schedule), raw, aux)

@@ -10,6 +10,8 @@ therefore static under `jax.jit`.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
 import jax
@@ -129,12 +131,22 @@ def shift_time(
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def check_times(*shifts: float, clip: tuple[float, float]) -> None:
-    """Raises ValueError for a shift or a clip that `shift_time` and `sample_time` cannot use."""
-    if min(shifts) <= 0.0:
-        raise ValueError(f"a time shift is {min(shifts)}; it must be above 0, and 1 moves nothing")
+def check_times(*, clip: tuple[float, float], **shifts: float) -> None:
+    """Raises ValueError for a clip or a shift that `sample_time` and `shift_time` cannot use."""
+    for name, shift in shifts.items():
+        if shift <= 0.0:
+            raise ValueError(f"{name}={shift} must be above 0; 1 changes nothing")
     if not 0.0 <= clip[0] < clip[1] <= 1.0:
         raise ValueError(f"clip={clip} must ascend within [0, 1]")
+
+
+def check_step_times(times: Sequence[float]) -> None:
+    """Raises ValueError for a list that is not one of a sampler's call times."""
+    ends = (*times, 0.0)
+    if not 0.0 < ends[0] <= 1.0 or any(a <= b for a, b in pairwise(ends)):
+        raise ValueError(
+            f"times={times} must descend, from 1 at most, and end above 0, such as step_times(4)"
+        )
 
 
 def step_times(steps: int) -> tuple[float, ...]:

@@ -5,7 +5,6 @@ This file imports jax, numpy, jaxtyping and the two files beside it.
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float32, PyTree
 
 from dmd_jax.diffusion.denoiser import DenoiserFn
-from dmd_jax.diffusion.schedule import Samples, Schedule, shift_time
+from dmd_jax.diffusion.schedule import Samples, Schedule, check_step_times, shift_time
 
 # At t = 1, flow matching has alpha = 0, and UniPC's time axis, log(alpha / sigma), is infinite.
 # diffusers takes sigma = 1 - 1e-6 there; this is the alpha that follows in float32.
@@ -53,13 +52,11 @@ def unipc(
         x0.
 
     Raises:
-        ValueError: `times` do not descend within (0, 1].
+        ValueError: `times` do not descend from 1 at most to above 0.
     """
-    ends = (*times, 0.0)
-    if not times or times[0] > 1 or any(a <= b for a, b in pairwise(ends)):
-        raise ValueError(f"times={times} must descend within (0, 1], such as step_times(4)")
+    check_step_times(times)
     # The network's times. A numpy array, because the coefficients are computed on the host.
-    shifted = np.float32([shift_time(t, shift) for t in ends])
+    shifted = np.float32([shift_time(t, shift) for t in (*times, 0.0)])
     with jax.ensure_compile_time_eval():  # a user's schedule may return jax arrays only
         alphas, sigmas = schedule.alpha(shifted).tolist(), schedule.sigma(shifted).tolist()
     alphas[-1], sigmas[-1] = 1.0, 0.0  # clean data, also where sigma(0) is not 0, as in EDM

@@ -5,7 +5,6 @@ A method is a frozen dataclass of numbers.
 
 import dataclasses
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import ClassVar
 
 import jax
@@ -14,7 +13,14 @@ from jaxtyping import Array, Float, Float32, Int, Key, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, Prediction, guided
-from dmd_jax.diffusion.schedule import Samples, Schedule, check_times, expand, sample_time
+from dmd_jax.diffusion.schedule import (
+    Samples,
+    Schedule,
+    check_step_times,
+    check_times,
+    expand,
+    sample_time,
+)
 from dmd_jax.losses.distribution_matching import (
     denoising_loss,
     dmd_gradient,
@@ -81,14 +87,12 @@ class DMD:
     batched_guidance: bool = True
 
     def __post_init__(self):
-        levels = (*self.times, 0.0)
-        if not 0.0 < levels[0] <= 1.0 or any(a <= b for a, b in pairwise(levels)):
-            raise ValueError(f"times={self.times} must descend, from 1 at most, and end above 0")
+        check_step_times(self.times)
         if not self.strides or any(n < 1 or len(self.times) % n for n in self.strides):
             raise ValueError(f"strides={self.strides} must divide the number of times={self.times}")
         if not 0.0 <= self.last_step_share <= 1.0:
             raise ValueError(f"last_step_share={self.last_step_share} must be in [0, 1]")
-        check_times(self.shift, self.score_shift, clip=self.clip)
+        check_times(shift=self.shift, score_shift=self.score_shift, clip=self.clip)
         self._check_blocks()
 
     def _check_blocks(self):

@@ -40,7 +40,7 @@ class Pretrain:
     def __post_init__(self):
         if not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1]")
-        check_times(self.shift, clip=self.clip)
+        check_times(shift=self.shift, clip=self.clip)
 
     def generator_loss(
         self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
@@ -63,9 +63,7 @@ class Pretrain:
             lambda k: jax.random.bernoulli(k, self.dropout), drop_key, index
         )
         cond = jax.tree.map(
-            lambda uncond, cond: jnp.where(expand(drop, cond), uncond, cond),
-            batch["uncond"],
-            batch["cond"],
+            lambda u, c: jnp.where(expand(drop, c), u, c), batch["uncond"], batch["cond"]
         )
         t = randomness.per_sample(
             lambda k: sample_time(k, shift=self.shift, clip=self.clip), time_key, index

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import DenoiserFn
-from dmd_jax.diffusion.schedule import Samples, Schedule, align, shift_time
+from dmd_jax.diffusion.schedule import Samples, Schedule, align, check_step_times, shift_time
 
 
 class Rollout(NamedTuple):
@@ -85,10 +85,17 @@ def backward_simulation(
 
     Returns:
         Rollout.
+
+    Raises:
+        ValueError: `times` do not descend from 1 at most to above 0, or the exit step is not one of
+            the calls (checked where it is an int).
     """
+    check_step_times(times)
     batch = noise.shape[0]
     index = jnp.arange(batch) if index is None else index
     steps = len(times) // stride
+    if isinstance(exit_step, int) and isinstance(steps, int) and not 0 <= exit_step < steps:
+        raise ValueError(f"exit_step={exit_step} must be in [0, {steps}): there are {steps} calls")
     ends = jnp.asarray((*times, 0.0), jnp.float32)
     shifted = shift_time(ends, shift)
     if exit_step is None:

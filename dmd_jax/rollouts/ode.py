@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, PyTree
 
 from dmd_jax.diffusion.denoiser import DenoiserFn
-from dmd_jax.diffusion.schedule import Samples, Schedule, align, shift_time
+from dmd_jax.diffusion.schedule import Samples, Schedule, align, check_step_times, shift_time
 
 
 def ode(
@@ -37,7 +37,11 @@ def ode(
 
     Returns:
         The x0 of the last call.
+
+    Raises:
+        ValueError: `times` do not descend from 1 at most to above 0.
     """
+    check_step_times(times)
     shifted = shift_time(jnp.asarray((*times, 0.0), jnp.float32), shift)
 
     def step(x, t_pair):

@@ -1,5 +1,6 @@
 """UniPC: diffusers' trajectories, the exact map of a Gaussian, one call a step, refusals."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from toys import exact, tiny_mlp
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching, Schedule, step_times
 from dmd_jax.diffusion.solvers import unipc
+from dmd_jax.rollouts.backward_simulation import backward_simulation
 from dmd_jax.rollouts.ode import ode
 
 STORED = Path(__file__).with_name("unipc_reference.npz")
@@ -169,6 +171,9 @@ def test_is_float32_whatever_the_network_runs_in():
 
 
 @pytest.mark.parametrize("times", [(), (1.0, 1.0), (0.5, 0.75), (1.5, 0.5), (1.0, 0.0)])
-def test_times_that_do_not_descend_are_refused(times):
+@pytest.mark.parametrize(
+    "solver", [unipc, ode, partial(backward_simulation, key=jax.random.key(0))]
+)
+def test_times_that_do_not_descend_are_refused(solver, times):
     with pytest.raises(ValueError, match="must descend"):
-        unipc(lambda x, t, cond: x, NOISE, None, times=times, schedule=FLOW)
+        solver(lambda x, t, cond: x, NOISE, None, times=times, schedule=FLOW)

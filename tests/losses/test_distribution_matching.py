@@ -41,7 +41,7 @@ def test_gradient_is_the_difference_over_each_samples_teacher_error():
 
 
 def test_a_teacher_closer_to_x0_makes_a_larger_gradient():
-    # The other way round than some documents have it: the error is divided by.
+    # Some documents state the opposite; but the teacher's error is the divisor.
     near = X0 + 0.1 * (REAL - X0)
     fake = FAKE - REAL
     far = dmd_gradient(X0, REAL, REAL + fake)
@@ -218,7 +218,7 @@ def test_the_generator_of_equal_width_is_pulled_to_the_teachers_mean(schedule):
     real, fake = (exact([[m]], TEACHER_STD, schedule) for m in (TEACHER_MEAN, SHIFT))
     t = jnp.full(7, T)
     grad = dmd_gradient(x_t, real(x_t, t, None), fake(x_t, t, None), normalize=False)
-    # The same for every x_t; negative where the generator lies to the left, as descent adds it.
+    # The same for every x_t; negative if the generator's mean is the lower one: descent raises it.
     width = sigma**2 / (alpha**2 * TEACHER_STD**2 + sigma**2)
     np.testing.assert_allclose(grad, width * (SHIFT - TEACHER_MEAN), rtol=1e-4)
     assert np.all(np.asarray(grad) < 0)

@@ -95,7 +95,7 @@ def test_strides_that_do_not_divide_the_times_are_refused(strides):
     "shape, fields, message",
     [
         ((2,), {"last_step_share": 1.5}, r"last_step_share=1\.5 must be in \[0, 1\]"),
-        ((2,), {"score_shift": 0.0}, "shift is 0.0; it must be above 0"),
+        ((2,), {"score_shift": 0.0}, r"score_shift=0\.0 must be above 0"),
         ((2,), {"clip": (0.9, 0.1)}, r"clip=\(0\.9, 0\.1\) must ascend within \[0, 1\]"),
         ((28, 28, 1), {"frames_per_block": 2}, r"images \(28, 28, 1\) have no frames"),
         ((5, 8, 8, 1), {"frames_per_block": 2}, "frames_per_block=2 must divide the frames"),
@@ -149,7 +149,7 @@ def times_of(method, rollout, n=4000):
     "above, below", [(False, False), (True, False), (False, True), (True, True)]
 )
 def test_scores_are_compared_at_the_times_that_the_exit_step_allows(shift, above, below):
-    # ts_schedule and ts_schedule_max of Self-Forcing: the interval is meant before the shift.
+    # ts_schedule and ts_schedule_max of Self-Forcing: an interval of times before the shift.
     rollout = ZERO._replace(t_from=jnp.float32(0.75), t_to=jnp.float32(0.5))
     method = DMD((1,), score_shift=shift, above_exit=above, below_exit=below)
     t = np.asarray(times_of(method, rollout))

@@ -14,7 +14,7 @@ KEY = jax.random.key(4)
 
 
 class Spy:
-    """A network that answers 0.3 and remembers what it was asked."""
+    """A network that returns 0.3 everywhere and stores its arguments."""
 
     def __call__(self, x, t, cond):
         self.x, self.t, self.cond = x, t, cond
@@ -44,7 +44,7 @@ def test_loss_is_the_mean_squared_error_of_what_the_network_predicts(prediction,
         Denoiser(spy, schedule, prediction), {}, data, KEY
     )
     assert metrics == {} and rollout is None
-    # The spy's input and time give back the noise, and with it the target.
+    # The noise, and with it the target, follow from the network's input and time.
     t, x_t = spy.t, spy.x
     if isinstance(prediction, EDMPreconditioned):
         sigma = jnp.exp(4 * t)

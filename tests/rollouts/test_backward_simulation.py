@@ -136,7 +136,7 @@ def test_a_stride_makes_a_student_of_fewer_steps(stride, times):
 
 
 def test_noise_between_steps_is_fresh_and_of_the_right_level():
-    # A generator that says 2 until its last call, where it shows its input: 2 alpha + sigma eps.
+    # A generator that returns 2, and in its last call its input, which is 2 alpha + sigma eps.
     noise = jnp.asarray(np.random.default_rng(1).standard_normal((4096, 2)), jnp.float32)
 
     @jax.jit
@@ -150,6 +150,12 @@ def test_noise_between_steps_is_fresh_and_of_the_right_level():
     eps = np.stack([np.ravel(e) for e in eps])
     assert np.abs(eps.mean(1)).max() < 4 / np.sqrt(8192)
     np.testing.assert_allclose(np.cov(eps), np.eye(4), atol=5 / np.sqrt(8192))
+
+
+@pytest.mark.parametrize("stride, exit_step", [(1, 4), (1, -1), (2, 2)])
+def test_an_exit_step_that_is_not_a_call_is_refused(stride, exit_step):
+    with pytest.raises(ValueError, match=rf"exit_step={exit_step} must be in \[0, {4 // stride}\)"):
+        simulate(affine(1.0, 0.0), stride=stride, exit_step=exit_step)
 
 
 def test_no_gradient_reaches_the_noise_or_the_earlier_calls():
