@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Float32, Int, Key, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, Prediction, guided
@@ -205,7 +205,7 @@ class DMD:
         self,
         rollout: Rollout,
         schedule: Schedule,
-        index: Int[Array, " B"],
+        index: Int[ArrayLike, " B"],
         time_key: Key[Array, ""],
         eps_key: Key[Array, ""],
     ) -> tuple[Float32[Array, " B *data"], Float32[Array, " B"], Float32[Array, " B *data"]]:
@@ -243,7 +243,8 @@ class DMD:
 
         gap/i is mean |fake - real| at times in the i-th quarter of [0, 1]. critic/tracking is the
         fake score's squared error on the samples over the teacher's: below 1, the fake score knows
-        them better. samples/nonfinite is the share of samples whose gradient the loss sets to zero.
+        them better. samples/nonfinite is the share of samples that are not finite or whose gradient
+        the loss sets to zero.
         """
         x0, real, fake, t = jax.lax.stop_gradient((rollout.x0.astype(jnp.float32), real, fake, t))
         kept = None  # unlike an array of True, this costs nothing

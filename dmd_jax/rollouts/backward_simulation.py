@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Key, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import DenoiserFn
@@ -57,10 +57,10 @@ def backward_simulation(
     times: Sequence[float],
     schedule: Schedule,
     shift: float = 1.0,
-    stride: int | Int[Array, ""] = 1,
+    stride: Int[ArrayLike, ""] = 1,
     last_step_share: float = 0.0,
-    index: Int[Array, " B"] | None = None,
-    exit_step: int | Int[Array, ""] | None = None,
+    index: Int[ArrayLike, " B"] | None = None,
+    exit_step: Int[ArrayLike, ""] | None = None,
 ) -> Rollout:
     """Runs the generator as in inference and stops at a random step (DMD2, section 4.5).
 
