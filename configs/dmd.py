@@ -69,7 +69,7 @@ def get_config(arg=""):
     )
     config.ema = dict(cls=EMA, decay=0.97, start=0)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.log = dict(every=50, tensorboard=True)
+    config.log = dict(every=50, tensorboard=True, wandb=config_dict.placeholder(str))
     config.health = dict(cls=Thresholds)
     config.checkpoint = dict(every=600, keep=2)
     config.evaluate = dict(

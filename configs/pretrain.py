@@ -58,7 +58,7 @@ def get_config(arg=""):
     )
     config.ema = dict(cls=EMA, decay=0.999, start=1_000)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.log = dict(every=100, tensorboard=True)
+    config.log = dict(every=100, tensorboard=True, wandb=config_dict.placeholder(str))
     config.health = dict(cls=Thresholds)
     config.checkpoint = dict(every=1_000, keep=2)
     config.evaluate = dict(

@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from dmd_jax.training import checkpoint, health, loop
+from dmd_jax.training import checkpoint, health, loop, profiling
 from dmd_jax.training.run import build, describe
 
 FLAGS = flags.FLAGS
@@ -34,6 +34,11 @@ def define_flags():
         "Where the run lives: a second start there resumes. Default: runs/<config>.",
     )
     flags.DEFINE_bool("dry_run", False, "Resolve the config, print shapes and bytes, exit.")
+    flags.DEFINE_string(
+        "profile",
+        None,
+        "FIRST:COUNT, the steps to trace into <workdir>/profile, for TensorBoard's profile plugin.",
+    )
     flags.DEFINE_bool(
         "distributed",
         False,
@@ -100,6 +105,9 @@ def main(argv):
     if FLAGS.distributed:
         join()
     try:
+        profile = range(0)
+        if FLAGS.profile:
+            profile = profiling.parse_steps(FLAGS.profile, FLAGS.config.steps)
         run = build(FLAGS.config, files=not FLAGS.dry_run)
     except (ValueError, OSError, ImportError) as error:
         refuse(error)
@@ -108,7 +116,7 @@ def main(argv):
         return
     try:
         with jax.set_mesh(run.mesh):
-            loop.train(run, workdir())
+            loop.train(run, workdir(), profile)
     except (ValueError, OSError, checkpoint.CheckpointError, health.Diverged) as error:
         refuse(error)
 

@@ -1,5 +1,6 @@
 """The entry point: what cannot run is refused with one clear message, before it computes."""
 
+import importlib.util
 import types
 
 import programs
@@ -101,6 +102,13 @@ def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
         ("method.last_step_share", 1.5, "config.method: last_step_share=1.5 must be in [0, 1]"),
         ("method.frames_per_block", 2, "config.method: frames_per_block=2, but images (28, 28, 1)"),
         ("generator.optimizer.decay", "never", "config.generator.optimizer: decay='never'"),
+        (
+            "generator.optimizer.decayed",
+            "(",
+            "config.generator.optimizer: decayed='(' is no regular",
+        ),
+        ("generator.optimizer.end_value", 1, "config.generator.optimizer: end_value=1.0 must be in"),
+        ("ema.more_decays", "(1.5,)", "config.ema: decay=0.97 and more_decays=(1.5,) must be in"),
         ("fake_score.optimizer.warmup", -1, "config.fake_score.optimizer: warmup=-1 must be 0"),
         ("evaluate.steps", "()", "config.evaluate.steps is (): name one number of steps"),
         ("evaluate.teacher_steps", "(0,)", "config.evaluate.teacher_steps is (0,): steps=0 must"),
@@ -128,12 +136,32 @@ def test_a_bad_override_is_refused_by_its_path(refusal, name, value, message):
 def test_a_disk_that_fills_in_mid_run_is_told_in_one_line(
     start, monkeypatch, teacher, data_dir, tmp_path
 ):
-    def train_until_full(run, workdir):
+    def train_until_full(run, workdir, *_):
         raise OSError(28, "No space left on device", str(workdir / "metrics.jsonl"))
 
     monkeypatch.setattr(loop, "train", train_until_full)
     said = start(*programs.flags(tmp_path / "run", programs.short(teacher, data_dir)))
     assert said == f"error: [Errno 28] No space left on device: '{tmp_path}/run/metrics.jsonl'"
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ("10", "--profile=10: use FIRST:COUNT, as in 10:3"),
+        ("0:2", "--profile=0:2: the steps of this run are 1 to 12"),
+        ("12:2", "--profile=12:2: the steps of this run are 1 to 12"),
+    ],
+)
+def test_steps_to_profile_that_are_not_those_of_the_run_are_refused(refusal, steps, message):
+    assert message in refusal(f"--profile={steps}")
+
+
+def test_weights_and_biases_that_is_not_installed_is_refused(refusal, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
+    )
+    assert "needs the package wandb: pip install" in refusal(**{"log.wandb": "digits"})
 
 
 def test_a_truncated_teacher_is_refused(refusal, teacher, tmp_path):

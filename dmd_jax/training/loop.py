@@ -23,6 +23,7 @@ from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
 from dmd_jax.training.configuration import construct, defaults, differences, flatten
 from dmd_jax.training.preemption import Preemption
+from dmd_jax.training.profiling import Profiler
 from dmd_jax.training.writers import Progress, Writer
 
 log = logging.getLogger(__name__)
@@ -61,13 +62,14 @@ def root_key(config):
     return jax.random.key(config.seed, impl="threefry2x32")
 
 
-def train(run, workdir):
+def train(run, workdir, profile=range(0)):
     """Starts or resumes the run in `workdir`, sees it to its end and writes its report.
 
     Args:
         run: from `build`; the mesh is in force.
         workdir: a Path, made if need be: config.json, metrics.jsonl, checkpoints/, best/, images/,
             generator.safetensors, report.md and report.png.
+        profile: the steps to trace into <workdir>/profile, counted from 1.
 
     Returns:
         The path of the report; None where a signal stopped the run before its end.
@@ -81,7 +83,13 @@ def train(run, workdir):
     shape = run.state_shape()
     with (
         Checkpointer(workdir, keep=run.config.checkpoint.keep) as checkpoints,
-        Writer(workdir, tensorboard=run.config.log.tensorboard) as writer,
+        Writer(
+            workdir,
+            tensorboard=run.config.log.tensorboard,
+            wandb=run.config.log.get("wandb"),
+            config=flatten(run.config),
+        ) as writer,
+        Profiler(workdir, profile) as profiler,
     ):
         checkpoints.check_space(shape, shape.ema)
         restored = checkpoints.restore_latest(shape)
@@ -106,7 +114,9 @@ def train(run, workdir):
         finished.unlink(missing_ok=True)  # whatever it reports, it is not the end of this run
         try:
             with Preemption() as preemption:
-                state = _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption)
+                state = _loop(
+                    run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption
+                )
         except health.Diverged:
             _export_best(run, shape.ema, checkpoints, workdir)
             raise
@@ -140,7 +150,7 @@ def _claim(config, workdir):
         write_text(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 
-def _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption):
+def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption):
     """Steps from `state.step` to the end, or to a signal; returns the last state, saved."""
     config, first = run.config, int(state.step)
     if first == config.steps:
@@ -148,7 +158,7 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption):
     root = root_key(config)
     window = health.Window(config.log.every, extra.get("window"))
     monitor = health.Monitor(construct(config.health, "config.health"), extra.get("monitor"))
-    progress = Progress(config.steps, config.batch_size)
+    progress = Progress(config.steps, config.batch_size, frames_per_sample=_frames(run.source))
 
     def heed(record):
         checkpoints.check()
@@ -158,7 +168,7 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption):
 
     for done, batch in enumerate(run.batches(first), first + 1):
         step = steps[run.updates_generator(done - 1)].result()
-        state, metrics = step(state, frozen, batch, root)
+        state, metrics = profiler.call(done, step, state, frozen, batch, root)
         if done == first + 1:  # the one step that is waited for, so that a user sees it at once
             progress.report(done, {name: float(value) for name, value in metrics.items()})
         heed(window.add(done, metrics))
@@ -174,6 +184,11 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption):
             break
     checkpoints.wait()
     return state
+
+
+def _frames(source):
+    """F of samples [F, H, W, C]; None for others."""
+    return source.sample_shape[0] if len(source.sample_shape) == 4 else None
 
 
 def _judge(run, state, step, checkpoints, writer):

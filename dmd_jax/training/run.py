@@ -21,7 +21,7 @@ from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.quality import evaluation
 from dmd_jax.quality.features import load_features
 from dmd_jax.rollouts import samplers
-from dmd_jax.training import optimizer
+from dmd_jax.training import optimizer, writers
 from dmd_jax.training.configuration import construct, flatten, unknown
 from dmd_jax.training.step import EMA, init_state, train_step
 
@@ -194,6 +194,8 @@ def build(config, devices=None, *, files=True):
     tx = optimizer.per_role(transforms, schedules)
     ema = construct(config.ema, "config.ema")
     construct(config.health, "config.health")
+    if config.log.get("wandb"):
+        writers.require_wandb()
     run = Run(config, method, nets, frozen, tx, ema, source, mesh)
     _check_evaluation(run)
     return run
