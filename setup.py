@@ -17,6 +17,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "einops>=0.8",
+        "jaxtyping>=0.3",
         "numpy>=2",
         "absl-py>=2.1",
         "ml_collections>=1.1",
@@ -46,6 +47,7 @@ setup(
             "sentencepiece>=0.2",
             "huggingface_hub>=0.30",
         ],
+        "wandb": ["wandb>=0.19"],
         "test": ["pytest>=9", "ruff>=0.17"],
     },
 )

@@ -163,6 +163,23 @@ def flatten(config):
     return flat
 
 
+def defaults(config):
+    """The defaults of the classes that a config names, for the fields that it states, flattened.
+
+    A run that was started before a field existed stored no value of it. Defaults of new fields
+    repeat what was computed without them, so they complete what such a run stored.
+    """
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f"{name}.{inner}": default for inner, default in defaults(value).items()}
+        elif name == "cls":
+            for field in dataclasses.fields(value):
+                if field.name in config and field.default is not dataclasses.MISSING:
+                    flat[field.name] = json.loads(json.dumps(field.default))
+    return flat
+
+
 def _free(name):
     head, *rest = name.split(".")
     return head in FREE or name == "data.data_dir" or rest[:1] == ["compute"]

@@ -21,7 +21,7 @@ from dmd_jax.quality import evaluation, report
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
-from dmd_jax.training.configuration import construct, differences, flatten
+from dmd_jax.training.configuration import construct, defaults, differences, flatten
 from dmd_jax.training.preemption import Preemption
 from dmd_jax.training.writers import Progress, Writer
 
@@ -115,6 +115,9 @@ def train(run, workdir):
             return None
         trained = sharding.replicate(state.ema)
         _export(run, trained, workdir / EXPORT, run.config.steps)
+        for decay, average in state.more_ema.items():
+            path = (workdir / EXPORT).with_stem(f"generator.ema-{decay}")
+            _export(run, sharding.replicate(average), path, run.config.steps)
         _export_best(run, shape.ema, checkpoints, workdir)
         text = _report(run, trained, frozen, workdir)
         writer.texts(run.config.steps, "report", text)
@@ -127,7 +130,7 @@ def _claim(config, workdir):
     if "teacher" in config:  # the file itself: another one may come to lie at the same path
         now["teacher.sha256"] = weights.fingerprint(config.teacher.weights)
     if path.exists():
-        stored = json.loads(path.read_text())
+        stored = defaults(config) | json.loads(path.read_text())
         if lines := differences(stored, now):
             raise ValueError(
                 f"{workdir} holds a run with another config; choose another --workdir, or "

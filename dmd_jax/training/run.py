@@ -49,7 +49,7 @@ class Run:
         nets: {role: Denoiser}, trainable.
         frozen: {role: Denoiser}, which nothing changes, in the dtype that they compute in.
         tx: the optimizer of all trainable roles.
-        ema: the generator's average.
+        ema: the generator's averages.
         source: the training data.
         mesh: the devices.
     """
@@ -81,7 +81,7 @@ class Run:
 
     def state_shape(self):
         """The TrainState, as jax.ShapeDtypeStructs with shardings."""
-        shapes = jax.eval_shape(lambda: init_state(_zeros(self.nets), self.tx))
+        shapes = jax.eval_shape(lambda: init_state(_zeros(self.nets), self.tx, self.ema))
         return _placed(shapes, self.nets, self.mesh)
 
     def start(self):
@@ -89,7 +89,8 @@ class Run:
         shape = self.state_shape()
         nets = {role: _load(self.config, role, net) for role, net in shape.nets.items()}
         shardings = jax.tree.map(lambda x: x.sharding, shape)
-        state = jax.jit(partial(init_state, tx=self.tx), out_shardings=shardings)(nets)
+        init = partial(init_state, tx=self.tx, ema=self.ema)
+        state = jax.jit(init, out_shardings=shardings)(nets)
         return state, self.load_frozen()
 
     def frozen_shape(self):
@@ -185,12 +186,13 @@ def build(config, devices=None, *, files=True):
     nets = {role: abstract(role) for role in kind.trainable}
     _check_fit(nets | frozen, source)
     method = construct(config.method, "config.method", sample_shape=source.sample_shape)
-    transforms = {}
+    transforms, schedules = {}, {}
     for role in nets:
-        every = config.generator_every if role == "generator" else 1
-        adamw = construct(config[role].optimizer, f"config.{role}.optimizer")
-        transforms[role] = adamw.transform(-(-config.steps // every))
-    tx, ema = optimizer.per_role(transforms), construct(config.ema, "config.ema")
+        updates = -(-config.steps // (config.generator_every if role == "generator" else 1))
+        spec = construct(config[role].optimizer, f"config.{role}.optimizer")
+        transforms[role], schedules[role] = spec.transform(updates), spec.schedule(updates)
+    tx = optimizer.per_role(transforms, schedules)
+    ema = construct(config.ema, "config.ema")
     construct(config.health, "config.health")
     run = Run(config, method, nets, frozen, tx, ema, source, mesh)
     _check_evaluation(run)
@@ -336,7 +338,7 @@ def describe(run):
         size = count * jnp.dtype(dtype).itemsize / 2**20
         lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB")
     lines += [
-        f"{'average':<36}{mebibytes(state.ema):>10.1f} MiB",
+        f"{'average':<36}{mebibytes((state.ema, state.more_ema)):>10.1f} MiB",
         f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",
         f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
         f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",

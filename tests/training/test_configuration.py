@@ -8,7 +8,7 @@ import pytest
 from ml_collections import config_dict
 
 from dmd_jax.methods.dmd import DMD
-from dmd_jax.training.configuration import complete, construct, differences, flatten
+from dmd_jax.training.configuration import complete, construct, defaults, differences, flatten
 from dmd_jax.training.optimizer import AdamW
 
 
@@ -125,6 +125,18 @@ def test_differences_are_listed_with_both_values():
         "  gone: the run here has 2, this command nothing",
         "  new: the run here has nothing, this command 3",
         "  seed: the run here has 0, this command 1",
+    ]
+
+
+def test_a_field_that_a_stored_config_lacks_has_its_default():
+    config = complete(ml_collections.ConfigDict({"role": {"optimizer": {"cls": AdamW}}}))
+    stored = flatten(config)
+    del stored["role.optimizer.end_value"]  # stored before this field existed
+    assert differences(defaults(config) | stored, flatten(config)) == ""
+    with config.unlocked():
+        config.role.optimizer.end_value = 1e-6
+    assert differences(defaults(config) | stored, flatten(config)).splitlines() == [
+        "  role.optimizer.end_value: the run here has 0.0, this command 1e-06"
     ]
 
 
