@@ -124,7 +124,9 @@ def _alternatives(annotation):
 def _subclasses(annotation):
     """{name: class} of the dataclasses that derive from the types that an annotation allows."""
     kinds = [kind for kind in _alternatives(annotation) if isinstance(kind, type)]
-    found = [sub for kind in kinds for sub in kind.__subclasses__() if dataclasses.is_dataclass(sub)]
+    found = [
+        sub for kind in kinds for sub in kind.__subclasses__() if dataclasses.is_dataclass(sub)
+    ]
     return {sub.__name__: sub for sub in found}
 
 

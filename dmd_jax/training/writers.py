@@ -7,6 +7,7 @@ it is done waits in a queue. A run never stops for want of TensorFlow.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -23,6 +24,26 @@ from etils import epath
 from PIL import Image
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What a run logs: `config.log`.
+
+    Attributes:
+        every: steps between two records of the metrics, which are means over these steps.
+        tensorboard: whether to write TensorBoard files too.
+
+    Raises:
+        ValueError: `every` is below 1.
+    """
+
+    every: int = 50
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"every={self.every} must be 1 or more")
 
 
 class Writer:
