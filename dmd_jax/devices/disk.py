@@ -36,7 +36,7 @@ def check_writable(directory: epath.PathLike) -> None:
 def exclusive(directory: Path) -> Iterator[None]:
     """Locks a directory for this process by a file `lock` in it, while the context is open.
 
-    The kernel releases the lock when the process ends, however it ends. Where the file system has no
+    The kernel releases the lock when the process ends, however it ends. On a file system without
     locks, a warning is logged and nothing is locked.
 
     Raises:

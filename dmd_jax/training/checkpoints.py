@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written asynchronously, with a fallback; the best in a series of its own.
+"""The checkpoints of a run: asynchronous, with a fallback; the best in a series of its own.
 
     <workdir>/checkpoints/<step>/    the newest few, the whole state
     <workdir>/best/<step>/           the lowest metric so far

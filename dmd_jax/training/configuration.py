@@ -15,16 +15,16 @@ import typing
 import ml_collections
 from ml_collections import config_dict
 
-# Sections that a resumed run may change: its length, what is logged and judged, and where and how it
-# is computed.
+# Sections that a resumed run may change: its length, what is logged and judged, and where and how
+# it is computed.
 FREE = ("steps", "log", "checkpoint", "health", "evaluate", "mesh", "accumulate")
 
 
 def complete(config):
-    """Adds every default of the classes that a config names, so that flags can override all fields.
+    """Adds the defaults of all classes that a config names, so that flags can override all fields.
 
-    A field of type `X | None` accepts any Python literal as a flag: --config.generator.optimizer.clip
-    takes `None` and `5.0`. `construct` checks the type.
+    A field of type `X | None` accepts any Python literal as a flag: `None` and `5.0` for
+    --config.generator.optimizer.clip. `construct` checks the type.
 
     Args:
         config: an ml_collections.ConfigDict; a section with a `cls` entry describes a dataclass.
@@ -40,7 +40,8 @@ def complete(config):
             continue
         value = config.get(field.name, field.default)
         if _is_literal(field.type) and not isinstance(value, ml_collections.ConfigDict):
-            config.pop(field.name, None)  # an entry keeps its type: replace it
+            if field.name in config:
+                del config[field.name]  # an assignment would keep its type
             value = config_dict.FieldReference(value, field_type=object)
         elif value is None:
             value = config_dict.placeholder(_alternatives(field.type)[0])
@@ -69,9 +70,9 @@ def construct(config, where, **given):
     """Creates the object that a section of a config describes.
 
     Args:
-        config: ConfigDict with `cls`, a dataclass, and values of its fields. Where a field's type is
-            a base class, the name of a subclass stands for that subclass with its defaults, so that
-            a flag can choose it: --config.method.regression=X0.
+        config: ConfigDict with `cls`, a dataclass, and values of its fields. If the type of a field
+            is a base class, the name of a subclass stands for that subclass with its defaults, so
+            that a flag can choose it: --config.method.regression=X0.
         where: path of the section, for errors: "config.method".
         **given: fields that the program knows and the config does not state.
 

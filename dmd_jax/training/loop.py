@@ -182,8 +182,8 @@ def _require_own(identity, config, workdir):
     stored = defaults(config) | json.loads(path.read_text())
     if lines := differences(stored, identity):
         raise ValueError(
-            f"{workdir} holds a run with another config; choose another --workdir, or take back the "
-            f"difference:\n{lines}"
+            f"{workdir} holds a run with another config; choose another --workdir, or "
+            f"take back the difference:\n{lines}"
         )
 
 

@@ -68,7 +68,7 @@ class Run:
     health: Thresholds
 
     def updates_generator(self, step):
-        """Whether the generator is updated at this step; weights, moments and averages follow it."""
+        """Whether the generator is updated at this step: weights, moments and averages."""
         return step % self.config.generator_every == 0
 
     @property
@@ -269,9 +269,9 @@ def _check_fallback(run):
     if (keep - 1) * every < window - 1:
         raise ValueError(
             f"config.checkpoint.keep={keep} checkpoints, one every config.checkpoint.every={every} "
-            f"steps, do not reach back over config.log.every={window} steps, after which the health "
-            "of a run is judged: if it diverges, none of them may be good. Lower log.every, or "
-            "raise checkpoint.every or checkpoint.keep"
+            f"steps, do not reach back over config.log.every={window} steps, after which the "
+            "health of a run is judged: if it diverges, none of them may be good. Lower log.every, "
+            "or raise checkpoint.every or checkpoint.keep"
         )
 
 
