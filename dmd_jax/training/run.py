@@ -182,7 +182,7 @@ def build(config, devices=None, *, files=True):
     abstract = partial(_abstract, config, source=source, files=files)
     frozen = {role: _in_compute_dtype(abstract(role)) for role in kind.frozen}
     nets = {role: abstract(role) for role in kind.trainable}
-    _check_fit(nets | frozen, source)
+    _check_fit(frozen | nets, source)
     run = Run(
         config=config,
         method=construct(config.method, "config.method", sample_shape=source.sample_shape),
