@@ -47,7 +47,7 @@ setup(
             "sentencepiece>=0.2",
             "huggingface_hub>=0.30",
         ],
-        "wandb": ["wandb>=0.19"],
+        "wandb": ["wandb>=0.31"],
         "test": ["pytest>=9", "ruff>=0.17"],
     },
 )

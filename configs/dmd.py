@@ -33,10 +33,12 @@ from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
+from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
 from dmd_jax.training.step import EMA
+from dmd_jax.training.writers import Log
 
 
 def get_config(arg=""):
@@ -69,9 +71,9 @@ def get_config(arg=""):
     )
     config.ema = dict(cls=EMA, decay=0.97, start=0)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.log = dict(every=50, tensorboard=True, wandb=config_dict.placeholder(str))
+    config.log = dict(cls=Log, every=50, tensorboard=True)
     config.health = dict(cls=Thresholds)
-    config.checkpoint = dict(every=600, keep=2)
+    config.checkpoint = dict(cls=Checkpoints, every=600, keep=2)
     config.evaluate = dict(
         features="mnist_metric",
         every=600,

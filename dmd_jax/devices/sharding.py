@@ -34,6 +34,10 @@ def make_mesh(data=-1, fsdp=1, context=1, tensor=1, *, devices=None):
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, context, tensor]
     given = int(np.prod([n for n in shape if n != -1]))
+    if any(n != -1 and n < 1 for n in shape):
+        raise ValueError(
+            f"mesh axes {dict(zip(AXES, shape, strict=True))} must be 1 or more, or -1"
+        )
     if shape.count(-1) > 1 or len(devices) % given or (-1 not in shape and given != len(devices)):
         wanted = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True))
         raise ValueError(

@@ -19,7 +19,6 @@ from dmd_jax.losses.distribution_matching import (
     dmd_gradient,
     dmd_loss,
     finite_samples,
-    masked_mean,
 )
 from dmd_jax.rollouts.backward_simulation import backward_simulation, one_step
 
@@ -125,7 +124,7 @@ class DMD:
             key: a key of this step.
 
         Returns:
-            (loss, (metrics, Rollout)).
+            (loss, (per-sample values for `metrics`, Rollout)).
         """
         rollout_key, time_key, eps_key = jax.random.split(key, 3)
         made = self.rollout(generator, nets, batch, rollout_key)
@@ -154,7 +153,7 @@ class DMD:
             rollout: the generator's samples; no gradient reaches them.
 
         Returns:
-            (loss, metrics).
+            (loss, per-sample values for `metrics`).
         """
         fake_score = critics["fake_score"]
         schedule, prediction = fake_score.schedule, fake_score.prediction
@@ -198,25 +197,40 @@ class DMD:
         return real, fake
 
     def observe(self, made, real, fake, t):
-        """What tells a healthy run from a sick one: scalars, NaN where they have no sample.
+        """The per-sample values that `metrics` needs: {name: [B, ...]}."""
+        x0, real, fake, t = jax.lax.stop_gradient((made.x0.astype(jnp.float32), real, fake, t))
+        axes = tuple(range(1, x0.ndim))
+        good = finite_samples(real) & finite_samples(fake) & finite_samples(x0)
+        if self.normalize:  # a teacher error of zero leaves nothing to divide by
+            good &= jnp.any(real != x0, axis=axes)
+        return {
+            "x0": x0,
+            "t": t,
+            "good": good,
+            "gap": jnp.mean(jnp.abs(fake - real), axis=axes),
+            "real_error": jnp.mean(jnp.square(real - x0), axis=axes),
+            "fake_error": jnp.mean(jnp.square(fake - x0), axis=axes),
+        }
+
+    def metrics(self, observed):
+        """Health metrics of a whole batch: float32 scalars, NaN where no sample counts.
 
         gap/i is mean |fake - real| at times of the i-th quarter. critic/tracking is the fake
         score's squared error on the samples over the teacher's, below 1 where it knows them better.
         samples/nonfinite is the share of the samples that the loss leaves out.
+
+        Args:
+            observed: of `observe`, for all samples of the batch.
         """
-        x0, real, fake, t = jax.lax.stop_gradient((made.x0.astype(jnp.float32), real, fake, t))
-        gap = jnp.mean(jnp.abs(fake - real), axis=tuple(range(1, x0.ndim)))
-        band = jnp.clip((t * BANDS).astype(jnp.int32), 0, BANDS - 1)
-        good = finite_samples(real) & finite_samples(fake) & finite_samples(x0)
-        if self.normalize:  # a teacher error of zero leaves nothing to divide by
-            good &= jnp.any(real != x0, axis=tuple(range(1, x0.ndim)))
+        x0, good, gap = observed["x0"], observed["good"], observed["gap"]
+        band = jnp.clip((observed["t"] * BANDS).astype(jnp.int32), 0, BANDS - 1)
         metrics = {
             f"gap/{i}": jnp.sum(gap, where=good & (band == i)) / jnp.sum(good & (band == i))
             for i in range(BANDS)
         }
         return metrics | {
-            "critic/tracking": masked_mean(jnp.square(fake - x0), good)
-            / masked_mean(jnp.square(real - x0), good),
+            "critic/tracking": jnp.sum(observed["fake_error"], where=good)
+            / jnp.sum(observed["real_error"], where=good),
             "samples/nonfinite": jnp.mean(~good),
             "samples/saturation": jnp.mean(jnp.abs(x0) > 1.05),
             "samples/contrast": jnp.std(x0),

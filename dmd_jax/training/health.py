@@ -1,8 +1,8 @@
-"""Is the run still well? Metrics fetched one step late, and a monitor that ends a lost run.
+"""The health of a run: metrics fetched one step late, and a monitor that stops a diverged run.
 
-Floor 0: knows names and numbers; imports no other room. Nothing here reads the clock or touches
-the training state, and what it remembers is a few numbers that go into the checkpoint's `extra`:
-a resumed run is judged exactly as one that was never stopped.
+Imports no other room. Nothing here reads the clock or the training state. The state of both classes
+is a few numbers that go into the checkpoint's `extra`: a resumed run is judged exactly as one that
+was never stopped.
 
     window, monitor = Window(every=50), Monitor()
     for step in range(first, last + 1):
@@ -58,8 +58,12 @@ class Window:
         self._queued = step, metrics
         return record
 
-    def flush(self) -> Record | None:
-        """Waits for the queued step; returns its record if it completes one."""
+    def flush(self, *, end: bool = False) -> Record | None:
+        """Waits for the queued step; returns its record if it completes one.
+
+        Args:
+            end: return the record of an incomplete window too: no more steps follow.
+        """
         if self._queued is None:
             return None
         step, metrics = self._queued
@@ -68,7 +72,7 @@ class Window:
             total, count = self._sums.get(key, (0.0, 0))
             counts = bool(math.isfinite(value))
             self._sums[key] = total + float(value) if counts else total, count + counts
-        if step % self._every:
+        if step % self._every and not end:
             return None
         sums, self._sums = self._sums, {}
         return step, {key: total / n if n else math.nan for key, (total, n) in sums.items()}

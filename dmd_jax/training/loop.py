@@ -1,4 +1,4 @@
-"""The training program: the loop over the steps of a run, and what is left when it ends.
+"""The training program: the loop over the steps of a run, its exports and its report.
 
     run = build(config)         see run.py
     train(run, workdir)         start or resume, loop, save, export, report
@@ -6,9 +6,11 @@
 Imports every room below.
 """
 
+import contextlib
 import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -16,26 +18,29 @@ from jax.experimental import multihost_utils
 
 from dmd_jax import data, weights
 from dmd_jax.devices import sharding
-from dmd_jax.devices.disk import check_writable, write_text
+from dmd_jax.devices.disk import check_writable, exclusive, write_text
 from dmd_jax.quality import evaluation, report
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
-from dmd_jax.training.configuration import construct, defaults, differences, flatten
+from dmd_jax.training.configuration import defaults, differences, flatten
 from dmd_jax.training.preemption import Preemption
 from dmd_jax.training.profiling import Profiler
 from dmd_jax.training.writers import Progress, Writer
 
 log = logging.getLogger(__name__)
 
-EXPORT, BEST = "generator.safetensors", "best.safetensors"
+CONFIG, EXPORT, BEST = "config.json", "generator.safetensors", "best.safetensors"
+
+
+COMPILATION = "compilation of the steps"  # name of the thread
 
 
 def compile_steps(run):
-    """Starts to compile the steps of a run, in the background and from shapes alone.
+    """Starts to compile the steps of a run in the background, from shapes alone.
 
     Returns:
-        {update_generator: a Future of the compiled step}; the kind of step 0 is ready first.
+        {update_generator: a Future of the compiled step}; that of step 0 is compiled first.
     """
     config = run.config
     state, frozen = run.state_shape(), run.frozen_shape()
@@ -48,70 +53,103 @@ def compile_steps(run):
     batch, key = next(run.batches(0)), root_key(config)
 
     def compiled(kind):
-        with jax.set_mesh(run.mesh):  # it is in force on the thread that set it alone
+        with jax.set_mesh(run.mesh):  # a mesh is set for one thread only
             return jitted.lower(state, frozen, batch, key, update_generator=kind).compile()
 
-    # One after the other: the first step can be seen before the second kind is ready.
-    pool = ThreadPoolExecutor(1)
-    kinds = dict.fromkeys(map(run.updates_generator, range(config.generator_every)))
-    return {kind: pool.submit(compiled, kind) for kind in kinds}
+    return in_background(compiled, map(run.updates_generator, range(config.generator_every)))
+
+
+def in_background(compiled, kinds):
+    """{kind: a Future of compiled(kind)}, computed one after the other in a daemon thread.
+
+    The interpreter waits at its exit for the threads of an executor, but not for a daemon: a run
+    that is stopped does not wait for compilations that nobody needs.
+    """
+    futures = {kind: Future() for kind in kinds}
+
+    def work():
+        for kind, future in futures.items():
+            try:
+                future.set_result(compiled(kind))
+            except Exception as error:
+                future.set_exception(error)
+
+    threading.Thread(target=work, name=COMPILATION, daemon=True).start()
+    return futures
+
+
+def compiling():
+    """Whether a compilation is running in the background."""
+    return any(thread.name == COMPILATION for thread in threading.enumerate())
 
 
 def root_key(config):
-    """The key from which all of a run's random numbers are folded."""
+    """The key from which all random numbers of a run are derived."""
     return jax.random.key(config.seed, impl="threefry2x32")
 
 
 def train(run, workdir, profile=range(0)):
-    """Starts or resumes the run in `workdir`, sees it to its end and writes its report.
+    """Starts or resumes the run in `workdir`, trains to its last step and writes its report.
 
     Args:
-        run: from `build`; the mesh is in force.
-        workdir: a Path, made if need be: config.json, metrics.jsonl, checkpoints/, best/, images/,
-            generator.safetensors, report.md and report.png.
+        run: from `build`; its mesh is set (`jax.set_mesh`).
+        workdir: a Path, created if it does not exist: config.json, metrics.jsonl, checkpoints/,
+            best/, images/, generator.safetensors, report.md and report.png.
         profile: the steps to trace into <workdir>/profile, counted from 1.
 
     Returns:
-        The path of the report; None where a signal stopped the run before its end.
+        The path of the report; None if a signal stopped the run before its last step.
 
     Raises:
-        ValueError: the directory holds another run, cannot be written or is too small.
-        health.Diverged: the run went bad; its last good checkpoint stays.
+        ValueError: the directory belongs to another run, is in use, cannot be written or is too
+            small.
+        health.Diverged: the run diverged; its last good checkpoint is kept.
     """
     check_writable(workdir)
-    _claim(run.config, workdir)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(exclusive(workdir))
+        return _train(run, workdir, profile)
+
+
+def _train(run, workdir, profile):
+    identity = _identity(run.config)
+    _require_own(identity, run.config, workdir)
     shape = run.state_shape()
     with (
-        Checkpointer(workdir, keep=run.config.checkpoint.keep) as checkpoints,
+        Checkpointer(workdir, keep=run.checkpoint.keep) as checkpoints,
         Writer(
             workdir,
-            tensorboard=run.config.log.tensorboard,
-            wandb=run.config.log.get("wandb"),
+            tensorboard=run.log.tensorboard,
+            wandb=run.log.wandb,
             config=flatten(run.config),
         ) as writer,
         Profiler(workdir, profile) as profiler,
     ):
         checkpoints.check_space(shape, shape.ema)
         restored = checkpoints.restore_latest(shape)
-        finished = workdir / evaluation.REPORT
-        if restored is not None and restored[1] > run.config.steps:
+        first = 0 if restored is None else restored[1]
+        if first > run.config.steps:
             raise ValueError(
-                f"config.steps={run.config.steps}, but the run in {workdir} has taken "
-                f"{restored[1]}: ask for as many or more, or choose another --workdir"
+                f"config.steps={run.config.steps}, but the run in {workdir} has taken {first}: ask "
+                "for as many or more, or choose another --workdir"
             )
-        if restored is not None and restored[1] == run.config.steps and finished.exists():
+        finished = workdir / evaluation.REPORT
+        if first == run.config.steps and finished.exists():
             log.info("this run is finished; its report again, from %s", finished)
             print(finished.read_text())
             return finished
-        first = 0 if restored is None else restored[1]
         steps = compile_steps(run) if first < run.config.steps else {}
         if restored is None:
             (state, frozen), extra = run.start(), {}
         else:
             (state, _, extra), frozen = restored, run.load_frozen()
-            log.info("going on from step %d in %s", int(state.step), workdir)
-        writer.rewind(int(state.step))
-        finished.unlink(missing_ok=True)  # whatever it reports, it is not the end of this run
+            log.info("going on from step %d in %s", first, workdir)
+        # The run is accepted, and nothing of it is written before this line.
+        if jax.process_index() == 0:
+            write_text(workdir / CONFIG, json.dumps(identity, indent=2, sort_keys=True) + "\n")
+        writer.rewind(first)
+        finished.unlink(missing_ok=True)  # it is not the report of this run's last step
         try:
             with Preemption() as preemption:
                 state = _loop(
@@ -134,30 +172,39 @@ def train(run, workdir, profile=range(0)):
         return finished
 
 
-def _claim(config, workdir):
-    """Writes the resolved config, or refuses a directory that holds another run."""
-    path, now = workdir / "config.json", flatten(config)
-    if "teacher" in config:  # the file itself: another one may come to lie at the same path
-        now["teacher.sha256"] = weights.fingerprint(config.teacher.weights)
-    if path.exists():
-        stored = defaults(config) | json.loads(path.read_text())
-        if lines := differences(stored, now):
-            raise ValueError(
-                f"{workdir} holds a run with another config; choose another --workdir, or "
-                f"take back the difference:\n{lines}"
-            )
-    if jax.process_index() == 0:
-        write_text(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
+def _identity(config):
+    """What config.json stores: the flat config, and the checksum of the teacher."""
+    flat = flatten(config)
+    if "teacher" in config:  # its path may later name another file
+        flat["teacher.sha256"] = weights.fingerprint(config.teacher.weights)
+    return flat
+
+
+def _require_own(identity, config, workdir):
+    """Refuses a directory with the checkpoints of a run with another config.
+
+    Without a checkpoint there is nothing to protect: the run that wrote config.json saved nothing.
+    """
+    path = workdir / CONFIG
+    saved = [*workdir.glob("checkpoints/[0-9]*"), *workdir.glob("best/[0-9]*")]
+    if not (path.exists() and saved):
+        return
+    stored = defaults(config) | json.loads(path.read_text())
+    if lines := differences(stored, identity):
+        raise ValueError(
+            f"{workdir} holds a run with another config; choose another --workdir, or "
+            f"take back the difference:\n{lines}"
+        )
 
 
 def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption):
-    """Steps from `state.step` to the end, or to a signal; returns the last state, saved."""
+    """Takes steps from `state.step` to the last, or to a signal; returns the last state, saved."""
     config, first = run.config, int(state.step)
     if first == config.steps:
         return state
     root = root_key(config)
-    window = health.Window(config.log.every, extra.get("window"))
-    monitor = health.Monitor(construct(config.health, "config.health"), extra.get("monitor"))
+    window = health.Window(run.log.every, extra.get("window"))
+    monitor = health.Monitor(run.health, extra.get("monitor"))
     progress = Progress(config.steps, config.batch_size, frames_per_sample=_frames(run.source))
 
     def heed(record):
@@ -166,20 +213,29 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
             writer.scalars(record[0], record[1] | progress.report(*record))
             monitor.update(*record)
 
+    def save(done):
+        extra = {"window": window.state, "monitor": monitor.state}
+        checkpoints.save(done, state, extra)
+
     for done, batch in enumerate(run.batches(first), first + 1):
-        step = steps[run.updates_generator(done - 1)].result()
+        step = preemption.wait(steps[run.updates_generator(done - 1)])
+        if step is None:  # asked to stop during the compilation
+            heed(window.flush())
+            if done - 1 > first:
+                save(done - 1)
+            break
         state, metrics = profiler.call(done, step, state, frozen, batch, root)
-        if done == first + 1:  # the one step that is waited for, so that a user sees it at once
+        if done == first + 1:  # the only step that is waited for, so that a user sees it at once
             progress.report(done, {name: float(value) for name, value in metrics.items()})
         heed(window.add(done, metrics))
-        last = done == config.steps or preemption.requested(done)
+        end = done == config.steps
+        last = end or preemption.requested(done)
         if done % config.evaluate.every == 0:
             _judge(run, state, done, checkpoints, writer)
-        if done % config.checkpoint.every == 0 or last:
-            heed(window.flush())
+        if done % run.checkpoint.every == 0 or last:
+            heed(window.flush(end=end))
             if last or not monitor.suspicious:
-                extra = {"window": window.state, "monitor": monitor.state}
-                checkpoints.save(done, state, extra)
+                save(done)
         if last:
             break
     checkpoints.wait()

@@ -173,9 +173,10 @@ def train_step(
         update_generator=update_generator,
         reuse_rollout=reuse_rollout,
     )
-    grads, losses, metrics = (
+    grads, losses, observed = (
         one(batch) if accumulate == 1 else _accumulate(one, batch, size, accumulate)
     )
+    metrics = method.metrics(observed) if observed else {}
 
     norms = {role: optax.tree.norm(grad) for role, grad in grads.items()}
     update = {role: jnp.isfinite(losses[role]) & jnp.isfinite(norms[role]) for role in grads}
@@ -211,10 +212,10 @@ def train_step(
 
 
 def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator, reuse_rollout):
-    """Gradients and losses by role, and metrics, of one (part of a) batch."""
+    """Gradients and losses by role, and per-sample values, of a batch or of one of its parts."""
     keys = [jax.random.fold_in(key, tag) for tag in (GENERATOR, CRITIC, CRITIC_ROLLOUT)]
     nets = bind(trainable, frozen)
-    grads, losses, metrics, made = {}, {}, {}, None
+    grads, losses, observed, made = {}, {}, {}, None
 
     if update_generator:
 
@@ -222,7 +223,7 @@ def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator,
             bound = bind({**trainable, "generator": generator}, frozen)
             return method.generator_loss(bound["generator"], bound, batch, keys[GENERATOR])
 
-        (loss, (metrics, made)), grad = jax.value_and_grad(generator_loss, has_aux=True)(
+        (loss, (observed, made)), grad = jax.value_and_grad(generator_loss, has_aux=True)(
             trainable["generator"]
         )
         grads["generator"], losses["generator"] = grad, loss
@@ -237,15 +238,19 @@ def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator,
             seen = {role: bound[role] for role in critics}
             return method.critic_loss(seen, bound, made, batch, keys[CRITIC])
 
-        (loss, critic_metrics), grad = jax.value_and_grad(critic_loss, has_aux=True)(critics)
-        metrics = metrics | critic_metrics
+        (loss, critic_observed), grad = jax.value_and_grad(critic_loss, has_aux=True)(critics)
+        observed = observed | critic_observed
         grads |= grad
         losses |= dict.fromkeys(critics, loss)
-    return grads, losses, metrics
+    return grads, losses, observed
 
 
 def _accumulate(one, batch, size, parts):
-    """Means of `one` over parts of the batch; a metric that a part lacks (NaN) does not count."""
+    """Mean gradients and losses over the parts of a batch, and the per-sample values of all parts.
+
+    Metrics are computed from the latter, once: a standard deviation over the batch is not the mean
+    of those over its parts.
+    """
     if size % parts:
         raise ValueError(f"accumulate={parts} does not divide the batch of {size}")
 
@@ -254,13 +259,16 @@ def _accumulate(one, batch, size, parts):
         # move.
         return jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0)
 
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:])
+
     def add(total, part):
-        grads, losses, metrics = one(part)
-        return jax.tree.map(jnp.add, total, (grads, losses)), metrics
+        grads, losses, observed = one(part)
+        return jax.tree.map(jnp.add, total, (grads, losses)), observed
 
     batches = jax.tree.map(split, batch)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches))[:2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, metrics = jax.lax.scan(add, zeros, batches)
+    total, observed = jax.lax.scan(add, zeros, batches)
     grads, losses = jax.tree.map(lambda x: x / parts, total)
-    return grads, losses, {name: jnp.nanmean(value) for name, value in metrics.items()}
+    return grads, losses, jax.tree.map(join, observed)

@@ -7,6 +7,7 @@ board that fails never stops a run.
 """
 
 import contextlib
+import dataclasses
 import html
 import importlib.util
 import json
@@ -28,6 +29,33 @@ from PIL import Image
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What a run logs: `config.log`.
+
+    Attributes:
+        every: steps between two records of the metrics, which are means over these steps.
+        tensorboard: whether to write TensorBoard files too.
+        wandb: a project of Weights & Biases, to write to it too; None for none.
+
+    Raises:
+        ValueError: `every` is below 1, or Weights & Biases is asked for and not installed.
+    """
+
+    every: int = 50
+    tensorboard: bool = True
+    wandb: str | None = None
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"every={self.every} must be 1 or more")
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                f"wandb={self.wandb!r} needs the package wandb: pip install 'dmd_jax[wandb]', or "
+                "leave the field empty"
+            )
+
+
 class Writer:
     """Scalars, image grids and texts of one run, written by the first process only.
 
@@ -47,7 +75,7 @@ class Writer:
         config: the settings that Weights & Biases lists for this run.
 
     Raises:
-        ValueError: Weights & Biases is not installed, or cannot be started.
+        ValueError: Weights & Biases cannot be started.
     """
 
     def __init__(
@@ -67,7 +95,7 @@ class Writer:
         if not self._writes:
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
-        if wandb is not None:  # in this thread: it may ask for an account, or refuse the run
+        if wandb:  # in this thread: it may ask for an account, or refuse the run
             self._boards["Weights & Biases"] = open_wandb(self._workdir, wandb, config or {})
         if tensorboard:
             self._worker.submit(self._open_tensorboard)
@@ -187,22 +215,12 @@ def open_tensorboard(directory: str) -> Any:
     return metric_writers.SummaryWriter(directory)
 
 
-def require_wandb() -> None:
-    """Raises ValueError if Weights & Biases is not installed; imports nothing."""
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            "config.log.wandb needs the package wandb: pip install 'dmd_jax[wandb]', or leave the "
-            "field empty"
-        )
-
-
 def open_wandb(workdir: epath.Path, project: str, config: Mapping[str, Any]) -> "WandbBoard":
     """Starts the run of Weights & Biases that belongs to a workdir, or continues it.
 
     Raises:
-        ValueError: it is not installed, or cannot be started.
+        ValueError: it cannot be started.
     """
-    require_wandb()
     import wandb
 
     stored = workdir / "wandb_id.txt"

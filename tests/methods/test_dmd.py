@@ -49,11 +49,12 @@ def generator_gradient(method, generator, nets, batch):
 def test_losses_are_scalars_and_the_rollout_has_the_samples_shape(method, levels):
     nets = networks()
     generator_loss, critic_loss = jax.jit(method.generator_loss), jax.jit(method.critic_loss)
-    loss, (metrics, made) = generator_loss(nets["generator"], nets, BATCH, KEY)
+    loss, (observed, made) = generator_loss(nets["generator"], nets, BATCH, KEY)
     assert loss.shape == () and loss.dtype == jnp.float32 and jnp.isfinite(loss)
     assert made.x0.shape == (6, 2) and float(made.t_from) in levels
-    assert all(value.shape == () for value in metrics.values())
-    loss, metrics = critic_loss({"fake_score": nets["fake_score"]}, nets, made, BATCH, KEY)
+    assert {value.shape[0] for value in observed.values()} == {6}
+    assert {value.shape for value in method.metrics(observed).values()} == {()}
+    loss, observed = critic_loss({"fake_score": nets["fake_score"]}, nets, made, BATCH, KEY)
     assert loss.shape == () and loss.dtype == jnp.float32 and loss > 0
 
 
@@ -273,7 +274,8 @@ def test_metrics_by_hand():
     real = x0 + jnp.array([[1.0], [2.0], [1.0], [jnp.nan]])
     fake = x0 + jnp.array([[0.5], [1.0], [3.0], [0.0]])
     made = ZERO._replace(x0=x0)
-    got = DMD((2,)).observe(made, real, fake, jnp.array([0.1, 0.2, 0.6, 0.9]))
+    method = DMD((2,))
+    got = method.metrics(method.observe(made, real, fake, jnp.array([0.1, 0.2, 0.6, 0.9])))
     np.testing.assert_allclose(
         [got[f"gap/{i}"] for i in range(4)], [(0.5 + 1) / 2, np.nan, 2.0, np.nan], rtol=1e-6
     )

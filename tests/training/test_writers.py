@@ -1,6 +1,5 @@
 """Everything written arrives, in order, and TensorFlow is never in the way."""
 
-import importlib.util
 import io
 import json
 import logging
@@ -189,20 +188,12 @@ with Writer({str(tmp_path)!r}) as writer:
 # Weights & Biases
 
 
-def test_without_wandb_the_project_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"needs the package wandb: pip install 'dmd_jax\[wandb\]'"
-    ):
-        Writer(tmp_path, tensorboard=False, wandb="digits")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_X_SERVICE_WAIT", "300")  # seconds, on a busy machine
     grid = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     for step in (5, 10):
         with Writer(tmp_path, tensorboard=False, wandb="digits", config={"seed": 77}) as writer:
