@@ -1,6 +1,7 @@
 """Optimizers by role: formulas, schedules, weight decay, clipping, update counts and gates."""
 
-import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -192,14 +193,12 @@ def test_matrices_that_are_none_are_refused(matrices, message):
         Muon(matrices=matrices).transform(1).init(draw())
 
 
-def test_an_optimizer_of_ones_own_is_a_direction():
-    @dataclasses.dataclass(frozen=True)
-    class Lion(Optimizer):
-        b1: float = 0.9
-
-        def direction(self):
-            return optax.scale_by_lion(self.b1)
-
+def test_the_optimizer_in_the_docs_is_lion():
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    (source,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names = {"__name__": "notebook"}
+    exec(source, names)
+    Lion = names["Lion"]
     params = draw()
     spec = Lion(2e-3, clip=None, weight_decay=0.5, b1=0.8)
     tx = per_role({"generator": spec.transform(4)}, {"generator": spec.schedule(4)})
