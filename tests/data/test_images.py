@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dmd_jax import data
-from dmd_jax.data import mnist5k, source
+from dmd_jax.data import images as source_file
+from dmd_jax.data import mnist5k
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -87,7 +88,7 @@ def test_rows_outside_are_refused(data_dir, row):
 def test_a_source_too_large_for_memory_reads_the_same(data_dir, monkeypatch):
     rows = [5, 999, 5]
     kept = data.load("mnist5k", "test", data_dir).take(rows)
-    monkeypatch.setattr(source, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(source_file, "IN_MEMORY_BYTES", 0)
     for expected, read in zip(kept, data.load("mnist5k", "test", data_dir).take(rows), strict=True):
         np.testing.assert_array_equal(read, expected)
 
