@@ -1,5 +1,8 @@
 """Settings of all tests: eight virtual devices, a compiler in a hurry, data and a teacher."""
 
+import typechecks  # noqa: F401  installs a hook, before every import of the library
+
+# isort: split
 import sys
 
 import jax

@@ -12,14 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dmd_jax import data, weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.quality import evaluation
-from dmd_jax.quality.features import load_features
+from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import optimizer
 from dmd_jax.training.checkpoints import Checkpoints
@@ -33,10 +31,7 @@ KEYS = (
     *("data", "method", "ema", "mesh", "log", "checkpoint", "health", "evaluate"),
 )
 # Entries that must be 1 or more and that no class checks.
-POSITIVE = (
-    *("steps", "batch_size", "accumulate", "generator_every"),
-    *("evaluate.every", "evaluate.num"),
-)
+POSITIVE = ("steps", "batch_size", "accumulate", "generator_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +48,7 @@ class Run:
         source: the training data.
         mesh: the devices.
         log, checkpoint, health: what is logged, when state is saved, when a run counts as diverged.
+        evaluator: judges and reports the run.
     """
 
     config: Any
@@ -66,6 +62,7 @@ class Run:
     log: Log
     checkpoint: Checkpoints
     health: Thresholds
+    evaluator: Evaluator
 
     def updates_generator(self, step):
         """Whether the generator is updated at this step: weights, moments and averages."""
@@ -107,47 +104,6 @@ class Run:
         loaded = {role: _load(self.config, role, net) for role, net in shape.items()}
         return jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, shape)
 
-    def samplers(self):
-        """What the trained network is judged under, the run's own first."""
-        spec = self.config.evaluate
-        if hasattr(self.method, "times"):
-            times, shift = self.method.times, self.method.shift
-            return [samplers.FewStep(samplers.fewer(times, n), shift) for n in spec.steps]
-        return [self._many_step(n, spec.guidance) for n in spec.steps]
-
-    def teachers(self):
-        """What a frozen teacher is shown and judged under."""
-        spec = self.config.evaluate
-        return [self._many_step(n, spec.teacher_guidance) for n in spec.teacher_steps]
-
-    def _many_step(self, steps, guidance):
-        return samplers.ManyStep(steps, guidance, self.method.shift)
-
-    def show(self, denoiser, sampler, seed=0):
-        """Pictures of a network's samples for the conditions that the source shows: uint8
-        [N, H, W, C]."""
-        return self.source.pictures(self._draw(denoiser, sampler, *self.source.shown(), seed))
-
-    def measure(self, denoiser, sampler, seed=0):
-        """A row of `report.measured`, of a source that has measures."""
-        rows, *conditions = self.source.asked(self.config.evaluate.num)
-        x0 = self._draw(denoiser, sampler, *conditions, seed)
-        about = {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
-        return about | self.source.measure(x0, rows)
-
-    def _draw(self, denoiser, sampler, cond, uncond, seed):
-        """Samples float32 [N, ...], in batches of as many as training has."""
-        shape, batch = self.source.sample_shape, min(len(cond), self.config.batch_size)
-        drawn = samplers.draw(denoiser, sampler, cond, uncond, shape, seed, batch=batch)
-        return np.concatenate(list(drawn))
-
-    def judge(self):
-        """The Judge of the run's data; None where the config names no feature network."""
-        spec = self.config
-        if not spec.evaluate.features:
-            return None
-        return evaluation.data_judge(spec.data.name, spec.data.data_dir, spec.evaluate.features)
-
     def batches(self, step):
         """This host's part of the batches from `step` on, as global arrays."""
         size = self.config.batch_size
@@ -183,9 +139,10 @@ def build(config, devices=None, *, files=True):
     frozen = {role: _in_compute_dtype(abstract(role)) for role in kind.frozen}
     nets = {role: abstract(role) for role in kind.trainable}
     _check_fit(frozen | nets, source)
+    method = construct(config.method, "config.method", sample_shape=source.sample_shape)
     run = Run(
         config=config,
-        method=construct(config.method, "config.method", sample_shape=source.sample_shape),
+        method=method,
         nets=nets,
         frozen=frozen,
         tx=_optimizer(config, nets),
@@ -195,9 +152,9 @@ def build(config, devices=None, *, files=True):
         log=construct(config.log, "config.log"),
         checkpoint=construct(config.checkpoint, "config.checkpoint"),
         health=construct(config.health, "config.health"),
+        evaluator=_evaluator(config, method, source),
     )
     _check_fallback(run)
-    _check_evaluation(run)
     return run
 
 
@@ -219,7 +176,7 @@ def _check_entries(config):
         raise ValueError(f"config lacks {missing}; {kind.__name__} needs them")
     values = flatten(config)
     for name in POSITIVE:
-        if values.get(name, 1) < 1:
+        if values[name] < 1:
             raise ValueError(f"config.{name} is {values[name]}; it must be 1 or more")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"config.seed is {config.seed}; it must be 0 or more and below 2**32")
@@ -282,7 +239,12 @@ def _source(config, files):
         if files:
             source.open()
         return source
-    return data.load(config.data.name, "train", config.data.get("data_dir"))
+    try:
+        return data.load(
+            config.data.name, config.data.get("split", "train"), config.data.get("data_dir")
+        )
+    except ValueError as error:
+        raise ValueError(f"config.data: {error}") from error
 
 
 def _check_fit(nets, source):
@@ -294,28 +256,39 @@ def _check_fit(nets, source):
         raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
 
 
-def _check_evaluation(run):
-    """What comes after the steps is refused before them: how to sample, and what to judge."""
-    spec = run.config.evaluate
-    for name, ways in {"steps": run.samplers, "teacher_steps": run.teachers}.items():
-        try:
-            if name in spec and not ways():
-                raise ValueError("name one number of steps at least")
-        except ValueError as error:
-            raise ValueError(f"config.evaluate.{name} is {spec[name]}: {error}") from error
-    if not spec.features:
-        return
-    if "name" not in run.config.data:
+def _evaluator(config, method, source):
+    """What judges and reports the run; what it could not judge is refused here."""
+    spec = construct(config.evaluate, "config.evaluate")
+    if not method.frozen and spec.teacher_steps:
         raise ValueError(
-            f"config.evaluate.features={spec.features!r} judges the images of a data set with a "
-            "name, and config.data is another source: leave it ''"
+            f"config.evaluate.teacher_steps is {spec.teacher_steps}, but this run has no teacher"
         )
+    if method.frozen and not spec.teacher_steps:
+        raise ValueError(
+            "config.evaluate.teacher_steps is (): name one number of steps of the teacher or more"
+        )
+    if hasattr(method, "times"):
+        if spec.guidance != 1:
+            raise ValueError(
+                f"config.evaluate.guidance is {spec.guidance}, but guidance is in the weights of a "
+                "student: leave it at 1"
+            )
+        own = [
+            samplers.FewStep(samplers.fewer(method.times, steps), method.shift)
+            for steps in spec.steps
+        ]
+    else:
+        own = [samplers.ManyStep(steps, spec.guidance, method.shift) for steps in spec.steps]
+    teachers = [
+        samplers.ManyStep(steps, spec.teacher_guidance, method.shift)
+        for steps in spec.teacher_steps
+    ]
+    evaluator = Evaluator(spec, source, own, teachers, config.batch_size)
     try:
-        features = load_features(spec.features)
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"config.evaluate.features: {error}") from error
-    counts = {f"config.evaluate.{name}": spec[name] for name in ("samples", "num")}
-    evaluation.require_numbers(features, run.source.num_classes, **counts)
+        evaluator.check()
+    except ValueError as error:
+        raise ValueError(f"config.evaluate: {error}") from error
+    return evaluator
 
 
 def _path(config, role):
@@ -353,6 +326,12 @@ def _abstract(config, role, *, source, files):
     if path is None:
         schedule = construct(spec.schedule, f"config.{role}.schedule")
         return Denoiser(net, schedule, construct(spec.prediction, f"config.{role}.prediction"))
+    found, stated = type(held.net).__name__, type(net).__name__
+    if found != stated:
+        raise ValueError(
+            f"config.{role}.weights={path!r} holds a {found} network, but config.{role}.model "
+            f"describes a {stated}; change one of them"
+        )
     if lines := weights.differing(weights.shapes(net), weights.shapes(held.net)):
         raise ValueError(
             f"config.{role}.model is not the network in {path}; change the model, or start from "

@@ -154,7 +154,7 @@ def test_videos_of_prompts_train_go_on_and_are_judged(tmp_path, cache):
         overrides = {
             **{"steps": steps, "batch_size": 8, "checkpoint.every": 2, "evaluate.every": 3},
             **{"evaluate.num": 8, "evaluate.steps": (2,), "evaluate.teacher_steps": (2,)},
-            **{"log.tensorboard": False, "data.num": 80},
+            **{"log.every": 2, "log.tensorboard": False, "data.num": 80},
             **{f"data.{part}": tmp_path / part for part in ("latents", "embeddings")},
         }
         values = [f"--config.{key}={value}" for key, value in overrides.items()]
