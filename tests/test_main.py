@@ -1,7 +1,5 @@
 """The entry point: what cannot run is refused with one clear message, before it computes."""
 
-import types
-
 import programs
 import pytest
 
@@ -50,29 +48,6 @@ def test_dry_run_prints_every_role_and_computes_nothing(start, capsys, teacher, 
         assert f"{role:<12}{16_100:>14,}" in table
     assert "one checkpoint: 0.4 MiB" in table
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "cores, told, numbers, devices",
-    [
-        (1, -1, {"batch_size": 32}, 1),
-        (2, -1, {"batch_size": 32}, 2),
-        (6, -1, {"batch_size": 32}, 4),
-        (64, -1, {"batch_size": 32, "accumulate": 2}, 2),
-        (64, -1, {"batch_size": 8}, 1),
-        (3, -1, {"batch_size": 27}, 3),
-        (2, -1, {}, 1),
-        (2, 5, {"batch_size": 32}, 5),
-    ],
-)
-def test_cores_become_devices_with_some_samples_each(monkeypatch, cores, told, numbers, devices):
-    config = types.SimpleNamespace(jax_num_cpu_devices=told)
-    config.update = lambda name, value: setattr(config, name, value)
-    monkeypatch.setattr(main.jax, "config", config)
-    monkeypatch.setattr(main.os, "cpu_count", lambda: cores)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    main.split_cores(numbers)
-    assert config.jax_num_cpu_devices == devices
 
 
 def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
