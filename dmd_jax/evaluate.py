@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import app, flags
 
 from dmd_jax import data, weights
+from dmd_jax.devices import cores
 from dmd_jax.devices.disk import check_writable
 from dmd_jax.quality import report
 from dmd_jax.quality.evaluation import data_judge, real_row, teacher_rows
@@ -41,7 +42,8 @@ def define_flags():
 def main(argv):
     del argv
     try:
-        judge_checkpoint()
+        with cores.shared(samplers.BATCH):
+            judge_checkpoint()
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 

@@ -108,15 +108,15 @@ class Run:
         if hasattr(self.method, "times"):
             times, shift = self.method.times, self.method.shift
             return [samplers.FewStep(samplers.fewer(times, n), shift) for n in spec.steps]
-        return [self._many_step(n, spec.guidance) for n in spec.steps]
+        return [self._many_step(n, spec.guidance, "generator") for n in spec.steps]
 
     def teachers(self):
         """What a frozen teacher is shown and judged under."""
         spec = self.config.evaluate
-        return [self._many_step(n, spec.teacher_guidance) for n in spec.teacher_steps]
+        return [self._many_step(n, spec.teacher_guidance, "teacher") for n in spec.teacher_steps]
 
-    def _many_step(self, steps, guidance):
-        return samplers.ManyStep(steps, guidance, self.method.shift)
+    def _many_step(self, steps, guidance, name):
+        return samplers.ManyStep(steps, guidance, self.method.shift, name=name)
 
     def show(self, denoiser, sampler, seed=0):
         """Pictures of a network's samples for the conditions that the source shows: uint8
@@ -313,10 +313,7 @@ def _zeros(tree):
 
 def _placed(shapes, nets, mesh):
     """`shapes` with shardings, by the rules of the families of `nets`."""
-    rules = tuple(
-        dict.fromkeys(r for net in nets.values() for r in weights.sharding_rules(net.net))
-    )
-    shardings = sharding.infer(shapes, rules, mesh) if nets else shapes
+    shardings = weights.shardings(shapes, nets.values(), mesh) if nets else shapes
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
