@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.disk import check_writable, exclusive, first_line, write_text
+from dmd_jax.devices.processes import from_first
 from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
@@ -179,10 +180,10 @@ def _train(run, workdir, profile):
 
 
 def _identity(config):
-    """What config.json stores: the flat config, and the checksum of the teacher."""
+    """What config.json stores: the flat config, and the checksum of the teacher's weights."""
     flat = flatten(config)
-    if "teacher" in config:  # its path may later name another file
-        flat["teacher.sha256"] = weights.fingerprint(config.teacher.weights)
+    if "teacher" in config:  # other weights may later lie at the same path
+        flat["teacher.sha256"] = from_first(lambda: weights.fingerprint(config.teacher.weights))
     return flat
 
 
