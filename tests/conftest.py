@@ -1,6 +1,10 @@
-"""Settings of all tests: eight virtual devices, a compiler in a hurry, data and a teacher."""
+"""Settings of all tests: virtual devices, fast compilation, one compilation cache, shared files."""
 
+import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import programs
@@ -15,6 +19,29 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # The tests' time is compilation. Partitioning and arithmetic stay as they are; code is less tuned.
 jax.config.update("jax_disable_most_optimizations", True)
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config):
+    """One compilation cache for the run: its workers and the programs that they start share it.
+
+    It is a new directory, removed at the end, unless the environment names one that stays.
+    """
+    if CACHE not in os.environ:
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="dmd_jax_cache_")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True))
+    # Programs read these from the environment, this process has read it already.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Frees a module's compiled programs, which would grow to gigabytes over all modules."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_runtest_setup(item):
@@ -38,9 +65,9 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A compilation cache that all processes of a session share: only the first pays."""
-    return tmp_path_factory.mktemp("cache")
+def cache():
+    """The compilation cache of this run of the tests."""
+    return Path(os.environ[CACHE])
 
 
 @pytest.fixture(scope="session")
