@@ -46,6 +46,6 @@ setup(
             "sentencepiece>=0.2",
             "huggingface_hub>=0.30",
         ],
-        "test": ["pytest>=9", "ruff>=0.17"],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17"],
     },
 )

@@ -40,7 +40,9 @@ def define_flags():
         "Join the other processes of a Cloud TPU, GKE, Slurm or Open MPI job first.",
     )
     flags.DEFINE_string(
-        "compilation_cache", "~/.cache/dmd_jax", "Where compiled programs are kept; '' for nowhere."
+        "compilation_cache",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/dmd_jax"),
+        "Where compiled programs are kept; '' for nowhere.",
     )
 
 
