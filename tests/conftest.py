@@ -4,7 +4,6 @@ import os
 import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 import jax
 import programs
@@ -21,6 +20,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
+# Modules of the longest tests, begun first: so all workers end at about the same time.
+LONGEST = ("test_loop", "test_run", "test_launch", "test_wan", "test_checkpoint", "test_docs")
 
 
 def pytest_configure(config):
@@ -31,10 +32,17 @@ def pytest_configure(config):
     if CACHE not in os.environ:
         os.environ[CACHE] = tempfile.mkdtemp(prefix="dmd_jax_cache_")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True))
-    # Programs read these from the environment, this process has read it already.
+    # Programs read these from the environment, which this process has already read.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the modules of `LONGEST` to the front."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,12 +70,6 @@ def data_dir(tmp_path_factory):
 def teacher(tmp_path_factory):
     """The file of a tiny teacher of digits that learnt nothing."""
     return programs.save_tiny(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
-
-
-@pytest.fixture(scope="session")
-def cache():
-    """The compilation cache of this run of the tests."""
-    return Path(os.environ[CACHE])
 
 
 @pytest.fixture(scope="session")
