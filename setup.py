@@ -48,6 +48,6 @@ setup(
             "huggingface_hub>=0.30",
         ],
         "wandb": ["wandb>=0.31"],
-        "test": ["pytest>=9", "ruff>=0.17", "beartype>=0.20"],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17", "beartype>=0.20"],
     },
 )

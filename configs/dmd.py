@@ -20,6 +20,9 @@ configs/pretrain.py:wan_teacher and :wan_small made them.
 student, and wants some 64 accelerators of 80 GB or a TPU slice; `--dry_run` says what each role
 takes. It has not been run. Give it prompts of `python -m dmd_jax.embed` as
 --config.data.embeddings.
+
+A flag overrides any entry, also those that may be None or a class:
+--config.generator.optimizer.clip=None, --config.method.regression=X0.
 """
 
 import dataclasses

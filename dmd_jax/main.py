@@ -55,7 +55,9 @@ def define_flags():
         "Join the other processes of a Cloud TPU, GKE, Slurm or Open MPI job first.",
     )
     flags.DEFINE_string(
-        "compilation_cache", "~/.cache/dmd_jax", "Directory for compiled programs; '' for none."
+        "compilation_cache",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/dmd_jax"),
+        "Directory for compiled programs; '' for none.",
     )
     flags.DEFINE_bool("version", False, "Print the version, exit.")
 

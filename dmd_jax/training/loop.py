@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.disk import check_writable, exclusive, first_line, write_text
+from dmd_jax.devices.processes import from_first
 from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
@@ -165,24 +166,29 @@ def _train(run, workdir, profile):
         if int(state.step) < run.config.steps:
             log.info("stopped and saved at step %d; the same command goes on", int(state.step))
             return None
-        trained = sharding.replicate(state.ema)
-        _export(run, trained, workdir / EXPORT, run.config.steps)
-        for decay, average in state.more_ema.items():
-            path = (workdir / EXPORT).with_stem(f"generator.ema-{decay}")
-            _export(run, sharding.replicate(average), path, run.config.steps)
-        _export_best(run, shape.ema, checkpoints, workdir)
-        text = _report(run, trained, frozen, workdir)
-        if text is None:
-            return None
-        writer.texts(run.config.steps, "report", text)
-        return finished
+        return _finish(run, state, frozen, checkpoints, writer, workdir)
+
+
+def _finish(run, state, frozen, checkpoints, writer, workdir):
+    """Exports the averages of the last state and writes the report; returns its path, or None."""
+    trained = sharding.replicate(state.ema)
+    _export(run, trained, workdir / EXPORT, run.config.steps)
+    for decay, average in state.more_ema.items():
+        path = (workdir / EXPORT).with_stem(f"generator.ema-{decay}")
+        _export(run, sharding.replicate(average), path, run.config.steps)
+    _export_best(run, state.ema, checkpoints, workdir)
+    text = _report(run, trained, frozen, workdir)
+    if text is None:
+        return None
+    writer.texts(run.config.steps, "report", text)
+    return workdir / REPORT
 
 
 def _identity(config):
-    """What config.json stores: the flat config, and the checksum of the teacher."""
+    """What config.json stores: the flat config, and the checksum of the teacher's weights."""
     flat = flatten(config)
-    if "teacher" in config:  # its path may later name another file
-        flat["teacher.sha256"] = weights.fingerprint(config.teacher.weights)
+    if "teacher" in config:  # other weights may later lie at the same path
+        flat["teacher.sha256"] = from_first(lambda: weights.fingerprint(config.teacher.weights))
     return flat
 
 
@@ -254,7 +260,7 @@ def _frames(source):
 
 
 def _lacks_judgement(run, step, workdir):
-    """Whether a run was stopped after it saved a step that is to be judged, and before it was."""
+    """Whether a run was stopped between the save and the judgement of a step."""
     spec, lines = run.evaluator.settings, workdir / "metrics.jsonl"
     if not spec.features or step == 0 or step % spec.every:
         return False
@@ -283,14 +289,14 @@ def _judge(run, average, step, checkpoints, writer):
 
 
 def _export_best(run, shape, checkpoints, workdir):
-    """Writes the average that judged best, where one was judged."""
+    """Writes the average with the best score, if one was judged."""
     if (best := checkpoints.restore_best(shape)) is not None:
         average, step, _ = best
         _export(run, sharding.replicate(average), workdir / BEST, step)
 
 
 def _export(run, trained, path, step):
-    """Writes the averaged network for everybody's use."""
+    """Writes an averaged network as a safetensors file."""
     notes = {"step": step, "method": type(run.method).__name__.lower()}
     notes |= run.source.notes
     if hasattr(run.method, "times"):

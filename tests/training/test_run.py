@@ -13,7 +13,6 @@ import numpy as np
 import programs
 import pytest
 import toys
-from jax.experimental.compilation_cache import compilation_cache
 
 from dmd_jax import weights
 from dmd_jax.devices.disk import exclusive
@@ -25,17 +24,6 @@ from dmd_jax.training.run import Run
 from dmd_jax.training.run import build as resolve
 
 STEPS = programs.SHORT["steps"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilation(cache):
-    """Every run of this file compiles the same two steps: the first one pays."""
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +399,7 @@ def test_pretraining_runs_to_its_report(data_dir, tmp_path, capsys):
     trained = tmp_path / "run" / "generator.safetensors"
     assert samplers.sampler_for(trained) == samplers.ManyStep(50)
     assert "times" not in weights.notes(trained)
-    assert "| teacher | 2 | 4 |" in capsys.readouterr().out
+    assert "| generator | 2 | 4 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
