@@ -28,7 +28,7 @@ from dmd_jax.losses.distribution_matching import (
     finite_samples,
     teacher_error,
 )
-from dmd_jax.methods import Batch, Metrics, Nets
+from dmd_jax.methods import Batch, Metrics, Nets, Observed
 from dmd_jax.rollouts.backward_simulation import Rollout, backward_simulation, one_step
 
 BANDS = 4  # intervals of t, of equal length, in which the metric gap/i is reported
@@ -128,7 +128,7 @@ class DMD:
 
     def generator_loss(
         self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float32[Array, ""], tuple[Metrics, Rollout]]:
+    ) -> tuple[Float32[Array, ""], tuple[Observed, Rollout]]:
         """A loss whose gradient is the distribution-matching gradient.
 
         Args:
@@ -138,7 +138,7 @@ class DMD:
             key: the key of this training step.
 
         Returns:
-            (loss, (metrics, Rollout)).
+            (loss, (per-sample values for `metrics`, Rollout)).
         """
         rollout_key, time_key, eps_key = jax.random.split(key, 3)
         rollout = self.rollout(generator, nets, batch, rollout_key)
@@ -178,7 +178,7 @@ class DMD:
         rollout: Rollout,
         batch: Batch,
         key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], Metrics]:
+    ) -> tuple[Float32[Array, ""], Observed]:
         """The fake score's regression on the generator's samples (DMD, equation 6).
 
         Args:
@@ -186,7 +186,7 @@ class DMD:
             rollout: the generator's samples. They get no gradient; the loss honours their mask.
 
         Returns:
-            (loss, metrics).
+            (loss, per-sample values for `metrics`).
         """
         fake_score = critics["fake_score"]
         schedule, prediction = fake_score.schedule, fake_score.prediction
@@ -238,14 +238,8 @@ class DMD:
 
     def observe(
         self, rollout: Rollout, real: Samples, fake: Samples, t: Float32[Array, " B"]
-    ) -> Metrics:
-        """Metrics of the run's health, over what the rollout's mask keeps; NaN if that is nothing.
-
-        gap/i is mean |fake - real| at times in the i-th quarter of [0, 1]. critic/tracking is the
-        fake score's squared error on the samples over the teacher's: below 1, the fake score knows
-        them better. samples/nonfinite is the share of samples that are not finite or whose gradient
-        the loss sets to zero.
-        """
+    ) -> Observed:
+        """The per-sample values that `metrics` needs, over what the rollout's mask keeps."""
         x0, real, fake, t = jax.lax.stop_gradient((rollout.x0.astype(jnp.float32), real, fake, t))
         kept = None  # unlike an array of True, this costs nothing
         if rollout.mask is not None:
@@ -255,20 +249,42 @@ class DMD:
             error = teacher_error(
                 x0, real, mask=rollout.mask, frames_per_block=self.frames_per_block
             )
-        usable = finite_samples(x0) & finite_samples((fake - real) / error)
-        band = jnp.clip((t * BANDS).astype(jnp.int32), 0, BANDS - 1)
 
-        def mean(values, samples):
-            samples = expand(samples, values)
-            return jnp.mean(values, where=samples if kept is None else samples & kept)
+        def total(values):
+            return jnp.sum(values, axis=tuple(range(1, x0.ndim)), where=kept)
 
-        metrics = {
-            f"gap/{i}": mean(jnp.abs(fake - real), usable & (band == i)) for i in range(BANDS)
+        observed = {
+            "x0": x0,
+            "t": t,
+            "usable": finite_samples(x0) & finite_samples((fake - real) / error),
+            "count": total(jnp.ones_like(x0)),
+            "gap": total(jnp.abs(fake - real)),
+            "real_error": total(jnp.square(real - x0)),
+            "fake_error": total(jnp.square(fake - x0)),
         }
+        return observed if kept is None else observed | {"kept": kept}
+
+    def metrics(self, observed: Observed) -> Metrics:
+        """Metrics of the run's health over the whole batch; NaN where no sample counts.
+
+        gap/i is mean |fake - real| at times in the i-th quarter of [0, 1]. critic/tracking is the
+        fake score's squared error on the samples over the teacher's: below 1, the fake score knows
+        them better. samples/nonfinite is the share of samples that are not finite or whose gradient
+        the loss sets to zero.
+
+        Args:
+            observed: values of `observe` for all samples of the batch.
+        """
+        x0, usable, kept = observed["x0"], observed["usable"], observed.get("kept")
+        band = jnp.clip((observed["t"] * BANDS).astype(jnp.int32), 0, BANDS - 1)
+
+        def ratio(above, below, samples):
+            return jnp.sum(observed[above], where=samples) / jnp.sum(observed[below], where=samples)
+
+        metrics = {f"gap/{i}": ratio("gap", "count", usable & (band == i)) for i in range(BANDS)}
         spread = jnp.std(x0, axis=0, where=kept)
         return metrics | {
-            "critic/tracking": mean(jnp.square(fake - x0), usable)
-            / mean(jnp.square(real - x0), usable),
+            "critic/tracking": ratio("fake_error", "real_error", usable),
             "samples/nonfinite": jnp.mean(~usable),
             "samples/saturation": jnp.mean(jnp.abs(x0) > 1.05, where=kept),
             "samples/contrast": jnp.std(x0, where=kept),

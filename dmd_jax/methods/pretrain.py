@@ -11,7 +11,7 @@ from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import check_times, expand, sample_time
 from dmd_jax.losses.distribution_matching import denoising_loss
-from dmd_jax.methods import Batch, Metrics, Nets
+from dmd_jax.methods import Batch, Nets, Observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Pretrain:
 
     def generator_loss(
         self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float32[Array, ""], tuple[Metrics, None]]:
+    ) -> tuple[Float32[Array, ""], tuple[Observed, None]]:
         """Regression of the network's output on `batch["data"]` [B, *sample_shape].
 
         Args:

@@ -49,11 +49,12 @@ def generator_gradient(method, generator, nets, batch):
 def test_losses_are_scalars_and_the_rollout_has_the_samples_shape(method, levels):
     nets = networks()
     generator_loss, critic_loss = jax.jit(method.generator_loss), jax.jit(method.critic_loss)
-    loss, (metrics, rollout) = generator_loss(nets["generator"], nets, BATCH, KEY)
+    loss, (observed, rollout) = generator_loss(nets["generator"], nets, BATCH, KEY)
     assert loss.shape == () and loss.dtype == jnp.float32 and jnp.isfinite(loss)
     assert rollout.x0.shape == (6, 2) and float(rollout.t_from) in levels
-    assert all(value.shape == () for value in metrics.values())
-    loss, metrics = critic_loss({"fake_score": nets["fake_score"]}, nets, rollout, BATCH, KEY)
+    assert {value.shape[0] for value in observed.values()} == {6}
+    assert {value.shape for value in method.metrics(observed).values()} == {()}
+    loss, observed = critic_loss({"fake_score": nets["fake_score"]}, nets, rollout, BATCH, KEY)
     assert loss.shape == () and loss.dtype == jnp.float32 and loss > 0
 
 
@@ -226,8 +227,9 @@ def test_a_prediction_that_is_not_finite_costs_its_own_sample_only(method, role)
     shift[2] = 0.0
     np.testing.assert_allclose(grad.net.shift, shift, rtol=1e-6, atol=1e-9)
     loss = jax.jit(lambda generator: method.generator_loss(generator, nets, BATCH, KEY))
-    value, (metrics, _) = loss(generator)
-    assert jnp.isfinite(value) and metrics["samples/nonfinite"] == pytest.approx(1 / 6)
+    value, (observed, _) = loss(generator)
+    nonfinite = method.metrics(observed)["samples/nonfinite"]
+    assert jnp.isfinite(value) and nonfinite == pytest.approx(1 / 6)
 
 
 def test_a_backward_pass_that_is_not_finite_is_not_hidden():
@@ -324,12 +326,17 @@ def test_masked_frames_do_not_train_the_critic():
     assert loss(1, mask=None) != loss(2, mask=None)
 
 
+def metrics(method, rollout, real, fake, t):
+    """The metrics of a batch whose scores are known."""
+    return method.metrics(method.observe(rollout, real, fake, t))
+
+
 def test_masked_frames_do_not_count_in_the_metrics():
     t = jnp.array([0.1, 0.2, 0.3, 0.6, 0.9, 0.95])
     rollout, real, fake = masked_rollout(1)
-    got = DMD((4, 2)).observe(rollout, real, fake, t)
+    got = metrics(DMD((4, 2)), rollout, real, fake, t)
     window = rollout._replace(x0=rollout.x0[:, 2:], mask=None)
-    wanted = DMD((2, 2)).observe(window, real[:, 2:], fake[:, 2:], t)
+    wanted = metrics(DMD((2, 2)), window, real[:, 2:], fake[:, 2:], t)
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
     assert got["samples/contrast"] < 2 < jnp.std(rollout.x0)
@@ -341,7 +348,7 @@ def test_a_sample_that_one_blocks_normaliser_silences_is_counted():
     real[1, :2] = x0[1, :2]  # a teacher error of zero
     rollout = ZERO._replace(x0=jnp.asarray(x0))
     silenced = jnp.all(dmd_gradient(x0, real, fake, frames_per_block=2) == 0, axis=(1, 2))
-    got = method.observe(rollout, jnp.asarray(real), jnp.asarray(fake), jnp.full(6, 0.5))
+    got = metrics(method, rollout, jnp.asarray(real), jnp.asarray(fake), jnp.full(6, 0.5))
     assert got["samples/nonfinite"] == jnp.mean(silenced) == pytest.approx(1 / 6)
 
 
@@ -350,7 +357,7 @@ def test_metrics_by_hand():
     real = x0 + jnp.array([[1.0], [2.0], [1.0], [jnp.nan]])
     fake = x0 + jnp.array([[0.5], [1.0], [3.0], [0.0]])
     rollout = ZERO._replace(x0=x0)
-    got = DMD((2,)).observe(rollout, real, fake, jnp.array([0.1, 0.2, 0.6, 0.9]))
+    got = metrics(DMD((2,)), rollout, real, fake, jnp.array([0.1, 0.2, 0.6, 0.9]))
     np.testing.assert_allclose(
         [got[f"gap/{i}"] for i in range(4)], [(0.5 + 1) / 2, np.nan, 2.0, np.nan], rtol=1e-6
     )
