@@ -13,7 +13,7 @@ LIBRARY = Path(__file__).parents[1] / "dmd_jax"
 # nothing imports a command.
 ROOMS = (
     *("devices", "data", "diffusion", "losses", "models", "weights"),
-    *("pipelines", "rollouts", "quality", "methods", "training"),
+    *("rollouts", "pipelines", "quality", "methods", "training"),
 )
 COMMANDS = (*("main", "sample", "evaluate", "embed", "encode", "export", "metric_network"),)
 

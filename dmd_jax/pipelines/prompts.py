@@ -1,11 +1,9 @@
 """Prompts: read from a file or a folder of captions, and embedded in batches."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from dmd_jax.devices.paths import named_leaves
 from dmd_jax.pipelines import clips, text
 
 # Rows are cut to a multiple of so many tokens: few shapes to compile, little padding to compute.
@@ -44,12 +42,3 @@ def embed(net, tokenizer, batch, prompts):
         rows = np.asarray(text.encode(net, ids[index, columns], mask[index, columns]))
         made += [row[: mask[i].sum()] for i, row in zip(index, rows, strict=True)]
     return made[: len(prompts)]
-
-
-def identity(net, beside=b""):
-    """What tells networks apart: a digest of a row of every weight, and of what is beside them."""
-    digest = hashlib.sha256(beside)
-    for name, leaf in named_leaves(net).items():
-        row = np.asarray(leaf[..., -1, :] if leaf.ndim > 1 else leaf)
-        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode() + row.tobytes())
-    return digest.hexdigest()[:16]

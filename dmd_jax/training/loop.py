@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.disk import check_writable, first_line, write_text
+from dmd_jax.devices.processes import from_first
 from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
@@ -130,8 +131,8 @@ def train(run, workdir):
 def _claim(config, workdir):
     """Writes the resolved config, or refuses a directory that holds another run."""
     path, now = workdir / "config.json", flatten(config)
-    if "teacher" in config:  # the file itself: another one may come to lie at the same path
-        now["teacher.sha256"] = weights.fingerprint(config.teacher.weights)
+    if "teacher" in config:  # its weights: other ones may later lie at the same path
+        now["teacher.sha256"] = from_first(lambda: weights.fingerprint(config.teacher.weights))
     if path.exists():
         stored = json.loads(path.read_text())
         if lines := differences(stored, now):

@@ -211,7 +211,10 @@ def _evaluator(config, method, source):
             for steps in spec.steps
         ]
     else:
-        own = [samplers.ManyStep(steps, spec.guidance, method.shift) for steps in spec.steps]
+        own = [
+            samplers.ManyStep(steps, spec.guidance, method.shift, name="generator")
+            for steps in spec.steps
+        ]
     teachers = [
         samplers.ManyStep(steps, spec.teacher_guidance, method.shift)
         for steps in spec.teacher_steps
@@ -285,10 +288,7 @@ def _zeros(tree):
 
 def _placed(shapes, nets, mesh):
     """`shapes` with shardings, by the rules of the families of `nets`."""
-    rules = tuple(
-        dict.fromkeys(r for net in nets.values() for r in weights.sharding_rules(net.net))
-    )
-    shardings = sharding.infer(shapes, rules, mesh) if nets else shapes
+    shardings = weights.shardings(shapes, nets.values(), mesh) if nets else shapes
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

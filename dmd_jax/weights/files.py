@@ -95,9 +95,23 @@ class Tensors:
         self.dtypes = {name: place.dtype for name, place in self._places.items()}
 
     def renamed(self, aliases):
-        """The same under other names, {old: new}; who is there under both is taken once."""
+        """The same tensors by other names, {old: new}.
+
+        Raises:
+            ValueError: the file holds a tensor by both names, and the two differ.
+        """
+        for old, new in aliases.items():
+            if {old, new} <= self.shapes.keys() and not self._same(old, new):
+                raise ValueError(
+                    f"{self.path} holds {old} and {new}, which must be equal, and differ"
+                )
         places = {aliases.get(name, name): place for name, place in self._places.items()}
         return Tensors(self.path, places, self.settings, self.metadata)
+
+    def _same(self, a, b):
+        """Whether two tensors are equal; of large ones, their shapes and last rows."""
+        a, b = self.read(a), self.read(b)
+        return a.shape == b.shape and np.array_equal(a[-1:], b[-1:])
 
     def read(self, name):
         """The tensor of this name, as stored: a read-only view of the file."""
@@ -342,6 +356,14 @@ def locate(path, part=None):
     if name := hub_name(path):
         return _from_hub(*name, part)
     raise FileNotFoundError(f"there is no file or folder at {str(path)!r}")
+
+
+def require_part(path, found, wanted):
+    """Raises ValueError where a file holds another part of a model than the one that is wanted."""
+    if wanted not in (None, found):
+        raise ValueError(
+            f"{path} looks like a {found}, and a {wanted} is wanted: name a file or folder with one"
+        )
 
 
 def hub_name(path):

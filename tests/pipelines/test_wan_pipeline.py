@@ -19,7 +19,7 @@ from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import step_times
 from dmd_jax.models.wan import Conditions, Wan, WanConfig
-from dmd_jax.pipelines import wan
+from dmd_jax.pipelines import sampling, wan
 from dmd_jax.pipelines.video import save_image
 
 SIZE = {"num_frames": 5, "height": 32, "width": 48, "dtype": "float32"}
@@ -75,7 +75,7 @@ def test_program_writes_every_video_and_one_sheet(program, digits, prompts, tmp_
         (["--prompts=nowhere.txt"], "no file of prompts at 'nowhere.txt'"),
         (["--prompts={prompts}", "--out=a.npz"], "--out=a.npz: the ending says the format, .mp4"),
         (["--prompts={prompts}", "--guidance=2"], "guidance is in its weights already"),
-        (["--prompts={prompts}", "--mesh=fsdp"], "--mesh=fsdp: say it as data=2,fsdp=4"),
+        (["--prompts={prompts}", "--mesh=fsdp"], "--mesh=fsdp: write it as data=2,fsdp=4"),
         (["--prompts={prompts}", "--mesh=fsdp=3"], "does not fit"),
         (["--prompts={prompts}", "steps=1"], "unknown argument 'steps=1'; options start with --"),
         (["--prompts={prompts}/a"], "Not a directory"),
@@ -88,7 +88,7 @@ def test_program_writes_every_video_and_one_sheet(program, digits, prompts, tmp_
 def test_program_refuses_with_one_message_before_it_samples(
     program, digits, prompts, args, message, monkeypatch
 ):
-    monkeypatch.setattr(sample, "draw", None)
+    monkeypatch.setattr(sampling, "draw", None)
     monkeypatch.setitem(sys.modules, "av", None)
     prompts.with_suffix(".txt.png").mkdir()
     said = program(f"--checkpoint={digits}", *(arg.format(prompts=prompts) for arg in args))
@@ -352,7 +352,7 @@ def test_what_does_not_go_together_is_refused_before_the_text_encoder_is_read(
     monkeypatch.setattr(wan, "embed", None)
     for given, complaint in (
         ([f"--checkpoint={image_to_video}"], "an image-to-video network: give it --images"),
-        ([f"--checkpoint={pair}"], "holds a pair of transformers: say when each is asked"),
+        ([f"--checkpoint={pair}"], "holds a pair of transformers: give the time that divides them"),
         ([f"--checkpoint={folder}", "--boundary=0.8"], "has no transformer_2"),
     ):
         assert complaint in program(*given, f"--prompts={prompts}", "--out=a.gif", "--frames=5")

@@ -339,7 +339,7 @@ def test_pretraining_runs_to_its_report(data_dir, tmp_path, capsys):
     trained = tmp_path / "run" / "generator.safetensors"
     assert samplers.sampler_for(trained) == samplers.ManyStep(50)
     assert "times" not in weights.notes(trained)
-    assert "| teacher | 2 | 4 |" in capsys.readouterr().out
+    assert "| generator | 2 | 4 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
