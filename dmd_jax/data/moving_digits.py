@@ -102,15 +102,15 @@ def judge(videos: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
         flicker: variance between the frames, moved back along the requested motion, over the mean
             square of their average; the median over videos.
     """
-    asked_digit, asked_motion = np.divmod(prompts, len(MOTIONS))
+    wanted_digit, wanted_motion = np.divmod(prompts, len(MOTIONS))
     rows = np.arange(len(videos))
-    held = np.stack([_moved_back(videos[..., 0], step) for step in STEPS], axis=1)
-    shared, changes = held.mean(2), held.var(2).mean((2, 3))  # [N, motions, ...]
-    shared = shared[rows, asked_motion]
-    flicker = changes[rows, asked_motion] / (np.square(shared).mean((1, 2)) + 1e-6)
+    aligned = np.stack([_moved_back(videos[..., 0], step) for step in STEPS], axis=1)
+    shared, changes = aligned.mean(2), aligned.var(2).mean((2, 3))  # [N, motions, ...]
+    shared = shared[rows, wanted_motion]
+    flicker = changes[rows, wanted_motion] / (np.square(shared).mean((1, 2)) + 1e-6)
     return {
-        "digit": float(np.mean(_nearest_digit(shared) == asked_digit)),
-        "motion": float(np.mean(changes.argmin(1) == asked_motion)),
+        "digit": float(np.mean(_nearest_digit(shared) == wanted_digit)),
+        "motion": float(np.mean(changes.argmin(1) == wanted_motion)),
         "flicker": float(np.median(flicker)),
     }
 
@@ -125,8 +125,8 @@ def _moved_back(videos, step):
 def _nearest_digit(frames):
     """The class of the training scan nearest to each frame, both centred."""
     scans, labels = _scans("train")
-    known, seen = (_centred(x).reshape(len(x), -1) for x in (scans, frames))
-    return labels[(np.square(known).sum(1) - 2 * seen @ known.T).argmin(1)]
+    known, given = (_centred(x).reshape(len(x), -1) for x in (scans, frames))
+    return labels[(np.square(known).sum(1) - 2 * given @ known.T).argmin(1)]
 
 
 def _centred(frames):

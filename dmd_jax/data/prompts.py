@@ -142,16 +142,16 @@ class Prompts:
         """Number of pictures in a row: the frames of a video fill it."""
         return 1
 
-    def asked(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def measured_conditions(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows of `num` prompts at even distances, their embeddings, the negative prompt's)."""
         count = len(self._texts)
         rows = np.linspace(0, count - 1, num).astype(int) if num < count else np.arange(num) % count
         cond = self._texts.rows(rows)
         return rows, cond, np.broadcast_to(self._texts.negative, cond.shape)
 
-    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+    def preview_conditions(self) -> tuple[np.ndarray, np.ndarray]:
         """(conditions, unconditional inputs) of the samples to show."""
-        return self.asked(min(SHOWN, len(self._texts)))[1:]
+        return self.measured_conditions(min(SHOWN, len(self._texts)))[1:]
 
     def pictures(self, x0: np.ndarray) -> np.ndarray:
         """Latents float [N, F, H, W, C] as uint8 [N, H, F W, 3] pictures, frames side by side.

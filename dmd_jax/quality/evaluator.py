@@ -40,7 +40,7 @@ class Preview(Protocol):
     columns: int
     measures: Mapping[str, str]
 
-    def shown(self) -> tuple[Any, Any]:
+    def preview_conditions(self) -> tuple[Any, Any]:
         """(conditions, unconditional inputs) of the samples to show."""
         ...
 
@@ -52,7 +52,7 @@ class Preview(Protocol):
 class Measured(Preview, Protocol):
     """Data that measure samples themselves, such as `MovingDigits`."""
 
-    def asked(self, num: int) -> tuple[np.ndarray, Any, Any]:
+    def measured_conditions(self, num: int) -> tuple[np.ndarray, Any, Any]:
         """(rows, conditions, unconditional inputs) of `num` samples to measure."""
         ...
 
@@ -139,7 +139,7 @@ class Evaluator:
         labels = samplers.balanced(self.settings.samples, self.source.num_classes)
         images = draw_images(average, sampler, labels, seed=0)
         judge = self._judge(self.source.split, BEST_LIMIT)
-        pictures = images[: len(self.source.shown()[0])]
+        pictures = images[: len(self.source.preview_conditions()[0])]
         score = Score(
             judge(images, labels), evaluation.digest(f"{judge.fingerprint} {sampler} {len(images)}")
         )
@@ -246,10 +246,12 @@ class Evaluator:
         return report.measured(table, self.source.measures)
 
     def _show(self, denoiser, sampler, seed):
-        return self.source.pictures(self._draw(denoiser, sampler, *self.source.shown(), seed))
+        return self.source.pictures(
+            self._draw(denoiser, sampler, *self.source.preview_conditions(), seed)
+        )
 
     def _measure(self, denoiser, sampler):
-        rows, *conditions = self.source.asked(self.settings.num)
+        rows, *conditions = self.source.measured_conditions(self.settings.num)
         x0 = self._draw(denoiser, sampler, *conditions, SEED)
         return evaluation.about(sampler) | self.source.measure(x0, rows)
 
