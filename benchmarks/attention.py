@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dmd_jax.models.attention import BlockCausal, TeacherForcing, attention
+from dmd_jax.models.attention import BlockCausal, Causal, TeacherForcing, attention
 
 LENGTHS = flags.DEFINE_list("lengths", [768, 3072], "Tokens.")
 MEMORY = flags.DEFINE_integer("memory", 8192, "Tokens of the table of memory.")
@@ -32,9 +32,9 @@ def masks(length):
     """{name: mask}: blocks of frames in order, the same with a window, and teacher forcing."""
     return {
         "no mask": None,
-        "block-causal": BlockCausal(FRAME),
-        "window of 2 frames": BlockCausal(FRAME, window=2),
-        "[clean | noisy]": TeacherForcing(BlockCausal(FRAME), length // 2),
+        "block-causal": BlockCausal(Causal(1), FRAME),
+        "window of 2 frames": BlockCausal(Causal(1, window=2), FRAME),
+        "[clean | noisy]": TeacherForcing(BlockCausal(Causal(1), FRAME), length // 2),
     }
 
 

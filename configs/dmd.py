@@ -20,6 +20,9 @@ configs/pretrain.py:wan_teacher and :wan_small made them.
 student, and wants some 64 accelerators of 80 GB or a TPU slice; `--dry_run` says what each role
 takes. It has not been run. Give it prompts of `python -m dmd_jax.embed` as
 --config.data.embeddings.
+
+A flag overrides any entry, also those that may be None or a class:
+--config.generator.optimizer.clip=None, --config.method.regression=X0.
 """
 
 import dataclasses
@@ -34,10 +37,12 @@ from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
 from dmd_jax.quality.evaluation import Evaluation
+from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
 from dmd_jax.training.step import EMA
+from dmd_jax.training.writers import Log
 
 
 def get_config(arg=""):
@@ -70,9 +75,9 @@ def get_config(arg=""):
     )
     config.ema = dict(cls=EMA, decay=0.97, start=0)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.log = dict(every=50, tensorboard=True)
+    config.log = dict(cls=Log, every=50, tensorboard=True)
     config.health = dict(cls=Thresholds)
-    config.checkpoint = dict(every=600, keep=2)
+    config.checkpoint = dict(cls=Checkpoints, every=600, keep=2)
     config.evaluate = dict(
         cls=Evaluation,
         features="mnist_metric",

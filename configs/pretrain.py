@@ -26,10 +26,12 @@ from dmd_jax.methods.pretrain import Pretrain
 from dmd_jax.models.dit import DiTConfig
 from dmd_jax.models.wan import WanConfig
 from dmd_jax.quality.evaluation import Evaluation
+from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
 from dmd_jax.training.step import EMA
+from dmd_jax.training.writers import Log
 
 
 def get_config(arg=""):
@@ -61,9 +63,9 @@ def get_config(arg=""):
     )
     config.ema = dict(cls=EMA, decay=0.999, start=1_000)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.log = dict(every=100, tensorboard=True)
+    config.log = dict(cls=Log, every=100, tensorboard=True)
     config.health = dict(cls=Thresholds)
-    config.checkpoint = dict(every=1_000, keep=2)
+    config.checkpoint = dict(cls=Checkpoints, every=1_000, keep=2)
     config.evaluate = dict(
         cls=Evaluation,
         features="mnist_metric",

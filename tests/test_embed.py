@@ -16,6 +16,7 @@ from dmd_jax.pipelines import prompts as room
 from dmd_jax.pipelines.text import Tokenizer
 
 pytest.importorskip("ftfy")
+pytestmark = pytest.mark.wan
 PROMPTS = ["a cat", "two dogs &amp; a ball", "the sea at night", "rain " * 70, "a", "a red fox"]
 NEGATIVE = "blurred, dull"
 

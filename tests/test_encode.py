@@ -20,6 +20,7 @@ from dmd_jax.weights import wan_vae as names
 from dmd_jax.weights.table import fill, their_shapes
 
 pytest.importorskip("av")
+pytestmark = pytest.mark.wan
 CAPTIONS = {"b": "a wave breaks", "a": "a cat", "sub/c": "a cat", "d": "rain"}
 TINY = WanVAEConfig(
     encoder_dim=4,

@@ -19,9 +19,9 @@ COMMANDS = (*("main", "sample", "evaluate", "embed", "encode", "export", "metric
 
 # The heart is mathematics on jax: no layer library, optimizer, mesh, file or config in it.
 ONLY = {
-    "diffusion": {"jax", "numpy", "einops"},
-    "losses": {"jax", "diffusion"},
-    "methods": {"jax", "devices", "diffusion", "losses", "rollouts"},
+    "diffusion": {"jax", "jaxtyping", "numpy", "einops"},
+    "losses": {"jax", "jaxtyping", "diffusion"},
+    "methods": {"jax", "jaxtyping", "devices", "diffusion", "losses", "rollouts"},
 }
 
 # Libraries that are not for everybody, and the rooms that may use them.

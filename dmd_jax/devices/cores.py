@@ -5,6 +5,7 @@ of the batch, use several cores.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def split_cores(batch: int, *, even: bool = True) -> None:
+def split_cores(batch: int, *, even: bool = True, mesh: tuple[int, ...] = (-1,)) -> None:
     """Divides the CPU into devices that split batches of `batch` samples. Other platforms are
     unaffected.
 
@@ -32,13 +33,18 @@ def split_cores(batch: int, *, even: bool = True) -> None:
     Args:
         batch: number of samples; must be called before JAX initialises its devices.
         even: whether the number of devices must divide `batch`; False where the caller pads it.
+        mesh: sizes of the axes of the mesh that the user states, -1 for one that is free: there are
+            as many devices as they need.
     """
     flag = "xla_force_host_platform_device_count"
     if flag in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices >= 0:
         return
     counts = range(1, min(usable_cores(), batch // LEAST) + 1)
     fit = [n for n in counts if not even or batch % n == 0]
-    jax.config.update("jax_num_cpu_devices", max(fit, default=1))
+    count, stated = max(fit, default=1), math.prod(n for n in mesh if n > 0)
+    if -1 not in mesh or count % stated:
+        count = stated
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,16 @@
-"""Keys and values of the frames that a causal video network has behind it. Imports jax alone.
+"""The keys and values (K/V) of earlier frames, which a causal video network attends to.
 
-The cache has a fixed number of slots, a frame each. The first `sink` frames of a video keep theirs
-for good; the others take turns (a ring), so that nothing is ever moved and a rollout of any length
-compiles once. Keys lie in it without position: attention does not care where in memory a key is,
-and a position is given to it anew at every call, small however long the rollout (`positions`).
+The cache has a fixed number of slots, one frame each. With a window, the first `sink` frames of a
+video stay in their slots and later frames take turns in the others (a ring). Nothing is moved, so a
+rollout of any length is one compiled program. With 2 slots for the sink and 3 for the window, frame
+7 overwrites frame 4:
+
+    slot      0   1   2   3   4
+    frame     0   1   5   6   4 -> 7
+
+Keys are stored before the rotary embedding. The order of keys in memory does not matter to
+attention, and at every call each key is rotated to a position relative to the newest frame
+(`Ring.positions`), which stays small in a video of any length. Imports jax alone.
 """
 
 import dataclasses
@@ -16,50 +23,77 @@ EMPTY = -1
 
 
 class KVCache(NamedTuple):
-    """A value: `write` returns a new one. All layers of a network share `frames`."""
+    """K/V of all layers, by slot, or those of a block's own frames, in order (see `write`).
+
+    It is a value: nothing changes it in place.
+    """
 
     keys: jax.Array  # [layers, B, slots, T, N, H]: T tokens a frame, N heads of width H
     values: jax.Array
-    frames: jax.Array  # int32 [slots]: which frame of the video lies there; EMPTY for none
+    frames: jax.Array  # int32 [slots]: number of the frame in each slot; EMPTY for none
 
 
 def empty(layers, batch, slots, tokens, heads, width, dtype):
-    """A KVCache of nothing, with room for `slots` frames."""
+    """A KVCache without frames, with room for `slots` of them."""
     shape = (layers, batch, slots, tokens, heads, width)
     keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     return KVCache(keys, values, jnp.full(slots, EMPTY, jnp.int32))
 
 
+def write(cache, own, ring):
+    """The cache after the K/V of `own`, a KVCache of new frames, are put into their slots."""
+    slots = ring.slot(own.frames)
+    return KVCache(
+        cache.keys.at[:, :, slots].set(own.keys),
+        cache.values.at[:, :, slots].set(own.values),
+        cache.frames.at[slots].set(own.frames),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Which frame goes to which slot, and what position its key has.
+    """Which frame is in which slot, and which position its key gets.
 
     Attributes:
-        slots: frames that fit.
-        sink: the first frames of the video, which stay.
-        reach: the longest distance between frames, in frames, that the network was trained on. The
-            sink is shown no farther away than that.
+        slots: slots of the cache.
+        sink: the first frames of the video, which are never overwritten.
     """
 
     slots: int
     sink: int
-    reach: int
-
-    @property
-    def table(self):
-        """Positions are in [0, table)."""
-        return max(self.slots, self.reach)
 
     def slot(self, frames):
-        """Where int32 [n] frames belong."""
+        """The slots of int32 [n] frames."""
         turn = self.sink + (frames - self.sink) % (self.slots - self.sink)
         return jnp.where(frames < self.sink, frames, turn)
 
-    def positions(self, frames, end):
-        """Positions of int32 [n] frames, when `end` frames of the video are known.
+    def positions(self, frames, end, length):
+        """Positions of int32 [n] frames for a rotary embedding, which uses their differences alone.
 
-        Only differences of positions matter to rotary embeddings, so the last frame is always at
-        `table` - 1. An EMPTY frame is given some position or other.
+        The newest frame has the last position, length - 1, and earlier frames those before it. Once
+        a video is longer than `length`, frame f of the sink stays at position f.
+
+        Args:
+            frames: int32 [n], numbers in the video; for EMPTY the position has no meaning.
+            end: number of the newest frame plus 1.
+            length: positions are in [0, length); at least as many as frames that are visible.
         """
-        held = jnp.where(frames < self.sink, jnp.maximum(frames, frames + end - self.reach), frames)
-        return jnp.clip(held - end + self.table, 0, self.table - 1)
+        positions = frames + length - end
+        positions = jnp.where(frames < self.sink, jnp.maximum(frames, positions), positions)
+        return jnp.clip(positions, 0, length - 1)
+
+
+def ring(causal, slots):
+    """How a cache of `slots` slots serves a `Causal`.
+
+    Raises:
+        ValueError: it has other slots than the window and the sink need.
+    """
+    if causal.window is None:
+        return Ring(slots, sink=0)  # every frame stays: no slot has to be kept for the sink
+    if slots != causal.most_visible:
+        raise ValueError(
+            f"a cache of {slots} frames for window={causal.window} and sink={causal.sink}: it must "
+            f"have room for {causal.most_visible}"
+        )
+    return Ring(slots, causal.sink)

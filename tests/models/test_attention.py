@@ -11,8 +11,15 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from dmd_jax.devices import sharding
-from dmd_jax.models import attention as room
-from dmd_jax.models.attention import BlockCausal, TeacherForcing, attention
+from dmd_jax.models.attention import (
+    BlockCausal,
+    Causal,
+    TeacherForcing,
+    attention,
+    cudnn,
+    splash,
+    tiled,
+)
 
 # Sums of some hundred products in float32 (6e-8 each), then an exponential, in the norm.
 ROUNDING = 3e-6
@@ -25,16 +32,16 @@ ROUNDING_BF16 = 1e-2
 
 def block_of(frame, mask):
     """The number of the block that a frame is in."""
-    if mask.first_alone:
-        return 0 if frame == 0 else 1 + (frame - 1) // mask.frames_per_block
-    return frame // mask.frames_per_block
+    if mask.causal.first_alone:
+        return 0 if frame == 0 else 1 + (frame - 1) // mask.causal.frames_per_block
+    return frame // mask.causal.frames_per_block
 
 
 def end_of(block, mask):
     """The number of frames up to the end of a block."""
-    if mask.first_alone:
-        return 1 + block * mask.frames_per_block
-    return (block + 1) * mask.frames_per_block
+    if mask.causal.first_alone:
+        return 1 + block * mask.causal.frames_per_block
+    return (block + 1) * mask.causal.frames_per_block
 
 
 def causal_sees(mask, query, key):
@@ -42,31 +49,31 @@ def causal_sees(mask, query, key):
     block = block_of(query, mask)
     if block_of(key, mask) > block:
         return False
-    if mask.window is None or key < mask.sink:
+    if mask.causal.window is None or key < mask.causal.sink:
         return True
-    return key >= end_of(block, mask) - mask.window
+    return key >= end_of(block, mask) - mask.causal.window
 
 
 def forced_sees(mask, query, key):
-    causal, half = mask.causal, mask.half
+    blocks, half = mask.blocks, mask.half
     if query < half:
-        return key < half and causal_sees(causal, query, key)
+        return key < half and causal_sees(blocks, query, key)
     query -= half
-    query_block = block_of(query // causal.tokens_per_frame, causal)
-    key_block = block_of(key % half // causal.tokens_per_frame, causal)
+    query_block = block_of(query // blocks.tokens_per_frame, blocks)
+    key_block = block_of(key % half // blocks.tokens_per_frame, blocks)
     if key >= half:
         return key_block == query_block
-    return key_block < query_block and causal_sees(causal, query, key)
+    return key_block < query_block and causal_sees(blocks, query, key)
 
 
 def plain(mask, length):
-    """The mask, token by token: bool [length, length]."""
+    """The mask by the functions above, token by token: bool [length, length]."""
     sees = causal_sees if isinstance(mask, BlockCausal) else forced_sees
     return np.array([[sees(mask, i, j) for j in range(length)] for i in range(length)])
 
 
 def dense(q, k, v, *, mask=None, visible=None):
-    """Attention as it is written, in float32 or float64."""
+    """Attention by its formula, in float32 or float64, with all scores in memory."""
     scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / np.sqrt(q.shape[-1])
     if visible is not None:
         scores = jnp.where(visible, scores, -jnp.inf)
@@ -120,15 +127,15 @@ def collectives(f, *args):
 # --- Masks ----------------------------------------------------------------------------------------
 
 MASKS = [
-    BlockCausal(1),
-    BlockCausal(4),
-    BlockCausal(3, 2),
-    BlockCausal(3, 2, first_alone=True),
-    BlockCausal(2, 3, window=3),
-    BlockCausal(2, 3, window=4, sink=1),
-    BlockCausal(3, 2, first_alone=True, window=3, sink=2),
-    BlockCausal(1, 1, window=1, sink=1),
-    BlockCausal(2, 100),
+    BlockCausal(Causal(1), 1),
+    BlockCausal(Causal(1), 4),
+    BlockCausal(Causal(2), 3),
+    BlockCausal(Causal(2, first_alone=True), 3),
+    BlockCausal(Causal(3, window=3), 2),
+    BlockCausal(Causal(3, window=4, sink=1), 2),
+    BlockCausal(Causal(2, first_alone=True, window=3, sink=2), 3),
+    BlockCausal(Causal(1, window=1, sink=1), 1),
+    BlockCausal(Causal(100), 2),
 ]
 
 
@@ -154,18 +161,44 @@ def test_teacher_forcing_is_what_its_words_say(mask, half):
     np.testing.assert_array_equal(traced, wanted)
 
 
+def pictures(cls):
+    """The pictures in a docstring, from left to right: bool [queries, keys] each."""
+    lines = [line for line in cls.__doc__.splitlines() if re.fullmatch(r"[ #.|]*[#.]", line)]
+    rows = [re.split(r" {4,}", line.replace(" | ", " ").strip()) for line in lines]
+    return [
+        np.array([[c == "#" for c in row.split()] for row in column])
+        for column in zip(*rows, strict=True)
+    ]
+
+
+WITH_WINDOW = Causal(2, window=3, sink=1)
+
+
 @pytest.mark.parametrize(
-    ("sizes", "words"),
+    ("cls", "masks"),
     [
-        ({"tokens_per_frame": 0}, "must be at least 1"),
-        ({"tokens_per_frame": 2, "frames_per_block": 0}, "must be at least 1"),
-        ({"tokens_per_frame": 2, "sink": -1}, "sink at least 0"),
-        ({"tokens_per_frame": 2, "frames_per_block": 3, "window": 2}, "window of 2 frames hides"),
+        (Causal, [BlockCausal(c) for c in (Causal(2), Causal(2, first_alone=True), WITH_WINDOW)]),
+        (TeacherForcing, [TeacherForcing(BlockCausal(c), 6) for c in (Causal(2), WITH_WINDOW)]),
     ],
 )
-def test_a_mask_of_impossible_sizes_is_refused(sizes, words):
+def test_the_pictures_show_the_masks(cls, masks):
+    for picture, mask in zip(pictures(cls), masks, strict=True):
+        index = np.arange(len(picture))
+        np.testing.assert_array_equal(mask.allows(index[:, None], index), picture)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: BlockCausal(Causal(), 0), "tokens_per_frame=0 must be at least 1"),
+        (lambda: Causal(frames_per_block=0), "frames_per_block=0 must be at least 1"),
+        (lambda: Causal(sink=-1), "sink=-1 at least 0"),
+        (lambda: Causal(frames_per_block=3, window=2), "window=2 is smaller"),
+    ],
+)
+def test_a_mask_of_impossible_sizes_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
-        BlockCausal(**sizes)
+        make()
 
 
 # --- Values ---------------------------------------------------------------------------------------
@@ -194,13 +227,13 @@ def test_keys_that_are_not_visible_do_not_count(queries, keys):
 
 
 SEQUENCES = [
-    (BlockCausal(5, 2), 63),
-    (BlockCausal(40, 3), 400),
-    (BlockCausal(40, 3, first_alone=True, window=4, sink=1), 400),
-    (BlockCausal(2, 3, window=5, sink=1), 333),  # more blocks than chunks
-    (TeacherForcing(BlockCausal(40, 2), 240), 480),
-    (TeacherForcing(BlockCausal(30, 2, first_alone=True, window=3, sink=1), 210), 420),
-    (TeacherForcing(BlockCausal(3), 150), 300),
+    (BlockCausal(Causal(2), 5), 63),
+    (BlockCausal(Causal(3), 40), 400),
+    (BlockCausal(Causal(3, first_alone=True, window=4, sink=1), 40), 400),
+    (BlockCausal(Causal(3, window=5, sink=1), 2), 333),  # more blocks than chunks
+    (TeacherForcing(BlockCausal(Causal(2), 40), 240), 480),
+    (TeacherForcing(BlockCausal(Causal(2, first_alone=True, window=3, sink=1), 30), 210), 420),
+    (TeacherForcing(BlockCausal(Causal(1), 3), 150), 300),
 ]
 
 
@@ -212,7 +245,7 @@ def test_masked_values_and_gradients_are_those_of_the_formula(mask, length):
 
 
 def test_a_mask_and_visible_keys_hold_together():
-    mask, args = BlockCausal(40, 3), inputs(400)
+    mask, args = BlockCausal(Causal(3), 40), inputs(400)
     visible = (np.arange(400) % 3 > 0) | (np.arange(400) == 0)
     seen = with_gradients(lambda *x: attention(*x[:3], mask=mask, visible=x[3]))(*args, visible)
     assert_same(
@@ -256,10 +289,10 @@ def test_other_arguments_that_do_not_fit_are_refused():
         attention(q, k, v.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match=r"12 keys need bool\[12\]"):
         attention(q, k, v, visible=jnp.ones(11, bool))
-    with pytest.raises(ValueError, match="a mask speaks of one sequence"):
-        attention(q[:, :4], k, v, mask=BlockCausal(2))
+    with pytest.raises(ValueError, match="a mask is for queries and keys of one sequence"):
+        attention(q[:, :4], k, v, mask=BlockCausal(Causal(1), 2))
     with pytest.raises(ValueError, match="halves of 5 tokens needs 10 tokens, not 12"):
-        attention(q, k, v, mask=TeacherForcing(BlockCausal(1), 5))
+        attention(q, k, v, mask=TeacherForcing(BlockCausal(Causal(1), 1), 5))
 
 
 # --- The kernel of a TPU --------------------------------------------------------------------------
@@ -268,7 +301,7 @@ def test_other_arguments_that_do_not_fit_are_refused():
 @functools.partial(jax.jit, static_argnames="mask")
 def interpreted(q, k, v, visible=None, *, mask=None):
     """Splash attention without a TPU."""
-    return room._splash(q, k, v, visible, mask=mask, interpret=True)
+    return splash.attend(q, k, v, visible, mask=mask, interpret=True)
 
 
 @pytest.mark.parametrize(
@@ -276,17 +309,17 @@ def interpreted(q, k, v, visible=None, *, mask=None):
     [
         (None, 256, 256),
         (None, 200, 140),
-        (BlockCausal(32, 3), 256, 256),
-        (BlockCausal(20, 3), 250, 250),
-        (BlockCausal(20, 2, first_alone=True, window=3, sink=1), 260, 260),
-        (TeacherForcing(BlockCausal(20, 2, window=4, sink=1), 130), 260, 260),
+        (BlockCausal(Causal(3), 32), 256, 256),
+        (BlockCausal(Causal(3), 20), 250, 250),
+        (BlockCausal(Causal(2, first_alone=True, window=3, sink=1), 20), 260, 260),
+        (TeacherForcing(BlockCausal(Causal(2, window=4, sink=1), 20), 130), 260, 260),
     ],
     ids=str,
 )
 def test_the_kernel_of_a_tpu_computes_the_same(mask, queries, keys):
     args = inputs(queries, keys, heads=2, width=128)
     seen = with_gradients(functools.partial(interpreted, mask=mask))(*args)
-    wanted = with_gradients(functools.partial(room._anywhere, visible=None, mask=mask))(*args)
+    wanted = with_gradients(functools.partial(tiled.attend, visible=None, mask=mask))(*args)
     assert_same(seen, wanted)
 
 
@@ -306,14 +339,14 @@ def test_the_kernel_of_a_tpu_hides_what_is_not_visible():
         (None, 20, 40, 40),
         (None, 21, 257, 257),  # CLIP's features are 257
         (None, 20, 41, 30),
-        (BlockCausal(5, 3, first_alone=True, window=4, sink=1), 65, 65, 65),
-        (BlockCausal(4, 3), 48, 48, 31),
-        (TeacherForcing(BlockCausal(5, 2, window=3, sink=1), 35), 70, 70, 70),
+        (BlockCausal(Causal(3, first_alone=True, window=4, sink=1), 5), 65, 65, 65),
+        (BlockCausal(Causal(3), 4), 48, 48, 31),
+        (TeacherForcing(BlockCausal(Causal(2, window=3, sink=1), 5), 35), 70, 70, 70),
     ],
     ids=str,
 )
 def test_what_cudnn_is_given_computes_the_same(mask, queries, keys, seen, monkeypatch):
-    """By XLA in the place of cuDNN, at lengths that cuDNN takes."""
+    """XLA stands in for cuDNN, at lengths that cuDNN supports."""
     xla = jax.nn.dot_product_attention
 
     def instead(q, k, v, *, implementation, **kw):
@@ -326,7 +359,7 @@ def test_what_cudnn_is_given_computes_the_same(mask, queries, keys, seen, monkey
     visible = None
     if seen < keys:  # here and there, and what the first block of a mask sees
         visible = (np.arange(keys) * 7 % keys < seen) | (np.arange(keys) < 4)
-    made = with_gradients(lambda *x: room._cudnn(*x, visible, mask=mask))(*args)
+    made = with_gradients(lambda *x: cudnn.attend(*x, visible, mask=mask))(*args)
     exact = (x.astype(jnp.float32) for x in args)
     wanted = with_gradients(lambda *x: dense(*x, mask=mask, visible=visible))(*exact)
     assert_same(made, wanted, ROUNDING_BF16)
@@ -343,12 +376,12 @@ MESHES = [
 
 
 def placed(args, mesh):
-    """Arrays split as `attention` says that it splits them."""
+    """Arrays split over the mesh as the docstring of `attention` says."""
     spec = sharding.P(sharding.BATCH, "context", "tensor")
     return tuple(jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)) for x in args)
 
 
-@pytest.mark.parametrize("mask", [None, BlockCausal(20, 3, window=4, sink=1)], ids=str)
+@pytest.mark.parametrize("mask", [None, BlockCausal(Causal(3, window=4, sink=1), 20)], ids=str)
 @pytest.mark.parametrize(("axes", "forward", "backward"), MESHES, ids=str)
 def test_eight_devices_compute_what_one_does_and_send_nothing_else(axes, forward, backward, mask):
     args = inputs(320, batch=4, heads=4)
@@ -368,11 +401,11 @@ def test_eight_devices_compute_what_one_does_and_send_nothing_else(axes, forward
     ("mask", "queries", "keys", "batch", "heads"),
     [
         (None, 321, 321, 2, 4),  # tokens do not divide
-        (BlockCausal(10, 3), 330, 330, 2, 3),  # nor heads, under a mask
+        (BlockCausal(Causal(3), 10), 330, 330, 2, 3),  # nor heads, under a mask
         (None, 330, 330, 2, 3),  # nor heads, without
         (None, 330, 330, 1, 4),  # nor the batch
         (None, 330, 20, 2, 4),  # few keys
-        (TeacherForcing(BlockCausal(10, 3), 170), 340, 340, 2, 4),
+        (TeacherForcing(BlockCausal(Causal(3), 10), 170), 340, 340, 2, 4),
     ],
     ids=str,
 )
@@ -411,7 +444,7 @@ def test_a_cache_is_seen_as_far_as_it_is_filled_on_any_mesh():
 # --- Programs for other platforms -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [None, BlockCausal(1560, 3, window=9, sink=1)], ids=str)
+@pytest.mark.parametrize("mask", [None, BlockCausal(Causal(3, window=9, sink=1), 1560)], ids=str)
 @pytest.mark.parametrize("axes", [(1, 1, 1, 1), (1, 2, 4, 1)], ids=str)
 @pytest.mark.parametrize(
     ("platform", "kernel"), [("tpu", "tpu_custom_call"), ("cuda", "__cudnn$fmhaSoftmaxBackward")]
@@ -438,7 +471,9 @@ def test_the_mesh_chooses_the_kernel(platform, kernel, axes, mask, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "mask", [None, BlockCausal(512, 3), TeacherForcing(BlockCausal(512, 2), 4096)], ids=str
+    "mask",
+    [None, BlockCausal(Causal(3), 512), TeacherForcing(BlockCausal(Causal(2), 512), 4096)],
+    ids=str,
 )
 def test_no_array_has_the_square_of_the_length(mask):
     length, heads = 8192, 4

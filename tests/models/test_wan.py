@@ -13,7 +13,7 @@ from flax import nnx
 
 from dmd_jax.devices import sharding
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.models import wan
+from dmd_jax.models import kv_cache, wan
 from dmd_jax.models.wan import SHARDING_RULES, Causal, Conditions, Wan, WanConfig
 from dmd_jax.weights import wan as names
 from dmd_jax.weights.table import fill, their_shapes
@@ -177,7 +177,7 @@ def blocks(causal, frames):
 
 
 def block_by_block(net, x, timestep, text, causal):
-    """The velocity of a video, a cached block at a time; every block is its own context."""
+    """The velocity of a video, one cached block after another; the cache has the noisy blocks."""
     frames = x.shape[1]
     slots = frames if causal.window is None else causal.window + causal.sink
     cache = net.empty_cache(x.shape[0], slots, *x.shape[2:4])
@@ -215,7 +215,7 @@ def test_no_frame_sees_a_later_block():
 
 @pytest.mark.parametrize("causal", CAUSAL, ids=str)
 def test_teacher_forcing_equals_a_cache_of_clean_blocks(causal):
-    """All blocks at once against [clean | noisy], and each after the cache of the clean ones."""
+    """[clean | noisy] at once, against each noisy block after a cache of the clean blocks."""
     net = network(SMALL)
     frames = 7 if causal.first_alone or causal.frames_per_block == 1 else 6
     x, timestep, text = inputs(SMALL, frames=frames, height=2, width=4, per_frame=True)
@@ -236,7 +236,7 @@ def test_teacher_forcing_equals_a_cache_of_clean_blocks(causal):
 
 
 def test_a_rollout_far_beyond_the_window_compiles_once_and_sees_the_same_world():
-    """Beyond window and reach, an answer depends on what a block sees, not on its number."""
+    """Beyond window and reach, the output depends on the visible frames, not on their numbers."""
     config = dataclasses.replace(SMALL, reach=6)
     net, causal = network(config), Causal(frames_per_block=1, window=3, sink=1)
     x, timestep, text = inputs(config, frames=1, height=2, width=4)
@@ -253,16 +253,25 @@ def test_a_rollout_far_beyond_the_window_compiles_once_and_sees_the_same_world()
         out, cache = step(cache, jnp.int32(frame))
         made.append(np.asarray(out))
     assert len(traces) == 1 and jax.tree.map(jnp.shape, cache) == shapes
-    # The same block again and again: once all that a block sees, layers deep, is alike, it is at
-    # rest, as it could not be if positions grew.
+    # The input is the same block at every call. Once all visible frames are equal in all layers,
+    # the output is constant, which it would not be if positions grew.
     assert foreign.relative_error(made[-1], made[-9]) < ROUNDING
     assert foreign.relative_error(made[4], made[0]) > 1e-3
 
 
 def test_without_a_window_a_sink_changes_nothing():
-    """Even where the video is longer than those that the weights know."""
+    """Also for a video longer than those that the weights were trained on."""
     net, causal = network(dataclasses.replace(SMALL, reach=3)), Causal(frames_per_block=1, sink=1)
     x, timestep, text = inputs(SMALL, frames=6, height=2, width=4, per_frame=True)
+    whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
+    made = block_by_block(net, x, timestep, text, causal)
+    assert foreign.relative_error(made, whole) < ROUNDING
+
+
+def test_a_sink_and_a_window_longer_than_the_trained_videos_have_positions_of_their_own():
+    net = network(dataclasses.replace(SMALL, reach=3))
+    causal = Causal(frames_per_block=1, window=4, sink=1)
+    x, timestep, text = inputs(SMALL, frames=5, height=2, width=4, per_frame=True)
     whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
     made = block_by_block(net, x, timestep, text, causal)
     assert foreign.relative_error(made, whole) < ROUNDING
@@ -329,6 +338,17 @@ def test_eight_devices_give_what_one_gives():
         assert foreign.relative_error(a, b) < ROUNDING
 
 
+def test_a_cached_rollout_on_eight_devices_is_that_of_one():
+    """With a batch that data does not divide, and blocks that are split over context."""
+    net, causal = network(SMALL), Causal(frames_per_block=1, window=2, sink=1)
+    given = inputs(SMALL, frames=4, height=2, width=6, batch=3, per_frame=True)
+    wanted = block_by_block(net, *given, causal)
+    mesh = sharding.make_mesh(data=2, context=2, tensor=2)
+    placed = jax.device_put(net, sharding.infer(net, SHARDING_RULES, mesh))
+    with jax.set_mesh(mesh):
+        assert foreign.relative_error(block_by_block(placed, *given, causal), wanted) < ROUNDING
+
+
 def test_a_denoiser_takes_it_as_it_is():
     net, (x, _, text) = network(SMALL), inputs(SMALL)
     t = np.array([0.25, 1.0], np.float32)
@@ -381,8 +401,10 @@ def test_conditions_of_other_shapes_are_refused(change, complaint):
     [
         (Causal(), (2, 3, 4, 4), r"keys of the cache .* must be \[2, 2, slots, 6, 2, 24\]"),
         (Causal(), (1, 3, 4, 6), r"keys of the cache .* must be \[2, 2, slots, 6, 2, 24\]"),
-        (Causal(), (2, 2, 4, 6), "3 frames at once do not fit a cache of 2"),
-        (Causal(frames_per_block=2, window=2, sink=1), (2, 3, 4, 6), "3 frames at once"),
+        (Causal(), (2, 2, 4, 6), "3 frames do not fit a cache of 2"),
+        # They would see each other, the earlier block the later one too.
+        (Causal(frames_per_block=2), (2, 4, 4, 6), "x has 3 frames, but a block has 2"),
+        (Causal(window=3, sink=1), (2, 5, 4, 6), "must have room for 4"),
     ],
     ids=str,
 )
@@ -399,9 +421,7 @@ def test_a_cache_of_another_size_is_refused(causal, size, complaint):
         (lambda: dataclasses.replace(SMALL, heads=5), "heads=5"),
         (lambda: dataclasses.replace(SMALL, out_channels=9), "out_channels=9"),
         (lambda: dataclasses.replace(SMALL, dtype="float16"), "float16"),
-        (lambda: Causal(frames_per_block=0), "frames_per_block=0"),
-        (lambda: Causal(frames_per_block=3, window=2), "smaller than"),
-        (lambda: Causal(window=6, sink=1).ring(9, 3, 21), "must hold 7"),
+        (lambda: kv_cache.ring(Causal(window=6, sink=1), 9), "must have room for 7"),
     ],
 )
 def test_numbers_out_of_range_are_refused(make, complaint):

@@ -14,7 +14,7 @@ from flax import nnx
 from dmd_jax.data import to_float
 from dmd_jax.devices import sharding
 from dmd_jax.models import wan_vae
-from dmd_jax.models.wan_vae import SHARDING_RULES, WanVAE, WanVAEConfig
+from dmd_jax.models.wan_vae import SHARDING_RULES, WanVAE, WanVAEConfig, autoencoder
 from dmd_jax.pipelines.video import read_video
 from dmd_jax.weights import wan_vae as names
 from dmd_jax.weights.table import fill, their_shapes
@@ -36,7 +36,7 @@ ROUNDING = 2e-5
 
 
 def weight(name, shape):
-    """As of `foreign.weight`, but for the last layer: few pixels shall be clipped."""
+    """As `foreign.weight`, but smaller in the last layer, so that few pixels are clipped."""
     return foreign.weight(name, shape) * (0.2 if name.startswith("decoder.conv_out") else 1)
 
 
@@ -49,7 +49,7 @@ def network(config):
 
 
 def inputs(config, frames=5, height=3, width=2, batch=2):
-    """(video, latents) of so many frames of the video, and of height x width latent pixels."""
+    """(video, latents): `frames` of the video, height and width in latent pixels."""
     factor = config.space_factor
     video = np.tanh(foreign.tensor("video", (batch, frames, height * factor, width * factor, 3)))
     latent_frames = (frames - 1) // config.time_factor + 1
@@ -158,7 +158,7 @@ def street():
 @pytest.mark.torch
 @pytest.mark.parametrize("config", [wan_vae.TINY, wan_vae.TINY_2_2], ids=["2.1", "2.2"])
 def test_a_real_video_there_and_back_equals_diffusers_frame_by_frame(config, street):
-    """With each side's own latents in between."""
+    """Each side decodes its own latents."""
     vae, (encode, decode) = network(config), diffusers_network(config)
     latents, wanted_latents = jax.jit(WanVAE.encode)(vae, street), encode(street)
     video, wanted = jax.jit(WanVAE.decode)(vae, latents), decode(wanted_latents)
@@ -197,12 +197,12 @@ def test_equals_the_stored_numbers_of_diffusers(kind):
 def test_streamed_frames_are_those_of_the_whole(kind):
     vae, (_, latents) = network(KINDS[kind]), inputs(KINDS[kind], frames=7)
     _, whole = both(vae, *inputs(KINDS[kind], frames=7))
-    before = wan_vae._decode_frame._cache_size()
+    before = autoencoder._decode_frame._cache_size()
     stream = vae.decode_blocks(latents)
     pieces = [next(stream)]
-    assert wan_vae._decode_frame._cache_size() == before + 1  # the rest is not even compiled
+    assert autoencoder._decode_frame._cache_size() == before + 1  # the rest is not even compiled
     pieces += stream
-    assert wan_vae._decode_frame._cache_size() == before + 2
+    assert autoencoder._decode_frame._cache_size() == before + 2
     assert [piece.shape[1] for piece in pieces] == [1, 2, 2, 2]
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, rtol=0, atol=1e-6)
 
@@ -238,13 +238,13 @@ def test_a_longer_video_takes_no_more_memory():
 
 
 def test_81_frames_of_480_by_832_fit_into_16_gigabytes():
-    """As the compiler for the CPU has it: one step of streamed decoding, and the whole encoding."""
+    """By the estimate of the CPU's compiler: one step of streamed decoding, and encoding."""
     vae = jax.eval_shape(lambda: WanVAE(wan_vae.WAN_2_1, rngs=nnx.Rngs(0)))
     video = jax.ShapeDtypeStruct((1, 81, 480, 832, 3), "float32")
     latent = jax.ShapeDtypeStruct((1, 1, 60, 104, 16), "float32")
     _, caches = jax.eval_shape(lambda vae, z: vae.decode_frame(z), vae, latent)
     for program, given in (
-        (wan_vae._decode_frame, (vae, latent, caches)),
+        (autoencoder._decode_frame, (vae, latent, caches)),
         (jax.jit(WanVAE.encode), (vae, video)),
     ):
         memory = program.lower(*given).compile().memory_analysis()

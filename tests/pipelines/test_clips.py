@@ -7,6 +7,7 @@ from dmd_jax.pipelines.clips import captioned, require_clips
 from dmd_jax.pipelines.video import save_video
 
 pytest.importorskip("av")
+pytestmark = pytest.mark.wan
 SIZE = dict(frames=5, height=32, width=48, fps=16)
 
 

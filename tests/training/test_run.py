@@ -4,34 +4,26 @@ import json
 import os
 import shutil
 import signal
+import tarfile
+from concurrent.futures import Future
+from pathlib import Path
 
 import jax
 import numpy as np
 import programs
 import pytest
 import toys
-from jax.experimental.compilation_cache import compilation_cache
 
 from dmd_jax import weights
+from dmd_jax.devices.disk import exclusive
 from dmd_jax.quality import evaluator, features
 from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
-from dmd_jax.training import checkpoint, health, loop
+from dmd_jax.training import checkpoint, health, loop, preemption
 from dmd_jax.training.run import Run
 from dmd_jax.training.run import build as resolve
 
 STEPS = programs.SHORT["steps"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilation(cache):
-    """Every run of this file compiles the same two steps: the first one pays."""
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +61,14 @@ def records(workdir):
 
 def signal_at(step, monkeypatch):
     """SIGTERM reaches this process while it takes that step."""
-    requested = checkpoint.Preemption.requested
+    requested = preemption.Preemption.requested
 
     def ask(self, now):
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return requested(self, now)
 
-    monkeypatch.setattr(checkpoint.Preemption, "requested", ask)
+    monkeypatch.setattr(preemption.Preemption, "requested", ask)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +94,7 @@ def test_a_run_leaves_what_its_docstring_says(straight):
     assert report == workdir / "report.md"
     left = {str(path.relative_to(workdir)) for path in workdir.glob("*")}
     assert left == {
-        *("config.json", "metrics.jsonl", "checkpoints", "best", "images"),
+        *("config.json", "lock", "metrics.jsonl", "checkpoints", "best", "images"),
         *("generator.safetensors", "best.safetensors", "teacher.rows.json"),
         *("report.md", "report.png", "report.json", "evaluation.json"),
     }
@@ -113,7 +105,7 @@ def test_a_run_leaves_what_its_docstring_says(straight):
 def test_the_resolved_config_is_kept_in_full(straight, teacher):
     kept = json.loads((straight[0] / "config.json").read_text())
     assert kept["teacher.weights"] == str(teacher)
-    assert kept["method.cls"] == "dmd_jax.methods.dmd.DMD"
+    assert kept["method.cls"] == "DMD"
     assert kept["generator.optimizer.eps"] == 1e-8  # a default that no config names
 
 
@@ -180,9 +172,77 @@ def test_another_teacher_at_the_same_path_is_another_config(build, data_dir, no_
         start(build(**overrides), tmp_path / "run")
 
 
-def test_fewer_steps_than_were_taken_are_refused(build, straight):
+def test_fewer_steps_than_were_taken_are_refused_and_leave_no_trace(build, straight):
+    kept = (straight[0] / "config.json").read_text()
     with pytest.raises(ValueError, match=r"config\.steps=4, .* has taken 12: ask for as many"):
         start(build(steps=4), straight[0])
+    assert (straight[0] / "config.json").read_text() == kept
+
+
+def test_a_run_that_saved_nothing_does_not_claim_its_directory(build, tmp_path, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_loop", kill)
+    for seed in (0, 1):  # two configs
+        with pytest.raises(KeyboardInterrupt):
+            start(build(seed=seed), tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["seed"] == seed
+
+
+def test_a_run_that_dies_before_it_is_accepted_writes_no_config(build, tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("the weights cannot be read")
+
+    monkeypatch.setattr(Run, "start", fail)
+    with pytest.raises(OSError, match="cannot be read"):
+        start(build(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_directory_in_use_is_refused_before_anything_is_computed(build, straight, monkeypatch):
+    monkeypatch.setattr(loop, "compile_steps", None)
+    in_use = rf"{straight[0]} is in use by process {os.getpid()}"
+    with exclusive(straight[0]), pytest.raises(ValueError, match=in_use):
+        start(build(steps=20), straight[0])
+
+
+def test_a_run_of_an_earlier_version_goes_on_to_its_end(data_dir, no_report, tmp_path, monkeypatch):
+    """Five steps of the commit before the rooms were folders, stopped inside a log window."""
+    with tarfile.open(Path(__file__).with_name("earlier_run.tar.xz")) as archive:
+        archive.extractall(tmp_path / "run", filter="data")
+    (tmp_path / "run" / "teacher.safetensors").rename(tmp_path / "teacher.safetensors")
+    monkeypatch.chdir(tmp_path)  # the stored path of the teacher is relative
+    values = {"steps": 8, "log.every": 2, "checkpoint.every": 5, "evaluate.every": 100}
+    config = programs.config("teacher.safetensors", data_dir, **values)
+    run = resolve(config, jax.devices()[:1])
+    start(run, tmp_path / "run")
+    assert [line["step"] for line in records(tmp_path / "run")] == [2, 4, 6, 8]
+    state, _ = final(run, tmp_path / "run", 8)
+    assert state.step == 8
+    assert (tmp_path / "run" / "generator.safetensors").exists()
+
+
+class Endless(Future):
+    """A compilation that never ends; a signal arrives while it is waited for."""
+
+    def result(self, timeout=None):
+        signal.raise_signal(signal.SIGTERM)
+        raise TimeoutError
+
+
+@pytest.mark.parametrize("kind, saved", [(True, []), (False, ["1"])], ids=["first", "second"])
+def test_a_signal_during_a_compilation_saves_and_leaves(kind, saved, build, tmp_path, monkeypatch):
+    """The first step updates the generator; the second, which does not, is compiled later."""
+    compile_steps = loop.compile_steps
+    monkeypatch.setattr(loop, "compile_steps", lambda run: compile_steps(run) | {kind: Endless()})
+    assert start(build(), tmp_path) is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == saved
+
+
+def test_the_last_log_window_is_recorded_though_it_is_incomplete(build, no_report, tmp_path):
+    start(build(**{"steps": 5, "log.every": 3, "evaluate.every": 100}), tmp_path)
+    assert [line["step"] for line in records(tmp_path)] == [3, 5]
 
 
 def test_sigterm_saves_at_once_and_the_next_start_ends_bit_identical(
@@ -206,7 +266,7 @@ def test_a_signal_at_a_step_that_is_judged_costs_no_judgement(
     build, straight, no_report, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.Preemption, "requested", lambda self, step: step == 8)
+        patched.setattr(preemption.Preemption, "requested", lambda self, step: step == 8)
         assert start(build(), tmp_path / "run") is None
     start(build(), tmp_path / "run")
     assert_same_run(build, tmp_path / "run", straight)
@@ -276,7 +336,7 @@ def test_a_damaged_newest_checkpoint_falls_back_says_so_and_ends_bit_identical(
 ):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.Preemption, "requested", lambda self, step: step == 10)
+        patched.setattr(preemption.Preemption, "requested", lambda self, step: step == 10)
         start(build(), workdir)
     for path in (workdir / "checkpoints" / "10" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:

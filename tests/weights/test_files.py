@@ -18,6 +18,8 @@ from safetensors.numpy import save_file
 from dmd_jax import weights
 from dmd_jax.weights import files, pickles
 
+pytestmark = pytest.mark.wan  # some ask a hub
+
 ARRAYS = {
     "matrix": np.arange(6, dtype=np.float32).reshape(2, 3),
     "half": np.arange(4).astype(ml_dtypes.bfloat16),
