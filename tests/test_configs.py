@@ -67,9 +67,9 @@ def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, 
 @pytest.mark.parametrize("name, variant", list(found()))
 def test_config_names_nothing_that_the_program_does_not_read(name, variant):
     config = programs.load_config(f"configs/{name}", variant)
-    sections = {"log": {"every", "tensorboard"}, "checkpoint": {"every", "keep"}}
+    sections = {"log": {"every", "tensorboard", "wandb"}, "checkpoint": {"every", "keep"}}
     for section, known in sections.items():
-        assert set(config[section]) == known
+        assert set(config[section]) == {"cls", *known}
 
 
 @pytest.mark.parametrize("name, variant", list(found()))

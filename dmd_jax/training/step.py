@@ -215,7 +215,7 @@ def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator,
     """Gradients and losses by role, and per-sample values, of a batch or of one of its parts."""
     keys = [jax.random.fold_in(key, tag) for tag in (GENERATOR, CRITIC, CRITIC_ROLLOUT)]
     nets = bind(trainable, frozen)
-    grads, losses, observed, made = {}, {}, {}, None
+    grads, losses, observed, rollout = {}, {}, {}, None
 
     if update_generator:
 
@@ -223,20 +223,20 @@ def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator,
             bound = bind({**trainable, "generator": generator}, frozen)
             return method.generator_loss(bound["generator"], bound, batch, keys[GENERATOR])
 
-        (loss, (observed, made)), grad = jax.value_and_grad(generator_loss, has_aux=True)(
+        (loss, (observed, rollout)), grad = jax.value_and_grad(generator_loss, has_aux=True)(
             trainable["generator"]
         )
         grads["generator"], losses["generator"] = grad, loss
 
     critics = {role: net for role, net in trainable.items() if role != "generator"}
     if critics:
-        if made is None or not reuse_rollout:
-            made = method.rollout(nets["generator"], nets, batch, keys[CRITIC_ROLLOUT])
+        if rollout is None or not reuse_rollout:
+            rollout = method.rollout(nets["generator"], nets, batch, keys[CRITIC_ROLLOUT])
 
         def critic_loss(critics):
             bound = bind({**trainable, **critics}, frozen)
-            seen = {role: bound[role] for role in critics}
-            return method.critic_loss(seen, bound, made, batch, keys[CRITIC])
+            trained = {role: bound[role] for role in critics}
+            return method.critic_loss(trained, bound, rollout, batch, keys[CRITIC])
 
         (loss, critic_observed), grad = jax.value_and_grad(critic_loss, has_aux=True)(critics)
         observed = observed | critic_observed
@@ -255,8 +255,7 @@ def _accumulate(one, batch, size, parts):
         raise ValueError(f"accumulate={parts} does not divide the batch of {size}")
 
     def split(x):
-        # Strided parts: each device keeps its own samples, where contiguous ones would have to
-        # move.
+        # Strided parts: contiguous ones would move samples between devices.
         return jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0)
 
     def join(x):
