@@ -4,6 +4,7 @@ python -m dmd_jax.evaluate --checkpoint=runs/dmd/generator.safetensors
 python -m dmd_jax.evaluate --checkpoint=mnist_teacher --steps=50,16,8,4 --guidance=2 --store
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -53,7 +54,10 @@ def judge_checkpoint():
     """Prints the table of --checkpoint, and writes it where the flags say so."""
     path = weights.find(FLAGS.checkpoint)
     ways = [
-        samplers.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift)
+        dataclasses.replace(
+            samplers.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift),
+            name=path.stem,
+        )
         for guidance in _numbers("guidance", float)
         for steps in _numbers("steps", int)
     ]

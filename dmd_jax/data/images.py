@@ -147,7 +147,7 @@ class Images:
         """Number of pictures in a row."""
         return self.num_classes
 
-    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+    def preview_conditions(self) -> tuple[np.ndarray, np.ndarray]:
         """(conditions, unconditional inputs) of the samples to show: eight of each class."""
         labels = np.arange(8 * self.num_classes, dtype=np.int32) % self.num_classes
         conditions = self._conditions(labels)

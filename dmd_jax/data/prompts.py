@@ -1,6 +1,6 @@
-"""Prompts as training data: cached text embeddings, and latents where a method learns from videos.
+"""Prompts as training data: stored text embeddings, and latents for methods that learn from videos.
 
-Imports the stores of embeddings and latents beside it, and what they may import.
+Imports the stores of embeddings and latents, and their libraries.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ class Prompts:
 
     Attributes:
         embeddings: directory that `python -m dmd_jax.embed` wrote.
-        sample_shape: (F, H, W, C) of the latents that a generator makes.
+        sample_shape: (F, H, W, C) of the latents of a generator.
         latents: directory that `python -m dmd_jax.encode` wrote, for methods that learn from data;
-            None where none does.
+            None for the others.
     """
 
     embeddings: str
@@ -37,7 +37,7 @@ class Prompts:
         """Opens the files.
 
         Raises:
-            FileNotFoundError, ValueError: they are not there, are damaged, or do not go together.
+            FileNotFoundError, ValueError: they are missing, damaged, or do not fit together.
         """
         texts, latents = self._texts, self._latents
         if latents is None:
@@ -127,7 +127,7 @@ class Prompts:
         return {"data": self._latents.rows(rows), **self.conditions(rows)}
 
     def conditions(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """The embeddings alone: of the latents' prompts, or of the prompts themselves."""
+        """`examples` without "data". Without latents, row i is prompt i."""
         if self._latents is not None:
             rows = self._latents.prompt[np.asarray(rows)]
         cond = self._texts.rows(rows)
@@ -142,16 +142,16 @@ class Prompts:
         """Number of pictures in a row: the frames of a video fill it."""
         return 1
 
-    def asked(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def measured_conditions(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(rows of `num` prompts at even distances, their embeddings, the negative prompt's)."""
         count = len(self._texts)
         rows = np.linspace(0, count - 1, num).astype(int) if num < count else np.arange(num) % count
         cond = self._texts.rows(rows)
         return rows, cond, np.broadcast_to(self._texts.negative, cond.shape)
 
-    def shown(self) -> tuple[np.ndarray, np.ndarray]:
+    def preview_conditions(self) -> tuple[np.ndarray, np.ndarray]:
         """(conditions, unconditional inputs) of the samples to show."""
-        return self.asked(min(SHOWN, len(self._texts)))[1:]
+        return self.measured_conditions(min(SHOWN, len(self._texts)))[1:]
 
     def pictures(self, x0: np.ndarray) -> np.ndarray:
         """Latents float [N, F, H, W, C] as uint8 [N, H, F W, 3] pictures, frames side by side.

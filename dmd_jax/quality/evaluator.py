@@ -23,6 +23,7 @@ from dmd_jax.rollouts import samplers
 from dmd_jax.rollouts.samplers import Sampler
 
 REPORT = "report.md"
+FIGURE = "report.png"
 SETTINGS = "evaluation.json"
 BEST_LIMIT = 10_000  # training images that the best network of a run is selected against
 
@@ -39,7 +40,7 @@ class Preview(Protocol):
     columns: int
     measures: Mapping[str, str]
 
-    def shown(self) -> tuple[Any, Any]:
+    def preview_conditions(self) -> tuple[Any, Any]:
         """(conditions, unconditional inputs) of the samples to show."""
         ...
 
@@ -51,7 +52,7 @@ class Preview(Protocol):
 class Measured(Preview, Protocol):
     """Data that measure samples themselves, such as `MovingDigits`."""
 
-    def asked(self, num: int) -> tuple[np.ndarray, Any, Any]:
+    def measured_conditions(self, num: int) -> tuple[np.ndarray, Any, Any]:
         """(rows, conditions, unconditional inputs) of `num` samples to measure."""
         ...
 
@@ -138,7 +139,7 @@ class Evaluator:
         labels = samplers.balanced(self.settings.samples, self.source.num_classes)
         images = draw_images(average, sampler, labels, seed=0)
         judge = self._judge(self.source.split, BEST_LIMIT)
-        pictures = images[: len(self.source.shown()[0])]
+        pictures = images[: len(self.source.preview_conditions()[0])]
         score = Score(
             judge(images, labels), evaluation.digest(f"{judge.fingerprint} {sampler} {len(images)}")
         )
@@ -168,18 +169,11 @@ class Evaluator:
             The text of report.md.
         """
         if self.settings.features:
-            body, pictures, labels, table = self._judged(trained, teacher, teacher_path, directory)
+            body = self._judged(directory, title, trained, teacher, teacher_path)
         else:
-            body, pictures = self._shown(trained, teacher)
+            body = self._shown(directory, title, trained, teacher)
         text = report.page(title, body, cost)
         if jax.process_index() == 0:
-            figure = directory / "report.png"
-            if self.settings.features:
-                metric = load_features(self.settings.features).name
-                report.figure(figure, table, pictures, labels, metric=metric, title=title)
-                write_text(directory / "report.json", json.dumps(table, indent=1) + "\n")
-            else:
-                report.gallery(figure, pictures, self.source.columns, title=title)
             write_text(directory / SETTINGS, self._kept())
             write_text(directory / REPORT, text)
         return text
@@ -208,8 +202,8 @@ class Evaluator:
             limit=limit,
         )
 
-    def _judged(self, trained, teacher, teacher_path, directory):
-        """(body, pictures, their labels, rows) of the report of a run on images."""
+    def _judged(self, directory, title, trained, teacher, teacher_path):
+        """Body of the report of a run on images; writes its rows and its figure."""
         spec, classes = self.settings, self.source.num_classes
         judge = self._judge(spec.split, LIMIT)
         labels = samplers.balanced(2 * classes, classes)
@@ -230,26 +224,34 @@ class Evaluator:
             row, images = evaluation.judged(trained, sampler, judge, spec.num)
             table.append(row)
             pictures[sampler.title] = images[: len(labels)]
-        body = report.markdown(table, judge.name, judge.reference)
-        return body, pictures, labels, table
+        if jax.process_index() == 0:
+            write_text(directory / "report.json", json.dumps(table, indent=1) + "\n")
+            report.figure(
+                directory / FIGURE, table, pictures, labels, metric=judge.name, title=title
+            )
+        return report.markdown(table, judge.name, judge.reference)
 
-    def _shown(self, trained, teacher):
-        """(body, pictures) of the report of a run without a feature network."""
+    def _shown(self, directory, title, trained, teacher):
+        """Body of the report of a run without a feature network; writes its figure."""
         networks = [(trained, sampler) for sampler in self.samplers]
         if teacher is not None:
             networks = [(teacher, sampler) for sampler in self.teacher_samplers] + networks
         pictures = {sampler.title: self._show(net, sampler, SEED) for net, sampler in networks}
+        if jax.process_index() == 0:
+            report.gallery(directory / FIGURE, pictures, self.source.columns, title=title)
         if not self.source.measures:
-            return "From the same noise. Not judged: no feature network is named.\n", pictures
+            return "From the same noise. Not judged: no feature network is named.\n"
         table = [{"name": "real", **self.source.floor(self.settings.num)}]
         table += [self._measure(net, sampler) for net, sampler in networks]
-        return report.measured(table, self.source.measures), pictures
+        return report.measured(table, self.source.measures)
 
     def _show(self, denoiser, sampler, seed):
-        return self.source.pictures(self._draw(denoiser, sampler, *self.source.shown(), seed))
+        return self.source.pictures(
+            self._draw(denoiser, sampler, *self.source.preview_conditions(), seed)
+        )
 
     def _measure(self, denoiser, sampler):
-        rows, *conditions = self.source.asked(self.settings.num)
+        rows, *conditions = self.source.measured_conditions(self.settings.num)
         x0 = self._draw(denoiser, sampler, *conditions, SEED)
         return evaluation.about(sampler) | self.source.measure(x0, rows)
 

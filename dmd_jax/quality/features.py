@@ -47,7 +47,7 @@ class Features:
         dim: D, the length of a row of features.
         extract: uint8 [N, H, W, C] -> (features float [N, D], logits float [N, K]); None in place
             of the logits where the network does not classify.
-        channels: C of the images that it takes; None for any.
+        channels: the numbers of channels of the images that it takes; None for any.
         data: the data set that it learned to classify; None where it has no logits or the file
             does not say.
         classes: names of the K classes of that data set; None for any.
@@ -57,7 +57,7 @@ class Features:
     fingerprint: str
     dim: int
     extract: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
-    channels: int | None = None
+    channels: tuple[int, ...] | None = None
     data: str | None = None
     classes: tuple[str, ...] | None = None
 
@@ -68,10 +68,10 @@ class Features:
             f"--out={images.name.replace('/', '_')}_metric.safetensors, or choose another"
         )
         channels = images.image_shape[-1]
-        if self.channels not in (None, channels):
+        if self.channels is not None and channels not in self.channels:
             raise ValueError(
-                f"{self.name} takes images of {self.channels} channels, but the data set "
-                f"{images.name!r} has {channels}: {remedy}"
+                f"{self.name} takes images of {' or '.join(map(str, self.channels))} channels, but "
+                f"the data set {images.name!r} has {channels}: {remedy}"
             )
         if self.classes not in (None, images.classes):
             raise ValueError(
@@ -107,14 +107,13 @@ def load_features(path: str | Path = SHIPPED) -> Features:
             fingerprint(tensors),
             classifier.config.features,
             functools.partial(extract, classifier),
-            classifier.config.channels,
+            (classifier.config.channels,),
             header.get("data"),
             tuple(header["classes"]) if "classes" in header else None,
         )
     if "Mixed_5b.branch1x1.conv.weight" in tensors:
-        return Features(
-            "FID", fingerprint(tensors), INCEPTION_DIM, _inception_extract(path, tensors)
-        )
+        look = _inception_extract(path, tensors)
+        return Features("FID", fingerprint(tensors), INCEPTION_DIM, look, channels=(1, 3))
     raise ValueError(
         f"{path} holds neither a metric network (made by python -m dmd_jax.metric_network) nor "
         "the weights of Inception"

@@ -12,7 +12,7 @@ from dmd_jax import data
 from dmd_jax.data import Images
 from dmd_jax.quality import evaluation, metrics
 from dmd_jax.quality.evaluation import Evaluation, Progress
-from dmd_jax.quality.evaluator import Evaluator
+from dmd_jax.quality.evaluator import Evaluator, Measured, Preview
 from dmd_jax.quality.features import load_features
 from dmd_jax.rollouts.samplers import FewStep
 from dmd_jax.training.configuration import differences
@@ -121,6 +121,27 @@ def test_scores_of_other_samples_or_images_have_another_judge(data_dir):
     half = data.load("mnist5k", "train[:50%]", data_dir)
     assert evaluator(data_dir, half).preview(net)[1].judge != first
     assert evaluator(data_dir, samples=90).preview(net)[1].judge != first
+
+
+def members(*protocols):
+    """The names that protocols ask for."""
+    names = {name for p in protocols for base in p.__mro__ for name in vars(base)}
+    names |= {name for p in protocols for base in p.__mro__ for name in annotations(base)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def annotations(cls):
+    return vars(cls).get("__annotations__", {})
+
+
+def test_sources_have_what_training_and_reports_read(data_dir):
+    for source, protocols in (
+        (data.load("mnist5k", "test", data_dir), (data.Source, Preview)),
+        (data.Prompts("embeddings", (1, 2, 2, 4)), (data.Source, Preview)),
+        (data.MovingDigits(), (data.Source, Measured)),
+    ):
+        assert members(*protocols) <= set(dir(source))
+    assert {"examples", "columns", "measure"} <= members(data.Source, Measured)
 
 
 class Terminal(io.StringIO):
