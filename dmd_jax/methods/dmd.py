@@ -95,6 +95,13 @@ class DMD:
         if size < 1 or shape[0] % size:
             raise ValueError(f"frames_per_block={size} must divide the frames of {shape}")
 
+    @property
+    def expected_exit_step(self):
+        """Mean number of a rollout's calls before its last one, over strides and exit steps."""
+        lasts = [len(self.times) // stride - 1 for stride in self.strides]
+        share = self.last_step_share
+        return sum(share * last + (1 - share) * last / 2 for last in lasts) / len(lasts)
+
     def rollout(self, generator, nets, batch, key):
         """Samples of the generator, [B, *sample_shape], under `batch["cond"]`."""
         noise_key, stride_key, step_key = jax.random.split(key, 3)
