@@ -21,8 +21,8 @@ from absl import app, flags
 from ml_collections import config_flags
 from peak import matmul_peak
 
+from dmd_jax.devices.cores import split_cores
 from dmd_jax.diffusion.denoiser import guided
-from dmd_jax.main import split_cores
 from dmd_jax.rollouts import backward_simulation, samplers
 from dmd_jax.training import flops, loop
 from dmd_jax.training.cost import cost
@@ -35,7 +35,7 @@ UPDATES = {True: "with generator", False: "without"}
 
 
 def main(_):
-    split_cores(CONFIG.value)
+    split_cores(CONFIG.value.batch_size // CONFIG.value.accumulate)
     run = build(CONFIG.value)
     with jax.set_mesh(run.mesh):
         measure(run)

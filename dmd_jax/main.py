@@ -20,6 +20,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from dmd_jax.devices import cores
 from dmd_jax.training import checkpoint, health, loop
 from dmd_jax.training.run import build, describe
 
@@ -60,20 +61,6 @@ def refuse(error):
     sys.exit(f"error: {error}")
 
 
-def split_cores(config):
-    """Makes the cores of a CPU devices that share the batch. Nothing else is touched.
-
-    The products of small networks are too small for several cores to share; the parts of a batch
-    are not, if they have some samples each. JAX_NUM_CPU_DEVICES and XLA_FLAGS go first.
-    """
-    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if told or jax.config.jax_num_cpu_devices >= 0:
-        return
-    batch = config.get("batch_size", 1) // max(config.get("accumulate", 1), 1)
-    fit = [n for n in range(2, (os.cpu_count() or 1) + 1) if batch % n == 0 and batch >= 8 * n]
-    jax.config.update("jax_num_cpu_devices", max(fit, default=1))
-
-
 def join():
     """Joins the job's other processes; their addresses are the scheduler's to know."""
     try:
@@ -96,7 +83,9 @@ def main(argv):
         jax.config.update(
             "jax_compilation_cache_dir", str(Path(FLAGS.compilation_cache).expanduser())
         )
-    split_cores(FLAGS.config)
+    cores.split_cores(
+        FLAGS.config.get("batch_size", 1) // max(FLAGS.config.get("accumulate", 1), 1)
+    )
     if FLAGS.distributed:
         join()
     try:

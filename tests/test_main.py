@@ -1,7 +1,5 @@
 """The entry point: what cannot run is refused with one clear message, before it computes."""
 
-import types
-
 import programs
 import pytest
 
@@ -52,29 +50,6 @@ def test_dry_run_prints_every_role_and_computes_nothing(start, capsys, teacher, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "cores, told, numbers, devices",
-    [
-        (1, -1, {"batch_size": 32}, 1),
-        (2, -1, {"batch_size": 32}, 2),
-        (6, -1, {"batch_size": 32}, 4),
-        (64, -1, {"batch_size": 32, "accumulate": 2}, 2),
-        (64, -1, {"batch_size": 8}, 1),
-        (3, -1, {"batch_size": 27}, 3),
-        (2, -1, {}, 1),
-        (2, 5, {"batch_size": 32}, 5),
-    ],
-)
-def test_cores_become_devices_with_some_samples_each(monkeypatch, cores, told, numbers, devices):
-    config = types.SimpleNamespace(jax_num_cpu_devices=told)
-    config.update = lambda name, value: setattr(config, name, value)
-    monkeypatch.setattr(main.jax, "config", config)
-    monkeypatch.setattr(main.os, "cpu_count", lambda: cores)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    main.split_cores(numbers)
-    assert config.jax_num_cpu_devices == devices
-
-
 def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
     seen = []
     monkeypatch.setattr(main, "build", lambda config, **_: exit(seen.append(main.workdir())))
@@ -93,7 +68,7 @@ def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
         ("steps", 0, "config.steps is 0; it must be 1 or more"),
         ("log.every", 0, "config.log.every is 0; it must be 1 or more"),
         ("checkpoint.every", 0, "config.checkpoint.every is 0; it must be 1 or more"),
-        ("evaluate.every", -1, "config.evaluate.every is -1; it must be 1 or more"),
+        ("evaluate.every", -1, "config.evaluate: every=-1 must be 1 or more"),
         ("checkpoint.keep", 1, "config.checkpoint.keep is 1; it must be 2 or more"),
         ("seed", -1, "config.seed is -1; it must be 0 or more"),
         ("method.times", "('one',)", "config.method.times"),
@@ -102,14 +77,18 @@ def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
         ("method.frames_per_block", 2, "config.method: frames_per_block=2, but images (28, 28, 1)"),
         ("generator.optimizer.decay", "never", "config.generator.optimizer: decay='never'"),
         ("fake_score.optimizer.warmup", -1, "config.fake_score.optimizer: warmup=-1 must be 0"),
-        ("evaluate.steps", "()", "config.evaluate.steps is (): name one number of steps"),
-        ("evaluate.teacher_steps", "(0,)", "config.evaluate.teacher_steps is (0,): steps=0 must"),
+        ("evaluate.steps", "()", "config.evaluate: steps=() must name one number of steps"),
+        ("evaluate.teacher_steps", "(0,)", "config.evaluate: teacher_steps=(0,): 0 must be"),
         (
             "evaluate.features",
             "nowhere",
-            "config.evaluate.features: no checkpoint file at",
+            "config.evaluate: features: no checkpoint file at",
         ),
-        ("evaluate.samples", 60, "config.evaluate.samples=60 must be a multiple of the 10 classes"),
+        (
+            "evaluate.samples",
+            60,
+            "config.evaluate: samples=60 must be a multiple of the 10",
+        ),
         ("generator.compute.dtype", "float33", "config.generator: dtype='float33'"),
         ("fake_score.compute.remat", "some", "config.fake_score: remat='some'"),
         ("batch_size", 12, "config.batch_size=12 does not divide into 8 parts"),

@@ -222,13 +222,13 @@ class MovingDigits(Prompts):
 
     @property
     def model_fields(self) -> dict[str, Any]:
-        """What the config of a new network need not say, since the data do."""
+        """Fields of a new network's config that follow from the data."""
         channels = self.sample_shape[-1]
         return dict(in_channels=channels, out_channels=channels, text_dim=TEXT_DIM)
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the file of a network trained on such data must say of them."""
+        """Entries for the header of an exported network."""
         return super().notes | {"data": "moving_digits"}
 
     measures: ClassVar = {

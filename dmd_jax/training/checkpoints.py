@@ -194,43 +194,58 @@ class Checkpointer:
         return self._newest.restore(reversed(self._newest.steps()), abstract_state)
 
     def save_best(
-        self, step: int, tree: Any, metric: float, extra: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        tree: Any,
+        metric: float,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        judge: str | None = None,
     ) -> bool:
-        """Keeps `tree` where its metric is lower than that of every one before it.
+        """Keeps `tree` where its metric is lower than all earlier ones of the same judge.
 
         Args:
             step: as in `save`.
             tree: usually less than the state: what a user would sample from.
-            metric: lower is better; NaN is never best. Stored in `extra['metric']`.
+            metric: lower is better; NaN is never best. Stored in `extra`, with the judge and the
+                number of bests before it.
             extra: as in `save`.
+            judge: identifies what the metric was computed with. Metrics of different judges are not
+                comparable: the first of a new judge is its best.
 
         Returns:
             Whether this was the best so far.
         """
         self._best.wait()
-        if not metric < min(self._best_metrics().values(), default=math.inf):
+        bests = self._bests()
+        alike = [best["metric"] for best in bests.values() if best.get("judge") == judge]
+        if not metric < min(alike, default=math.inf):
             return False
         if step in self._best.steps():  # damaged, or from a run on another mesh
             self._best.set_aside(step)
-        self._best.save(step, tree, {**(extra or {}), "metric": float(metric)})
+        turn = 1 + max((best.get("turn", 0) for best in bests.values()), default=0)
+        kept = {"metric": float(metric), "judge": judge, "turn": turn}
+        self._best.save(step, tree, {**(extra or {}), **kept})
         return True
 
     def restore_best(self, abstract: Any) -> tuple[Any, int, dict[str, Any]] | None:
-        """(tree, step, extra) of the lowest metric so far, or None; raises as `restore_latest`."""
+        """(tree, step, extra) of the last best, or None; raises as `restore_latest`."""
         self.wait()
-        metrics = self._best_metrics()
-        return self._best.restore(sorted(metrics, key=metrics.get), abstract)
+        bests = self._bests()
+        # Of one judge, the last is the lowest; of several, only the last judge counts.
+        order = sorted(bests, key=lambda step: (-bests[step].get("turn", 0), bests[step]["metric"]))
+        return self._best.restore(order, abstract)
 
-    def _best_metrics(self) -> dict[int, float]:
-        """Metric by step, infinity where damaged. Two where a kill came before the old one went."""
-        metrics = {}
+    def _bests(self) -> dict[int, dict[str, Any]]:
+        """`extra` by step; {"metric": infinity} where damaged. A kill may have left two."""
+        bests = {}
         for step in self._best.steps():
             try:
-                metrics[step] = checkpoint.read_manifest(self._best.path(step))["extra"]["metric"]
+                bests[step] = checkpoint.read_manifest(self._best.path(step))["extra"]
             except DamagedCheckpoint as error:
                 log.warning("%s is damaged: %s", self._best.path(step), error)
-                metrics[step] = math.inf
-        return metrics
+                bests[step] = {"metric": math.inf}
+        return bests
 
     def check(self) -> None:
         """Raises CheckpointError if a save has failed by now; never blocks. Once per log line."""

@@ -134,6 +134,8 @@ def _free(name):
 def differences(stored, now):
     """What keeps two flattened configs from being one run: a line each, '' if nothing does."""
     lines = []
+    if "data.split" in now:  # runs of earlier versions read this split, and do not say so
+        stored = {"data.split": "train"} | stored
     for name in sorted(stored.keys() | now.keys()):
         a, b = stored.get(name, "nothing"), now.get(name, "nothing")
         if name.endswith("cls"):  # runs of earlier versions name a class with its module

@@ -14,11 +14,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dmd_jax import data, weights
+from dmd_jax import weights
 from dmd_jax.devices import sharding
-from dmd_jax.devices.disk import check_writable, write_text
-from dmd_jax.quality import evaluation, report
-from dmd_jax.rollouts import samplers
+from dmd_jax.devices.disk import check_writable, first_line, write_text
+from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
 from dmd_jax.training.configuration import construct, differences, flatten
@@ -67,10 +66,11 @@ def train(run, workdir):
     Args:
         run: from `build`; the mesh is in force.
         workdir: a Path, made if need be: config.json, metrics.jsonl, checkpoints/, best/, images/,
-            generator.safetensors, report.md and report.png.
+            generator.safetensors, evaluation.json, report.md and report.png.
 
     Returns:
-        The path of the report; None where a signal stopped the run before its end.
+        The path of the report; None where a signal stopped the run before its end, or the report
+        failed.
 
     Raises:
         ValueError: the directory holds another run, cannot be written or is too small.
@@ -85,16 +85,18 @@ def train(run, workdir):
     ):
         checkpoints.check_space(shape, shape.ema)
         restored = checkpoints.restore_latest(shape)
-        finished = workdir / evaluation.REPORT
+        finished = workdir / REPORT
         if restored is not None and restored[1] > run.config.steps:
             raise ValueError(
                 f"config.steps={run.config.steps}, but the run in {workdir} has taken "
                 f"{restored[1]}: ask for as many or more, or choose another --workdir"
             )
         if restored is not None and restored[1] == run.config.steps and finished.exists():
-            log.info("this run is finished; its report again, from %s", finished)
-            print(finished.read_text())
-            return finished
+            if run.evaluator.is_reported(workdir):
+                log.info("this run is finished; its report again, from %s", finished)
+                print(finished.read_text())
+                return finished
+            log.info("this run is finished; config.evaluate has changed: judging it again")
         first = 0 if restored is None else restored[1]
         steps = compile_steps(run) if first < run.config.steps else {}
         if restored is None:
@@ -103,6 +105,8 @@ def train(run, workdir):
             (state, _, extra), frozen = restored, run.load_frozen()
             log.info("going on from step %d in %s", int(state.step), workdir)
         writer.rewind(int(state.step))
+        if _lacks_judgement(run, int(state.step), workdir):
+            _judge(run, state.ema, int(state.step), checkpoints, writer)
         finished.unlink(missing_ok=True)  # whatever it reports, it is not the end of this run
         try:
             with Preemption() as preemption:
@@ -117,6 +121,8 @@ def train(run, workdir):
         _export(run, trained, workdir / EXPORT, run.config.steps)
         _export_best(run, shape.ema, checkpoints, workdir)
         text = _report(run, trained, frozen, workdir)
+        if text is None:
+            return None
         writer.texts(run.config.steps, "report", text)
         return finished
 
@@ -160,34 +166,46 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption):
             progress.report(done, {name: float(value) for name, value in metrics.items()})
         heed(window.add(done, metrics))
         last = done == config.steps or preemption.requested(done)
-        if done % config.evaluate.every == 0:
-            _judge(run, state, done, checkpoints, writer)
         if done % config.checkpoint.every == 0 or last:
             heed(window.flush())
             if last or not monitor.suspicious:
                 extra = {"window": window.state, "monitor": monitor.state}
                 checkpoints.save(done, state, extra)
+        if done % config.evaluate.every == 0:  # what fails there costs no step that is saved
+            _judge(run, state.ema, done, checkpoints, writer)
         if last:
             break
     checkpoints.wait()
     return state
 
 
-def _judge(run, state, step, checkpoints, writer):
-    """Shows some samples of the average, judges more of them, and keeps the best."""
-    sampler, *_ = run.samplers()
-    shown = report.grid(run.show(state.ema, sampler), run.source.columns)
-    writer.images(step, sampler.name, shown)
-    judge = run.judge()
-    if judge is None:
+def _lacks_judgement(run, step, workdir):
+    """Whether a run was stopped after it saved a step that is to be judged, and before it was."""
+    spec, lines = run.evaluator.settings, workdir / "metrics.jsonl"
+    if not spec.features or step == 0 or step % spec.every:
+        return False
+    records = map(json.loads, lines.read_text().splitlines() if lines.exists() else ())
+    found = any(record["step"] == step and "quality/fd" in record for record in records)
+    # One process's answer for all: they must agree.
+    return not multihost_utils.broadcast_one_to_all(np.int32(found))
+
+
+def _judge(run, average, step, checkpoints, writer):
+    """Shows and judges samples of the average, and keeps the best. A failure costs only that."""
+    try:
+        picture, score = run.evaluator.preview(average)
+    except Exception as error:  # of a feature network, a data set, a device
+        log.debug("judging failed", exc_info=error)
+        log.warning("step %d could not be judged, the run goes on: %s", step, first_line(error))
         return
-    labels = samplers.balanced(run.config.evaluate.samples, run.source.num_classes)
-    images = samplers.draw_images(state.ema, sampler, labels)
-    numbers = {f"quality/{key}": value for key, value in judge(images, labels).items()}
-    writer.scalars(step, numbers)
+    writer.images(step, run.evaluator.samplers[0].name, picture)
+    if score is None:
+        return
     # One process's number for all: they must agree on whether this is the best.
-    fd = float(multihost_utils.broadcast_one_to_all(np.float32(numbers["quality/fd"])))
-    checkpoints.save_best(step, state.ema, fd)
+    fd = float(multihost_utils.broadcast_one_to_all(np.float32(score.numbers["fd"])))
+    checkpoints.save_best(step, average, fd, judge=score.judge)
+    checkpoints.wait()  # what is recorded as judged is not judged again by a resumed run
+    writer.scalars(step, {f"quality/{key}": value for key, value in score.numbers.items()})
 
 
 def _export_best(run, shape, checkpoints, workdir):
@@ -208,58 +226,26 @@ def _export(run, trained, path, step):
 
 
 def _report(run, trained, frozen, workdir):
-    """Writes and returns the report: samples beside those of the teacher, judged where possible.
+    """The text of the report, which `quality` writes; None if that failed: the run is complete.
 
-    Every process computes all of it, with whole weights of its own; the first one writes.
+    Every process computes all of it, with whole weights of its own.
     """
-    title = f"{type(run.method).__name__} on {run.source.name}, {run.config.steps:,} steps"
-    if run.judge() is None:
-        text = _shown_report(run, trained, frozen, workdir, title)
-    else:
-        text = _judged_report(run, trained, workdir, title)
+    try:
+        text = run.evaluator.report(
+            workdir,
+            f"{type(run.method).__name__} on {run.source.name}, {run.config.steps:,} steps",
+            trained,
+            teacher=frozen.get("teacher"),
+            teacher_path=run.config.teacher.weights if "teacher" in frozen else None,
+        )
+    except Exception as error:
+        log.debug("the report failed", exc_info=error)
+        log.warning(
+            "%s is trained, but its report failed: %s. The same command tries the report again",
+            workdir,
+            first_line(error),
+        )
+        return None
     if jax.process_index() == 0:
         print(text)
     return text
-
-
-def _shown_report(run, trained, frozen, workdir, title):
-    """The report of a run without a feature network: samples, and numbers if the source has any."""
-    ways = [(trained, sampler) for sampler in run.samplers()]
-    if "teacher" in frozen:
-        ways = [(frozen["teacher"], sampler) for sampler in run.teachers()] + ways
-    pictures = {sampler.title: run.show(net, sampler, evaluation.SEED) for net, sampler in ways}
-    body = "From the same noise. Not judged: config.evaluate.features names no feature network.\n"
-    if measures := run.source.measures:
-        table = [{"name": "real", **run.source.floor(run.config.evaluate.num)}]
-        table += [run.measure(net, sampler, evaluation.SEED) for net, sampler in ways]
-        body = report.measured(table, measures)
-    text = evaluation.report_text(title, body)
-    if jax.process_index() == 0:
-        report.gallery(workdir / "report.png", pictures, run.source.columns, title=title)
-        write_text(workdir / evaluation.REPORT, text)
-    return text
-
-
-def _judged_report(run, trained, workdir, title):
-    """The report of a run on images: judged beside real ones and the teacher."""
-    spec, name, data_dir = run.config.evaluate, run.config.data.name, run.config.data.data_dir
-    num_classes, seed, judge = run.source.num_classes, evaluation.SEED, run.judge()
-    labels = np.sort(samplers.balanced(2 * num_classes, num_classes))
-    test, test_labels = data.arrays(data.load(name, "test", data_dir))
-    rows = np.concatenate([np.flatnonzero(test_labels == k)[:2] for k in range(num_classes)])
-    table, pictures = [evaluation.real_row(judge, spec.num)], {"real": test[rows]}
-    if "teacher" in run.frozen:
-        path, teachers = run.config.teacher.weights, run.teachers()
-        kept = workdir / "teacher.rows.json"
-        table += evaluation.teacher_rows(
-            path, teachers, judge, spec.num, recompute=spec.recompute, store=kept
-        )
-        teacher = weights.denoiser(path)
-        for sampler in (teachers[0], teachers[-1]):
-            pictures[sampler.title] = samplers.draw_images(teacher, sampler, labels, seed)
-    table += evaluation.rows(trained, run.samplers(), judge, spec.num)
-    for sampler in run.samplers():
-        pictures[sampler.title] = samplers.draw_images(trained, sampler, labels, seed)
-    if jax.process_index() == 0:
-        evaluation.write_report(workdir, title, table, pictures, labels, judge.name)
-    return evaluation.report_text(title, report.markdown(table, judge.name))

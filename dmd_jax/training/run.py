@@ -12,14 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dmd_jax import data, weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.quality import evaluation
-from dmd_jax.quality.features import load_features
+from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import optimizer
 from dmd_jax.training.configuration import construct, flatten, unknown
@@ -34,7 +32,7 @@ KEYS = (
 LEAST = {"seed": 0, "checkpoint.keep": 2} | dict.fromkeys(
     (
         *("steps", "batch_size", "accumulate", "generator_every"),
-        *("log.every", "checkpoint.every", "evaluate.every", "evaluate.num"),
+        *("log.every", "checkpoint.every"),
     ),
     1,
 )
@@ -53,6 +51,7 @@ class Run:
         ema: the generator's average.
         source: the training data.
         mesh: the devices.
+        evaluator: judges and reports the run.
     """
 
     config: Any
@@ -63,6 +62,7 @@ class Run:
     ema: EMA
     source: data.Source
     mesh: jax.sharding.Mesh
+    evaluator: Evaluator
 
     def updates_generator(self, step):
         """Whether the generator learns at this step: the one clock of everything."""
@@ -102,47 +102,6 @@ class Run:
         shape = self.frozen_shape()
         loaded = {role: _load(self.config, role, net) for role, net in shape.items()}
         return jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, shape)
-
-    def samplers(self):
-        """What the trained network is judged under, the run's own first."""
-        spec = self.config.evaluate
-        if hasattr(self.method, "times"):
-            times, shift = self.method.times, self.method.shift
-            return [samplers.FewStep(samplers.fewer(times, n), shift) for n in spec.steps]
-        return [self._many_step(n, spec.guidance) for n in spec.steps]
-
-    def teachers(self):
-        """What a frozen teacher is shown and judged under."""
-        spec = self.config.evaluate
-        return [self._many_step(n, spec.teacher_guidance) for n in spec.teacher_steps]
-
-    def _many_step(self, steps, guidance):
-        return samplers.ManyStep(steps, guidance, self.method.shift)
-
-    def show(self, denoiser, sampler, seed=0):
-        """Pictures of a network's samples for the conditions that the source shows: uint8
-        [N, H, W, C]."""
-        return self.source.pictures(self._draw(denoiser, sampler, *self.source.shown(), seed))
-
-    def measure(self, denoiser, sampler, seed=0):
-        """A row of `report.measured`, of a source that has measures."""
-        rows, *conditions = self.source.asked(self.config.evaluate.num)
-        x0 = self._draw(denoiser, sampler, *conditions, seed)
-        about = {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
-        return about | self.source.measure(x0, rows)
-
-    def _draw(self, denoiser, sampler, cond, uncond, seed):
-        """Samples float32 [N, ...], in batches of as many as training has."""
-        shape, batch = self.source.sample_shape, min(len(cond), self.config.batch_size)
-        drawn = samplers.draw(denoiser, sampler, cond, uncond, shape, seed, batch=batch)
-        return np.concatenate(list(drawn))
-
-    def judge(self):
-        """The Judge of the run's data; None where the config names no feature network."""
-        spec = self.config
-        if not spec.evaluate.features:
-            return None
-        return evaluation.data_judge(spec.data.name, spec.data.data_dir, spec.evaluate.features)
 
     def batches(self, step):
         """This host's part of the batches from `step` on, as global arrays."""
@@ -193,9 +152,8 @@ def build(config, devices=None, *, files=True):
         transforms[role] = adamw.transform(-(-config.steps // every))
     tx, ema = optimizer.per_role(transforms), construct(config.ema, "config.ema")
     construct(config.health, "config.health")
-    run = Run(config, method, nets, frozen, tx, ema, source, mesh)
-    _check_evaluation(run)
-    return run
+    evaluator = _evaluator(config, method, source)
+    return Run(config, method, nets, frozen, tx, ema, source, mesh, evaluator)
 
 
 def _check_numbers(config, known):
@@ -217,7 +175,10 @@ def _source(config, files):
         if files:
             source.open()
         return source
-    return data.load(config.data.name, "train", config.data.data_dir)
+    try:
+        return data.load(config.data.name, config.data.split, config.data.data_dir)
+    except ValueError as error:
+        raise ValueError(f"config.data: {error}") from error
 
 
 def _check_fit(nets, source):
@@ -229,28 +190,39 @@ def _check_fit(nets, source):
         raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
 
 
-def _check_evaluation(run):
-    """What comes after the steps is refused before them: how to sample, and what to judge."""
-    spec = run.config.evaluate
-    for name, ways in {"steps": run.samplers, "teacher_steps": run.teachers}.items():
-        try:
-            if name in spec and not ways():
-                raise ValueError("name one number of steps at least")
-        except ValueError as error:
-            raise ValueError(f"config.evaluate.{name} is {spec[name]}: {error}") from error
-    if not spec.features:
-        return
-    if "name" not in run.config.data:
+def _evaluator(config, method, source):
+    """What judges and reports the run; what it could not judge is refused here."""
+    spec = construct(config.evaluate, "config.evaluate")
+    if not method.frozen and spec.teacher_steps:
         raise ValueError(
-            f"config.evaluate.features={spec.features!r} judges the images of a data set with a "
-            "name, and config.data is another source: leave it ''"
+            f"config.evaluate.teacher_steps is {spec.teacher_steps}, but this run has no teacher"
         )
+    if method.frozen and not spec.teacher_steps:
+        raise ValueError(
+            "config.evaluate.teacher_steps is (): name one number of steps of the teacher or more"
+        )
+    if hasattr(method, "times"):
+        if spec.guidance != 1:
+            raise ValueError(
+                f"config.evaluate.guidance is {spec.guidance}, but guidance is in the weights of a "
+                "student: leave it at 1"
+            )
+        own = [
+            samplers.FewStep(samplers.fewer(method.times, steps), method.shift)
+            for steps in spec.steps
+        ]
+    else:
+        own = [samplers.ManyStep(steps, spec.guidance, method.shift) for steps in spec.steps]
+    teachers = [
+        samplers.ManyStep(steps, spec.teacher_guidance, method.shift)
+        for steps in spec.teacher_steps
+    ]
+    evaluator = Evaluator(spec, source, own, teachers, config.batch_size)
     try:
-        features = load_features(spec.features)
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"config.evaluate.features: {error}") from error
-    counts = {f"config.evaluate.{name}": spec[name] for name in ("samples", "num")}
-    evaluation.require_numbers(features, run.source.num_classes, **counts)
+        evaluator.check()
+    except ValueError as error:
+        raise ValueError(f"config.evaluate: {error}") from error
+    return evaluator
 
 
 def _path(config, role):

@@ -364,6 +364,15 @@ def test_best_of_an_earlier_step_than_the_last_best_still_wins(tmp_path):
         assert checkpointer.restore_best({"x": jnp.ones(2)})[1] == 5
 
 
+def test_metrics_of_another_judge_are_not_compared(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.save_best(2, {"x": jnp.ones(2)}, 1.0, judge="a")
+        assert checkpointer.save_best(4, {"x": jnp.zeros(2)}, 30.0, judge="b")
+        assert not checkpointer.save_best(6, {"x": jnp.ones(2)}, 40.0, judge="b")
+        _, step, extra = checkpointer.restore_best({"x": jnp.ones(2)})
+    assert (step, extra["metric"], extra["judge"]) == (4, 30.0, "b")
+
+
 def test_a_save_waits_for_the_best_before_it(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save_best(1, new_state(1), 1.0)
@@ -379,7 +388,7 @@ def test_damaged_best_is_beaten_by_any_number_even_at_its_own_step(tmp_path, cap
         with pytest.raises(CheckpointError, match="best/1 is damaged"):
             checkpointer.restore_best({"x": jnp.ones(2)})
         assert checkpointer.save_best(1, {"x": jnp.zeros(2)}, 5.0)
-        assert checkpointer.restore_best({"x": jnp.ones(2)})[2] == {"metric": 5.0}
+        assert checkpointer.restore_best({"x": jnp.ones(2)})[2]["metric"] == 5.0
     assert "best/1 is damaged" in caplog.text
 
 

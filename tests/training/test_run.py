@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -12,7 +13,8 @@ import toys
 from jax.experimental.compilation_cache import compilation_cache
 
 from dmd_jax import weights
-from dmd_jax.quality import evaluation, features
+from dmd_jax.quality import evaluator, features
+from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import checkpoint, health, loop
 from dmd_jax.training.run import Run
@@ -102,7 +104,7 @@ def test_a_run_leaves_what_its_docstring_says(straight):
     assert left == {
         *("config.json", "metrics.jsonl", "checkpoints", "best", "images"),
         *("generator.safetensors", "best.safetensors", "teacher.rows.json"),
-        *("report.md", "report.png", "report.json"),
+        *("report.md", "report.png", "report.json", "evaluation.json"),
     }
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"8", "12"}
     assert {path.name for path in (workdir / "images").iterdir()} == {"student_0000008.png"}
@@ -146,7 +148,7 @@ def test_the_export_is_the_average_and_samples_as_the_run_was_judged(build, stra
     toys.assert_same(jax.tree.leaves(exported), jax.tree.leaves(state.ema))
     moved = jax.tree.map(np.array_equal, state.ema, state.nets["generator"])
     assert not any(jax.tree.leaves(moved))  # the average is not the generator
-    assert samplers.sampler_for(workdir / "generator.safetensors") == run.samplers()[0]
+    assert samplers.sampler_for(workdir / "generator.safetensors") == run.evaluator.samplers[0]
     notes = weights.notes(workdir / "generator.safetensors")
     assert notes == {"step": 12, "method": "dmd", "times": list(run.method.times), "shift": 1.0}
     assert weights.notes(workdir / "best.safetensors")["step"] == 8
@@ -155,7 +157,7 @@ def test_the_export_is_the_average_and_samples_as_the_run_was_judged(build, stra
 def test_a_finished_run_says_so_and_reprints_its_report(build, straight, monkeypatch, capsys):
     workdir, report = straight
     monkeypatch.setattr(loop, "compile_steps", None)
-    assert start(build(**{"log.every": 4}), workdir) == report
+    assert start(build(**{"log.every": 4, "evaluate.every": 5}), workdir) == report
     assert report.read_text() in capsys.readouterr().out
 
 
@@ -210,6 +212,65 @@ def test_a_signal_at_a_step_that_is_judged_costs_no_judgement(
     assert_same_run(build, tmp_path / "run", straight)
 
 
+def test_a_failure_while_judging_costs_the_judgement_and_not_the_run(
+    build, no_report, tmp_path, monkeypatch, caplog
+):
+    def fail(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(Evaluator, "preview", fail)
+    start(build(), tmp_path / "run")
+    assert "step 8 could not be judged, the run goes on: RuntimeError: RESOURCE" in caplog.text
+    assert (tmp_path / "run" / "generator.safetensors").exists()
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_a_failure_of_the_report_costs_the_report_and_the_same_command_tries_it_again(
+    build, tmp_path, monkeypatch, caplog
+):
+    def fail(*_, **__):
+        raise ValueError("no images")
+
+    few = {"steps": 1, "evaluate.every": 100}
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluator, "report", fail)
+        assert start(build(**few), tmp_path / "run") is None
+    assert "its report failed: ValueError: no images" in caplog.text
+    assert (tmp_path / "run" / "generator.safetensors").exists()
+    monkeypatch.setattr(Evaluator, "report", lambda *_, **__: "a report")
+    assert start(build(**few), tmp_path / "run") == tmp_path / "run" / "report.md"
+
+
+def test_a_run_killed_while_judging_has_saved_its_steps_and_judges_when_it_goes_on(
+    build, straight, no_report, tmp_path, monkeypatch
+):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluator, "preview", kill)
+        with pytest.raises(KeyboardInterrupt):
+            start(build(), tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"4", "8"}
+    start(build(), tmp_path / "run")
+    assert_same_run(build, tmp_path / "run", straight)
+
+
+def test_a_finished_run_is_judged_again_where_its_evaluation_has_changed(
+    build, straight, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight[0], workdir)
+    monkeypatch.setattr(loop, "compile_steps", None)
+    start(build(**{"evaluate.num": 80, "evaluate.steps": (1,)}), workdir)
+    rows = json.loads((workdir / "report.json").read_text())
+    assert [(row["name"], row["steps"]) for row in rows] == [
+        ("real images", 0),
+        ("teacher", 3),
+        ("student", 1),
+    ]
+
+
 def test_a_damaged_newest_checkpoint_falls_back_says_so_and_ends_bit_identical(
     build, straight, no_report, tmp_path, monkeypatch, caplog
 ):
@@ -231,7 +292,7 @@ def test_a_longer_run_goes_on_and_one_killed_before_its_report_reports_later(
     build, straight, no_report, tmp_path, monkeypatch
 ):
     workdir, steps = tmp_path / "run", {"checkpoint.every": 2, "evaluate.every": 100}
-    monkeypatch.setattr(loop, "_report", lambda *_: (workdir / evaluation.REPORT).write_text("old"))
+    monkeypatch.setattr(loop, "_report", lambda *_: (workdir / evaluator.REPORT).write_text("old"))
     start(build(steps=2, **steps), workdir)
 
     def kill(*_):
@@ -243,7 +304,7 @@ def test_a_longer_run_goes_on_and_one_killed_before_its_report_reports_later(
     monkeypatch.setattr(loop, "_report", lambda *_: "new")
     monkeypatch.setattr(loop, "compile_steps", None)  # all steps are taken
     start(build(steps=4, **steps), workdir)
-    assert not (workdir / evaluation.REPORT).exists()  # the old report is not this run's
+    assert not (workdir / evaluator.REPORT).exists()  # the old report is not this run's
 
 
 def test_a_teacher_that_says_nothing_finite_stops_the_run_at_its_last_good_checkpoint(
@@ -309,12 +370,12 @@ def test_devices_change_a_run_by_rounding_only(mesh, build, no_report, tmp_path)
 @pytest.mark.parametrize("number", ["samples", "num"])
 def test_numbers_of_samples_that_cannot_be_judged_are_refused_before_anything_starts(build, number):
     for value in (60, 101):  # the metric network has 64 features; there are 10 classes
-        with pytest.raises(ValueError, match=rf"evaluate\.{number}={value} must be a multiple"):
+        with pytest.raises(ValueError, match=rf"config\.evaluate: {number}={value} must be"):
             build(**{f"evaluate.{number}": value})
 
 
 def test_images_are_not_judged_where_the_data_are_no_images(data_dir):
     config = programs.load_config("configs/dmd.py", "wan_tiny")
     config.evaluate.features = features.SHIPPED
-    with pytest.raises(ValueError, match=r"config\.evaluate\.features='mnist_metric' judges"):
+    with pytest.raises(ValueError, match=r"config\.evaluate: features='mnist_metric' judges"):
         resolve(config, jax.devices()[:1], files=False)
