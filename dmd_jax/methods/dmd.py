@@ -96,7 +96,7 @@ class DMD:
             raise ValueError(f"frames_per_block={size} must divide the frames of {shape}")
 
     @property
-    def expected_exit_step(self):
+    def expected_exit_step(self) -> float:
         """Mean number of a rollout's calls before its last one, over strides and exit steps."""
         lasts = [len(self.times) // stride - 1 for stride in self.strides]
         share = self.last_step_share
