@@ -173,7 +173,7 @@ LEAVING = """
     from dmd_jax import main
     from dmd_jax.training import loop
 
-    def train(run, workdir):
+    def train(run, workdir, profile):
         started = threading.Event()
 
         def compile(kind):

@@ -104,6 +104,13 @@ class DMD:
         if size < 1 or shape[0] % size:
             raise ValueError(f"frames_per_block={size} must divide the frames of {shape}")
 
+    @property
+    def expected_exit_step(self) -> float:
+        """Mean number of a rollout's calls before its last one, over strides and exit steps."""
+        lasts = [len(self.times) // stride - 1 for stride in self.strides]
+        share = self.last_step_share
+        return sum(share * last + (1 - share) * last / 2 for last in lasts) / len(lasts)
+
     def rollout(
         self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
     ) -> Rollout:

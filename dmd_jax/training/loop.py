@@ -24,6 +24,7 @@ from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
 from dmd_jax.training.configuration import defaults, differences, flatten
+from dmd_jax.training.cost import cost
 from dmd_jax.training.preemption import Preemption
 from dmd_jax.training.profiling import Profiler
 from dmd_jax.training.writers import Progress, Writer
@@ -317,6 +318,7 @@ def _report(run, trained, frozen, workdir):
             trained,
             teacher=frozen.get("teacher"),
             teacher_path=run.config.teacher.weights if "teacher" in frozen else None,
+            cost=cost(run).lines(),
         )
     except Exception as error:
         log.debug("the report failed", exc_info=error)

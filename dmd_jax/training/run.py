@@ -22,6 +22,7 @@ from dmd_jax.rollouts import samplers
 from dmd_jax.training import optimizer
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import construct, flatten, unknown
+from dmd_jax.training.cost import cost
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.step import EMA, init_state, train_step
 from dmd_jax.training.writers import Log
@@ -373,7 +374,7 @@ def _placed(shapes, nets, mesh):
 
 
 def describe(run):
-    """A table of parameters and bytes by role, as text: what the devices must store."""
+    """Parameters and bytes by role, then the run's FLOPs: what the devices store and compute."""
     state = run.state_shape()
 
     def mebibytes(tree):
@@ -390,5 +391,6 @@ def describe(run):
         f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",
         f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
         f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",
+        *(f"{name}: {text}" for name, text in cost(run).lines().items()),
     ]
     return "\n".join(lines)

@@ -116,6 +116,15 @@ def test_one_step_from_an_early_time_starts_there():
     np.testing.assert_allclose(rollout.x0, 0.4 * full.x0, rtol=1e-5)
 
 
+def test_the_expected_exit_step_is_the_mean_of_what_rollouts_draw():
+    assert DMD((2,), times=(1.0,)).expected_exit_step == 0
+    assert DMD((2,)).expected_exit_step == pytest.approx((0 + 1 + 2 + 3) / 4)
+    assert DMD((2,), last_step_share=1.0).expected_exit_step == 3
+    every = DMD((2,), strides=(1, 2, 4), last_step_share=0.3).expected_exit_step
+    by_stride = [0.3 * last + 0.7 * last / 2 for last in (3, 1, 0)]
+    assert every == pytest.approx(sum(by_stride) / 3)
+
+
 def test_strides_train_one_generator_for_several_numbers_of_calls():
     method = DMD((2,), strides=(1, 2, 4))
     keys = jax.random.split(KEY, 2000)

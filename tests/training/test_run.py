@@ -20,6 +20,7 @@ from dmd_jax.quality import evaluator, features
 from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import checkpoint, health, loop, preemption
+from dmd_jax.training.cost import cost
 from dmd_jax.training.run import Run
 from dmd_jax.training.run import build as resolve
 
@@ -131,6 +132,12 @@ def test_the_report_stands_everything_beside_the_floor(straight):
     ]
     text = report.read_text()
     assert text.startswith("# DMD on mnist5k, 12 steps") and text.count("| student |") == 2
+
+
+def test_the_report_says_the_work_of_the_run(build, straight):
+    text = straight[1].read_text()
+    for name, words in cost(build()).lines().items():
+        assert f"- {name}: {words}\n" in text
 
 
 def test_the_export_is_the_average_and_samples_as_the_run_was_judged(build, straight):
