@@ -20,14 +20,13 @@ Without --mesh, the cores of a CPU split the samples of a call; an accelerator i
 
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from absl import app, flags
 
 from dmd_jax.devices import cores, sharding
-from dmd_jax.devices.disk import check_writable
+from dmd_jax.devices.disk import check_writable, local_path
 from dmd_jax.models.wan import WanConfig
 from dmd_jax.pipelines import sampling, video
 from dmd_jax.pipelines.prompts import read_prompts
@@ -121,7 +120,7 @@ def sample():
     sampler = sampler_for(FLAGS.checkpoint, **ways)
     config = sampling.network_config(FLAGS.checkpoint, FLAGS.boundary)
     videos = isinstance(config, WanConfig)
-    outs = [Path(out).expanduser() for out in FLAGS.out]
+    outs = [local_path(out) for out in FLAGS.out]
     require_files(outs, (".mp4", ".gif", ".png") if videos else (".png", ".npz"))
     count = write_videos(outs, ways) if videos else write_images(outs, sampler, config)
     named = ", ".join(map(str, outs))

@@ -257,3 +257,20 @@ def test_guidance_table_of_passes():
         denoiser = Denoiser(jax.tree_util.Partial(net), prediction=X0())
         guided(denoiser, jnp.ones((1, 2)), jnp.ones(1), jnp.ones(1), jnp.zeros(1), weight)
         assert sum(calls) == int(passes)
+
+
+def test_the_example_of_sampling_videos_runs(tmp_path, monkeypatch):
+    """With a small network in place of the shipped teacher."""
+    from dmd_jax import weights
+    from dmd_jax.data import moving_digits
+    from dmd_jax.models.wan import WanConfig
+
+    channels = moving_digits.FOLD**2
+    config = WanConfig(16, 16, 2, 1, channels, channels, moving_digits.TEXT_DIM)
+    path = tmp_path / "teacher.safetensors"
+    weights.save(path, Denoiser(weights.build(config)), data="moving_digits")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    [source] = blocks("docs/wan.md")
+    names = execute([source.replace("moving_digits_teacher", str(path))])
+    assert {file.name for file in names["folder"].iterdir()} == {"0.gif", "1.gif"}
+    assert names["video"].shape == (moving_digits.FRAMES, *2 * [moving_digits.SIZE], 3)

@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
         said = program(**given)
         assert said.startswith("error: ") and complaint in said, said
     (clips / "d.txt").unlink()
-    assert f"write what it shows into {clips}/d.txt" in program()
+    assert f"write its caption into {clips}/d.txt" in program()
     (clips / "d.txt").write_text("rain")
     (clips / "d.mp4").write_text("no video")
     assert "d.mp4 cannot be read as a video" in program()

@@ -188,3 +188,16 @@ def test_module_runs_as_a_program(student, tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert out.exists() and str(out) in ended.stdout + ended.stderr
+
+
+def test_program_splits_a_batch_over_the_cores_of_a_cpu(program, student, monkeypatch, tmp_path):
+    devices = []
+
+    def spy(denoiser, sampler, labels, seed):
+        devices.append(jax.sharding.get_abstract_mesh().shape.get("data", 1))
+        return np.zeros((len(labels), 28, 28, 1), np.uint8)
+
+    monkeypatch.setattr(sample, "draw_images", spy)
+    for num in (7, 20, 100):
+        assert program(f"--checkpoint={student}", f"--num={num}", f"--out={tmp_path}/a.npz") is None
+    assert devices == [1, 2, 8]

@@ -49,7 +49,7 @@ def split_cores(batch: int, *, even: bool = True, mesh: tuple[int, ...] = (-1,))
 
 @contextlib.contextmanager
 def shared(batch: int) -> Iterator[None]:
-    """Sets a mesh on which the cores of a CPU split the samples that are drawn meanwhile.
+    """Sets a mesh on which the cores of a CPU split the samples that are drawn in it.
 
     Without several devices of a CPU, or with fewer than 2 LEAST samples, no mesh is set.
 

@@ -80,3 +80,16 @@ def first_line(error: BaseException, limit: int = 140) -> str:
         return "no space left on device"
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     return line if len(line) <= limit else line[:limit] + "..."
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """The path of a local file or directory, `~` resolved.
+
+    Raises:
+        ValueError: it is an address, such as that of a bucket (gs://...).
+    """
+    if "://" in os.fspath(path):
+        raise ValueError(
+            f"{path}: only local paths are read and written; mount the bucket, or copy the files"
+        )
+    return Path(path).expanduser()

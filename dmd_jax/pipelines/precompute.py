@@ -11,11 +11,10 @@ import json
 import time
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 
 from dmd_jax import weights
 from dmd_jax.data import embeddings, latents, to_float
-from dmd_jax.devices.disk import check_writable
+from dmd_jax.devices.disk import check_writable, local_path
 from dmd_jax.devices.paths import named_leaves
 from dmd_jax.pipelines import clips, text, wan
 from dmd_jax.pipelines.prompts import embed, read_prompts
@@ -49,7 +48,7 @@ def embed_prompts(
             embeddings or cannot be written to.
         ImportError: an optional library is missing.
     """
-    texts, out = read_prompts(prompts), Path(out).expanduser()
+    texts, out = read_prompts(prompts), local_path(out)
     check_writable(out)
     root = files.companion(tokenizer or checkpoint, text.FOLDERS[1:])
     tokenize = text.Tokenizer(root, length)
@@ -89,9 +88,9 @@ def encode_videos(
             other latents or cannot be written to.
         ImportError: an optional library is missing.
     """
-    root, out = Path(videos).expanduser(), Path(out).expanduser()
+    root, out = local_path(videos), local_path(out)
     captioned = clips.captioned(root)
-    rows = _caption_rows(captioned, embeddings.Embeddings(Path(embedded).expanduser()), videos)
+    rows = _caption_rows(captioned, embeddings.Embeddings(local_path(embedded)), videos)
     around = wan.WanPipeline(str(checkpoint), num_frames, height, width)
     paths, size = [path for path, _ in captioned], dict(height=height, width=width)
     clips.require_clips(paths, frames=num_frames, fps=fps, **size)

@@ -9,12 +9,12 @@ Imports the samplers, the pipelines beside it and the rooms below.
 import itertools
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from dmd_jax import weights
+from dmd_jax.devices.disk import local_path
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Experts, WanConfig
 from dmd_jax.pipelines import wan
@@ -129,7 +129,7 @@ def _parts(checkpoint, boundary):
     """The transformers of a checkpoint: its only one, or the pair of Wan 2.2."""
     if boundary is not None:
         return "transformer", "transformer_2"
-    root = Path(checkpoint).expanduser()
+    root = local_path(checkpoint)
     if any((root / name).is_dir() for name in files.SUBFOLDERS["transformer_2"]):
         raise ValueError(
             f"{root} holds a pair of transformers: give the time that divides them, --boundary"
@@ -141,7 +141,7 @@ def _pipeline(checkpoint, pipeline, size, dtype):
     """The pipeline around the network at `checkpoint`."""
     if weights.notes(checkpoint).get("data") == "moving_digits":
         return DigitsPipeline()
-    if pipeline is None and Path(checkpoint).expanduser().is_file():
+    if pipeline is None and local_path(checkpoint).is_file():
         raise ValueError(
             f"{checkpoint} is a transformer alone: name with --pipeline the checkpoint that has "
             "its VAE, text encoder and tokenizer"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from dmd_jax.devices.disk import local_path
 from dmd_jax.diffusion.denoiser import Denoiser, Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.weights import files, foreign, ours
@@ -90,7 +91,7 @@ def locate(path: str | PathLike, part: str | None) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    known = Path(path).expanduser().exists() or files.hub_name(path)
+    known = local_path(path).exists() or files.hub_name(path)
     return files.locate(path, part) if known else ours.find(path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from safetensors.numpy import save_file
 
+from dmd_jax.devices.disk import local_path
 from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.weights.families import (
@@ -36,7 +37,7 @@ def find(path: str | PathLike) -> Path:
     Raises:
         FileNotFoundError: there is neither.
     """
-    for candidate in (Path(path).expanduser(), ASSETS / f"{path}.safetensors"):
+    for candidate in (local_path(path), ASSETS / f"{path}.safetensors"):
         if candidate.is_file():
             return candidate
     shipped = sorted(file.stem for file in ASSETS.glob("*.safetensors"))

@@ -15,7 +15,7 @@ from flax import nnx
 
 from dmd_jax import sample, weights
 from dmd_jax.data import moving_digits, to_uint8
-from dmd_jax.devices import randomness
+from dmd_jax.devices import randomness, sharding
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import step_times
 from dmd_jax.models.wan import Conditions, Wan, WanConfig
@@ -373,3 +373,37 @@ def test_program_makes_videos_of_a_diffusers_pipeline(program, folder, tmp_path)
     assert read_video(tmp_path / "a.mp4").shape == (5, 32, 48, 3)
     said = program(*where, "--frames=6", "--height=32", "--width=48")
     assert "6 frames of 32x48: this VAE takes 4 k + 1 frames" in said
+
+
+@pytest.mark.parametrize("flag", ["checkpoint", "prompts", "out", "pipeline"])
+def test_addresses_are_refused_wherever_a_path_is_taken(program, digits, prompts, tmp_path, flag):
+    weights.save(tmp_path / "a.safetensors", weights.denoiser(digits))
+    given = {"checkpoint": tmp_path / "a.safetensors", "prompts": prompts, "out": "a.gif"}
+    given |= {flag: "gs://bucket/a.gif"}
+    said = program(*(f"--{name}={value}" for name, value in given.items()))
+    assert "gs://bucket/a.gif: only local paths are read and written; mount the bucket" in said
+
+
+def test_videos_of_prompts_are_drawn_by_a_function(digits):
+    """Checked when it is called, drawn when a video is taken; noise belongs to the index."""
+    prompts = ["three moves left", "four moves up and right", "two"]
+    with pytest.raises(ValueError, match="solves no ODE"):
+        sampling.sample_videos(digits, prompts, solver="unipc")
+    with pytest.raises(ValueError, match="a network of images: it takes no prompts"):
+        sampling.sample_videos("mnist_teacher", prompts)
+    one, two = (list(sampling.sample_videos(digits, prompts, batch=n)) for n in (1, 2))
+    shape = (moving_digits.FRAMES, moving_digits.SIZE, moving_digits.SIZE, 3)
+    assert [video.shape for video in one] == [shape] * 3 and one[0].dtype == np.uint8
+    for a, b in zip(one, two, strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_on_a_mesh_the_denoiser_is_loaded_in_parts(digits):
+    whole = sampling.load_denoiser(digits)
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=4)):
+        spread = sampling.load_denoiser(digits)
+        parts = {len(x.sharding.device_set) for x in jax.tree.leaves(spread)}
+        assert parts == {8}
+        assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(spread))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_array_equal(a, jax.device_get(b))
