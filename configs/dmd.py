@@ -12,9 +12,9 @@ The first three are for digits. On two CPU cores each takes about five minutes. 
 three seeds, an FD-MNIST64 of 0.52 in 4 steps, 0.46 in 2 and 1.29 in 1, and 0.81 from `one_step`;
 the teacher has 0.36 in 50.
 
-`wan_tiny` makes videos of moving digits from captions, in a few minutes there. Its teacher, from
-which the student starts, and the smaller network from which the critic does are shipped;
-configs/pretrain.py:wan_teacher and :wan_small made them.
+`wan_tiny` makes videos of moving digits from captions, in a few minutes there. The student
+starts from its teacher and the fake score from a smaller network. Both are shipped and were trained
+by configs/pretrain.py:wan_teacher and :wan_small.
 
 `wan_t2v_1_3b` takes the numbers that Self-Forcing published, for a bidirectional
 student, and wants some 64 accelerators of 80 GB or a TPU slice; `--dry_run` says what each role

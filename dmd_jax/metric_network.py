@@ -18,7 +18,12 @@ from dmd_jax.quality import metric_network
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="*.safetensors; the card is beside")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="*.safetensors; the card gets the same name and ending .md",
+    )
     parser.add_argument("--data", default="mnist5k", help="data set, as for dmd_jax.data.load")
     parser.add_argument("--data_dir", help="directory of prepared data sets; default: that of TFDS")
     parser.add_argument("--name", help="name of the distance (default: FD-DATA-FEATURES)")

@@ -41,13 +41,13 @@ def define_flags():
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "A file of this library, the name of a shipped one, or a Wan transformer of others: a "
+        "A file of this library, the name of a shipped one, or another program's Wan: a "
         "file, a folder, a name on the Hugging Face hub.",
     )
     flags.DEFINE_integer(
         "steps", None, "Network steps; a student's own, or 50 of a teacher.", lower_bound=1
     )
-    flags.DEFINE_float("guidance", None, "Weight of a teacher's guidance; 1 is none.")
+    flags.DEFINE_float("guidance", None, "Weight of a teacher's guidance; 1 disables it.")
     flags.DEFINE_float("shift", None, "Time shift; a student's own, or 1.")
     flags.DEFINE_enum(
         "solver", None, sorted(SOLVERS), "ODE solver of a teacher; euler if not given."

@@ -3,7 +3,7 @@
     for video in sampling.sample_videos("student.safetensors", ["waves at night"]):
         save_video("waves.mp4", video)
 
-Imports the samplers, the pipelines beside it and the rooms below.
+Imports `wan`, `digits` and the rooms below.
 """
 
 import itertools

@@ -162,7 +162,7 @@ class Evaluator:
                 report.json (the rows) and teacher.rows.json too. The first process writes.
             title: of the report.
             trained: the network, placed.
-            teacher, teacher_path: the teacher, placed, and its file; None where there is none.
+            teacher, teacher_path: the teacher, placed, and its file; None without a teacher.
             cost: further lines of the report, by name: forward passes, FLOPs, time.
 
         Returns:

@@ -50,7 +50,7 @@ class EMA:
         start: before this step the averages equal the generator.
         warmup: limits each decay to (1 + n) / (10 + n), n steps after `start`: early weights leave
             the average sooner.
-        more_decays: decays of further averages, which are exported beside the first.
+        more_decays: decays of further averages, which are exported too, each to a file.
 
     Raises:
         ValueError: a decay is not in [0, 1) or appears twice, or the start is negative.
@@ -98,7 +98,7 @@ def init_state(nets: Mapping[str, PyTree], tx: Any, ema: EMA = EMA()) -> TrainSt
     Args:
         nets: {role: Denoiser}, trainable roles only.
         tx: from `optimizer.per_role`.
-        ema: which averages the state holds.
+        ema: which averages the state contains.
     """
     nets = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), nets)
 

@@ -291,8 +291,8 @@ class Progress:
     Args:
         total: the last step.
         samples_per_step: global batch size.
-        frames_per_sample: F of samples [F, H, W, C]; None for samples without frames. Frames of
-            latents count as they are, not as the frames of the decoded video.
+        frames_per_sample: F of samples [F, H, W, C]; None for samples without frames. For
+            latents these are latent frames, not frames of the decoded video.
         shown: the metrics to print, where a record has them.
         file: where to print; standard error by default.
     """
