@@ -96,7 +96,7 @@ def main(argv):
 
 
 def devices():
-    """A context with --mesh in force, or with the cores of a CPU."""
+    """A context that sets the mesh of --mesh, or one of the CPU's cores."""
     if FLAGS.mesh:
         return jax.set_mesh(mesh(FLAGS.mesh))
     return cores.shared(FLAGS.batch if FLAGS.prompts else min(FLAGS.num, BATCH))

@@ -5,7 +5,7 @@
     00000.npy           float16 [n, F, H, W, C], memory-mapped by the reader
 
 A file gets its name when it is complete, and a shard's latents are written last: `write` resumes
-after the complete shards. This file imports numpy alone.
+after the complete shards. This file imports only numpy.
 """
 
 import itertools

@@ -37,13 +37,13 @@ class Evaluation:
     """What a run judges, how often, and with which samplers; a class that configs name.
 
     Attributes:
-        every: steps between two judgements along the way.
+        every: steps between two judgements during training.
         features: file or shipped name of the feature network; '' shows samples and judges none.
         split: of the data set, the reference of the report. The best network of a run is selected
             against the training split instead.
-        samples: number of samples to judge along the way.
+        samples: number of samples to judge during training.
         num: number of samples for each row of the report.
-        steps: numbers of steps of the trained network; the first is judged along the way.
+        steps: numbers of steps of the trained network; the first is judged during training.
         guidance: weight for a network that is sampled in many steps; 1 disables it.
         teacher_steps, teacher_guidance: the same for the teacher of a run that has one.
         recompute: compute the teacher's rows even where they are stored.

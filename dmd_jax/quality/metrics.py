@@ -1,6 +1,6 @@
 """Distances between a set of samples and a set of real images, as pure functions of arrays.
 
-Imports numpy and scipy alone. A feature is a row of numbers; `features.py` says which network
+Imports only numpy and scipy. A feature is a row of numbers; `features.py` says which network
 computes it. Everything is computed in float64, because the results are small differences of large
 sums. Tables of pairwise values are computed in blocks of `BLOCK` rows, which bounds their memory.
 """

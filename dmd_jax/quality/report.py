@@ -2,7 +2,7 @@
 
 A row is a dict: `name` of the sampler ("teacher", "student", ...), `steps`, `calls` (network calls
 per image, guidance included) and the numbers of a `Judge`. The row of real images has no steps and
-no calls (absent, None or 0). Imports numpy, Pillow and matplotlib alone.
+no calls (absent, None or 0). Imports only numpy, Pillow and matplotlib.
 """
 
 from collections.abc import Mapping, Sequence

@@ -77,7 +77,7 @@ def cost(run) -> Cost:
 def batch_shape(run):
     """A global batch of the run, as jax.ShapeDtypeStructs.
 
-    Prompts that are not here (a dry run) count as TEXT_TOKENS long.
+    Missing prompts (in a dry run) count as TEXT_TOKENS long.
     """
     size, source = run.config.batch_size, run.source
     try:

@@ -1,6 +1,6 @@
 """A profile of a few training steps, for TensorBoard's profile plugin (xprof) and Perfetto.
 
-Imports jax alone.
+Imports only jax.
 """
 
 from collections.abc import Callable

@@ -141,7 +141,7 @@ def train_step(
         method: a dataclass of `methods/`.
         tx: from `optimizer.per_role`.
         update_generator: whether the generator is updated in this step. The host derives it from
-            the step, so that weights, moments and averages share one clock.
+            the step, so that weights, moments and averages are updated at the same steps.
         bind: (trainable nets, frozen nets) -> the nets that the method sees.
         ema: the averages of the generator, those that `state` was initialised for.
         reuse_rollout: in steps that update the generator, train the critic on the generator's
@@ -150,10 +150,10 @@ def train_step(
 
     Returns:
         (TrainState, metrics): metrics are float32 scalars by name. For each role with a gradient:
-        "loss", "grad_norm" (before clipping), "update_norm", "weight_norm" (after the update),
-        "learning_rate" where `tx` knows it, and "skipped". Norms are global L2 norms. An update
-        with a loss or gradient that is not finite is skipped as a whole, weights, moments and
-        averages, and counted as "<role>/skipped".
+        "<role>/loss", "/grad_norm" (before clipping), "/update_norm", "/weight_norm" (after the
+        update), "/skipped", and "/learning_rate" if `tx` has a schedule for the role. Norms are
+        global L2 norms. If a role's loss or gradient is not finite, its weights, moments and
+        averages stay as they were, and "/skipped" is 1.
 
     Raises:
         ValueError: `accumulate` does not divide the batch.

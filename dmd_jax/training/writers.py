@@ -1,6 +1,6 @@
 """What a run writes: metrics.jsonl, PNG images, TensorBoard, Weights & Biases, progress lines.
 
-Knows names, numbers and pictures; imports no other room. JSON lines and PNG are always written and
+Takes names, numbers and pictures; imports no other room. JSON lines and PNG are always written and
 need nothing but Pillow. TensorBoard (through clu) needs TensorFlow, whose import takes seconds: it
 happens in a background thread, during compilation, and what is written before waits in a queue. A
 board that fails never stops a run.
@@ -109,7 +109,7 @@ class Writer:
     def rewind(self, step: int) -> None:
         """Drops the JSON lines after `step`, and one that a kill cut short: called on resume.
 
-        So a killed and resumed run has one record, with each step once. Images are overwritten.
+        A resumed run then has every step once. Images are overwritten.
         TensorBoard and Weights & Biases cannot remove what they have: they show repeated steps
         twice.
         """

@@ -1,4 +1,4 @@
-"""Latents on disk: what is written is read, a stopped run goes on, what is wrong is told."""
+"""Latents on disk: what is written is read, a stopped write resumes, errors are reported."""
 
 import json
 
