@@ -9,8 +9,8 @@ Variants and their commands:
     python -m dmd_jax.main --config=configs/dmd.py:wan_t2v_1_3b  Wan2.1: 14B to 1.3B
 
 The first three are for digits. Training takes 10 TFLOP, 10 and 21, some minutes on two CPU cores.
-Expect, as means of two seeds, an FD-MNIST64 of 0.52 in 4 steps, 0.44 in 2 and 1.24 in 1 from the
-first, and, as a mean of three, 0.81 from `one_step`; the teacher has 0.36 in 50.
+Expect, as means of three seeds, an FD-MNIST64 of 0.51 in 4 steps, 0.44 in 2 and 1.23 in 1 from the
+first, and 0.81 from `one_step`; the teacher has 0.36 in 50.
 
 `wan_tiny` makes videos of moving digits from captions, in a few minutes there. Its teacher, from
 which the student starts, and the smaller network from which the critic does are shipped;
