@@ -60,8 +60,8 @@ def measure(run):
         state[0], metrics = steps[kind].result()(state[0], frozen, batch, root)
         jax.block_until_ready(metrics)
 
-    calls = {f"step {UPDATES[kind]}": partial(ours, kind) for kind in steps}
-    work |= {f"step {UPDATES[kind]}": total.step[kind] for kind in steps}
+    calls = {f"whole step {UPDATES[kind]}": partial(ours, kind) for kind in steps}
+    work |= {f"whole step {UPDATES[kind]}": total.step[kind] for kind in steps}
     for name, rival in rivals.items():
         for kind in steps:
             calls[f"{name}, {UPDATES[kind]}"] = partial(rival, update_generator=kind)
