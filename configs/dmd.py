@@ -12,16 +12,15 @@ The first three are for digits. Training takes 10 TFLOP, 10 and 21, some minutes
 Expect, as means of three seeds, an FD-MNIST64 of 0.51 in 4 steps, 0.44 in 2 and 1.23 in 1 from the
 first, and 0.81 from `one_step`; the teacher has 0.36 in 50.
 
-`wan_tiny` makes videos of moving digits from captions, in a few minutes there. The student
-starts from its teacher and the fake score from a smaller network. Both are shipped and were trained
-by configs/pretrain.py:wan_teacher and :wan_small.
+`wan_tiny` generates videos of moving digits from captions, after a few minutes on these cores. The
+student starts from its teacher and the fake score from a smaller network. Both are shipped and were
+trained by configs/pretrain.py:wan_teacher and :wan_small.
 
-`wan_t2v_1_3b` takes the numbers that Self-Forcing published, for a bidirectional
-student, and wants some 64 accelerators of 80 GB or a TPU slice; `--dry_run` says what each role
-takes. It has not been run. Give it prompts of `python -m dmd_jax.embed` as
---config.data.embeddings.
+`wan_t2v_1_3b` uses the published numbers of Self-Forcing for a bidirectional student. It needs some
+64 accelerators of 80 GB or a TPU slice; `--dry_run` prints the memory of each role. It has not been
+run. --config.data.embeddings is the folder that `python -m dmd_jax.embed` wrote.
 
-A flag overrides any entry, also those that may be None or a class:
+A flag overrides any entry, also one that may be None or a class:
 --config.generator.optimizer.clip=None, --config.method.regression=X0.
 """
 
@@ -115,7 +114,7 @@ def _sid(config):
 
 
 def _larger_batches(config):
-    """The batch, rates and clock with which `one_step` and `sid` were measured."""
+    """The batch, rates and intervals with which `one_step` and `sid` were measured."""
     config.batch_size = 32
     config.generator_every = 2
     config.generator.optimizer.learning_rate = 2e-4
@@ -127,8 +126,8 @@ def _wan_tiny(config):
     compute = dict(dtype="float32", remat="none", unroll=6)
     adamw = dict(cls=AdamW, learning_rate=2e-4, b1=0.0, b2=0.99)
     config.data = dict(cls=MovingDigits)
-    # A black frame is nearly right but for the highest noise, where it shows whether a digit is
-    # missing: at times drawn without these shifts students go black.
+    # Without these shifts students collapse to black frames. Most of a frame is black, and only at
+    # high noise do the scores show that a digit is missing: the shifts draw more of those times.
     config.method.update(guidance=2.0, shift=3.0, score_shift=5.0)
     config.generator_every = 5
     config.ema.decay = 0.97
