@@ -228,7 +228,7 @@ def test_the_end_waits_for_no_compilation(how, code):
         ("method.frames_per_block", 2, "config.method: frames_per_block=2, but images (28, 28, 1)"),
         ("generator.optimizer.decay", "never", "config.generator.optimizer: decay='never'"),
         ("generator.optimizer.end_value", 1, "generator.optimizer: end_value=1.0 must be in [0, "),
-        ("ema.more_decays", "(1.5,)", "config.ema: decay=0.97 and more_decays=(1.5,) must be in"),
+        ("ema.more_decays", "(1.5,)", "config.ema: decay=0.98 and more_decays=(1.5,) must be in"),
         ("fake_score.optimizer.warmup", -1, "config.fake_score.optimizer: warmup=-1 must be 0"),
         ("evaluate.steps", "()", "config.evaluate: steps=() must name one number of steps"),
         ("evaluate.teacher_steps", "(0,)", "config.evaluate: teacher_steps=(0,): 0 must be"),
