@@ -15,6 +15,7 @@ import sys
 
 from absl import app, flags
 
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.pipelines.precompute import encode_videos
 
 FLAGS = flags.FLAGS
@@ -45,6 +46,7 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    use_float32_products("float32")  # the VAE
     try:
         result = encode_videos(
             FLAGS.videos,

@@ -7,14 +7,14 @@ python -m dmd_jax.evaluate --checkpoint=mnist_teacher --steps=50,16,8,4 --guidan
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 import absl.logging
 from absl import app, flags
 
 from dmd_jax import data, weights
 from dmd_jax.devices import cores
-from dmd_jax.devices.disk import check_writable
+from dmd_jax.devices.disk import check_writable, local_path
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.quality import report
 from dmd_jax.quality.evaluation import data_judge, real_row, teacher_rows
 from dmd_jax.quality.features import SHIPPED, load_features
@@ -43,10 +43,11 @@ def main(argv):
         absl.logging.set_verbosity(absl.logging.WARNING)
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    use_float32_products("float32")  # the networks of images and of features
     try:
         with cores.shared(samplers.BATCH):
             judge_checkpoint()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -64,8 +65,9 @@ def judge_checkpoint():
     source = data.load(FLAGS.data, FLAGS.split, FLAGS.data_dir)
     source.require_fit(f"--checkpoint={path}", weights.abstract(path).net.config)
     load_features(FLAGS.features).require_fit(source)
-    if FLAGS.out:
-        check_writable(Path(FLAGS.out).parent)
+    out = local_path(FLAGS.out) if FLAGS.out else None
+    if out:
+        check_writable(out.parent)
     if FLAGS.store:
         check_writable(path.parent)
     judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features, split=FLAGS.split)
@@ -74,8 +76,8 @@ def judge_checkpoint():
     table = teacher_rows(path, ways, judge, FLAGS.num, recompute=True, store=store)
     table = [real, *table]
     print(report.markdown(table, judge.name, judge.reference))
-    if FLAGS.out:
-        Path(FLAGS.out).write_text(json.dumps(table, indent=1) + "\n")
+    if out:
+        out.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def _numbers(flag, kind):

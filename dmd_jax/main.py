@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 import dmd_jax
 from dmd_jax.devices import cores
 from dmd_jax.devices.disk import first_line
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.training import checkpoint, health, loop, profiling
 from dmd_jax.training.configuration import expand_home
 from dmd_jax.training.run import build, describe
@@ -90,17 +91,10 @@ def refusing(call, *args, **kwargs):
         refuse(f"the memory of the device is too small ({first_line(error)}). {MEMORY}")
 
 
-def use_float32_products(config):
-    """Computes float32 matrix products in full float32, if all networks of the run are float32.
-
-    By default a GPU rounds the operands of such a product to TF32, and a TPU to bfloat16. Runs with
-    bfloat16 networks keep the default: their operands are bfloat16 already, and the setting would
-    also change attention kernels.
-    """
+def compute_dtypes(config):
+    """The dtypes in which the networks of a run compute."""
     sections = [section for section in config.values() if isinstance(section, ConfigDict)]
-    computes = [section.compute for section in sections if "compute" in section]
-    if all(compute.get("dtype", "float32") == "float32" for compute in computes):
-        jax.config.update("jax_default_matmul_precision", "float32")
+    return [section.compute.get("dtype", "float32") for section in sections if "compute" in section]
 
 
 def split_cores(config):
@@ -134,7 +128,7 @@ def main(argv):
         )
     config = FLAGS.config
     expand_home(config)
-    use_float32_products(config)
+    use_float32_products(*compute_dtypes(config))
     split_cores(config)
     if FLAGS.distributed:
         join()

@@ -27,6 +27,7 @@ from absl import app, flags
 
 from dmd_jax.devices import cores, sharding
 from dmd_jax.devices.disk import check_writable, local_path
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.models.wan import WanConfig
 from dmd_jax.pipelines import sampling, video
 from dmd_jax.pipelines.prompts import read_prompts
@@ -88,6 +89,7 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    use_float32_products(FLAGS.dtype)
     try:
         with devices():
             sample()
@@ -97,15 +99,18 @@ def main(argv):
 
 def devices():
     """A context that sets the mesh of --mesh, or one of the CPU's cores."""
-    if FLAGS.mesh:
-        return jax.set_mesh(mesh(FLAGS.mesh))
-    return cores.shared(FLAGS.batch if FLAGS.prompts else min(FLAGS.num, BATCH))
+    batch = FLAGS.batch if FLAGS.prompts else min(FLAGS.num, BATCH)
+    return jax.set_mesh(mesh(FLAGS.mesh, batch)) if FLAGS.mesh else cores.shared(batch)
 
 
-def mesh(axes):
-    """The mesh of ["data=2", "fsdp=4"]; data takes the devices that the others leave."""
+def mesh(axes, batch):
+    """The mesh of ["data=2", "fsdp=4"]; data takes the devices that the others leave.
+
+    A CPU is divided into as many devices as it needs, or as can share `batch` samples.
+    """
     try:
         sizes = {name: int(size) for name, size in (axis.split("=") for axis in axes)}
+        cores.split_cores(batch, even=False, mesh=tuple(({"data": -1} | sizes).values()))
         return sharding.make_mesh(**sizes)
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -83,7 +83,7 @@ def real_judge(data_dir):
 
 @pytest.fixture
 def command_line(monkeypatch):
-    """Sets sys.argv; the flags that a program then defines are forgotten after it."""
+    """Sets sys.argv; what a program then defines and sets for its process is reset after it."""
     app.define_help_flags()  # absl does so once in a process
     known = set(flags.FLAGS)
 
@@ -98,6 +98,7 @@ def command_line(monkeypatch):
 
     yield give
     forget()
+    jax.config.update("jax_default_matmul_precision", None)
 
 
 @pytest.fixture

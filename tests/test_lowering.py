@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dmd_jax.devices import sharding
-from dmd_jax.main import use_float32_products
+from dmd_jax.devices.precision import use_float32_products
+from dmd_jax.main import compute_dtypes
 from dmd_jax.training.run import build
 
 # 64 devices, each with a quarter of every sequence.
@@ -79,7 +80,7 @@ def test_products_of_float32_networks_are_float32_on_every_device(platform, teac
 
     exact = "precision = [HIGHEST, HIGHEST]"
     assert not [line for line in products() if exact in line]
-    use_float32_products(run.config)
+    use_float32_products(*compute_dtypes(run.config))
     try:
         assert products() and [line for line in products() if exact not in line] == []
     finally:

@@ -118,16 +118,7 @@ def _train(run, workdir, profile):
     identity = _identity(run.config)
     _require_own(identity, run.config, workdir)
     shape = run.state_shape()
-    with (
-        Checkpointer(workdir, keep=run.checkpoint.keep) as checkpoints,
-        Writer(
-            workdir,
-            tensorboard=run.log.tensorboard,
-            wandb=run.log.wandb,
-            config=flatten(run.config),
-        ) as writer,
-        Profiler(workdir, profile) as profiler,
-    ):
+    with Checkpointer(workdir, keep=run.checkpoint.keep) as checkpoints:
         checkpoints.check_space(shape, shape.ema)
         restored = checkpoints.restore_latest(shape)
         first = 0 if restored is None else restored[1]
@@ -136,13 +127,8 @@ def _train(run, workdir, profile):
                 f"config.steps={run.config.steps}, but the run in {workdir} has taken {first}: ask "
                 "for as many or more, or choose another --workdir"
             )
-        report = workdir / REPORT
-        if first == run.config.steps and report.exists():
-            if run.evaluator.is_reported(workdir):
-                log.info("this run is finished; its report again, from %s", report)
-                print(report.read_text())
-                return report
-            log.info("this run is finished; config.evaluate has changed: judging it again")
+        if first == run.config.steps and (finished := _reported(run, workdir)):
+            return finished
         steps = compile_steps(run) if first < run.config.steps else {}
         if restored is None:
             (state, frozen), extra = run.start(), {}
@@ -150,24 +136,53 @@ def _train(run, workdir, profile):
             (state, _, extra), frozen = restored, run.load_frozen()
             log.info("going on from step %d in %s", first, workdir)
         # The run is accepted. Nothing in the directory has been changed before this line.
-        if jax.process_index() == 0:
-            write_text(workdir / CONFIG, json.dumps(identity, indent=2, sort_keys=True) + "\n")
-        writer.rewind(first)
-        if _lacks_judgement(run, first, workdir):
-            _judge(run, state.ema, first, checkpoints, writer)
-        report.unlink(missing_ok=True)  # of an earlier last step, or of other settings
-        try:
-            with Preemption() as preemption:
-                state = _loop(
-                    run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption
-                )
-        except health.Diverged:
-            _export_best(run, shape.ema, checkpoints, workdir)
-            raise
-        if int(state.step) < run.config.steps:
-            log.info("stopped and saved at step %d; the same command goes on", int(state.step))
-            return None
-        return _finish(run, state, frozen, checkpoints, writer, workdir)
+        with _writer(run, workdir) as writer, Profiler(workdir, profile) as profiler:
+            if jax.process_index() == 0:
+                text = json.dumps(identity, indent=2, sort_keys=True) + "\n"
+                write_text(workdir / CONFIG, text)
+            writer.rewind(first)
+            if _lacks_judgement(run, first, workdir):
+                _judge(run, state.ema, first, checkpoints, writer)
+            (workdir / REPORT).unlink(missing_ok=True)  # not the report of this run's last step
+            try:
+                with Preemption() as preemption:
+                    state = _loop(
+                        run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption
+                    )
+            except health.Diverged:
+                _export_best(run, shape.ema, checkpoints, workdir)
+                raise
+            if int(state.step) < run.config.steps:
+                log.info("stopped and saved at step %d; the same command goes on", int(state.step))
+                return None
+            return _finish(run, state, frozen, checkpoints, writer, workdir)
+
+
+def _reported(run, workdir):
+    """Prints the report of a run that has taken all its steps, and returns its path.
+
+    None where it has no report, or one of other settings.
+    """
+    path = workdir / REPORT
+    # One process's answer for all: they must agree.
+    if not from_first(lambda: "yes" if path.exists() else ""):
+        return None
+    if not from_first(lambda: "yes" if run.evaluator.is_reported(workdir) else ""):
+        log.info("this run is finished; config.evaluate has changed: judging it again")
+        return None
+    log.info("this run is finished; its report again, from %s", path)
+    if jax.process_index() == 0:
+        print(path.read_text())
+    return path
+
+
+def _writer(run, workdir):
+    return Writer(
+        workdir,
+        tensorboard=run.log.tensorboard,
+        wandb=run.log.wandb,
+        config=flatten(run.config),
+    )
 
 
 def _finish(run, state, frozen, checkpoints, writer, workdir):
@@ -251,10 +266,10 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
             write(window.flush(end=end))
             if last or not monitor.suspicious:
                 save(done)
+        if last and not end:  # the next start judges this step: a signal leaves little time
+            break
         if done % config.evaluate.every == 0:  # after the save: a failure here loses no step
             _judge(run, state.ema, done, checkpoints, writer)
-        if last:
-            break
     checkpoints.wait()
     return state
 
@@ -269,10 +284,13 @@ def _lacks_judgement(run, step, workdir):
     spec, lines = run.evaluator.settings, workdir / "metrics.jsonl"
     if not spec.features or step == 0 or step % spec.every:
         return False
-    records = map(json.loads, lines.read_text().splitlines() if lines.exists() else ())
-    found = any(record["step"] == step and "quality/fd" in record for record in records)
-    # The answer of process 0, because all processes must take the same branch.
-    return not multihost_utils.broadcast_one_to_all(np.int32(found))
+
+    def found():
+        records = map(json.loads, lines.read_text().splitlines() if lines.exists() else ())
+        return any(record["step"] == step and "quality/fd" in record for record in records)
+
+    # Only the first process has dropped a line that a kill cut short, and they must agree.
+    return not from_first(lambda: "yes" if found() else "")
 
 
 def _judge(run, average, step, checkpoints, writer):
