@@ -5,9 +5,9 @@
     python -m dmd_jax.encode --videos=clips --checkpoint=Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
         --embeddings=embeddings --out=latents
 
-The folder holds videos, each beside a text file of the same name with its caption; the beginning of
-each is encoded. The result is read by `dmd_jax.data.Prompts`. Started again after an interruption,
-it resumes.
+The folder has videos, and for each a text file of the same name with its caption. The first frames
+of each video are encoded. `dmd_jax.data.Prompts` reads the result. A second start after an
+interruption resumes.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Quality of a checkpoint of images in numbers, beside real images.
+"""Quality of a checkpoint of images in numbers, compared with real images.
 
 python -m dmd_jax.evaluate --checkpoint=runs/dmd/generator.safetensors
 python -m dmd_jax.evaluate --checkpoint=mnist_teacher --steps=50,16,8,4 --guidance=2 --store
@@ -26,7 +26,7 @@ FLAGS = flags.FLAGS
 def define_flags():
     flags.DEFINE_string("checkpoint", None, "A safetensors file, or the name of a shipped one.")
     flags.DEFINE_list("steps", None, "Numbers of steps to judge; default: that of the checkpoint.")
-    flags.DEFINE_list("guidance", None, "Guidance weights of a teacher, each judged; 1 is none.")
+    flags.DEFINE_list("guidance", None, "Guidance weights of a teacher to judge; 1 disables it.")
     flags.DEFINE_float("shift", None, "Time shift; default: that of the checkpoint.")
     flags.DEFINE_integer("num", 2_000, "Samples to judge.")
     flags.DEFINE_string("data", "mnist5k", "The TFDS data set to judge against.")
@@ -34,7 +34,7 @@ def define_flags():
     flags.DEFINE_string("data_dir", None, "Directory of prepared data sets; default: that of TFDS.")
     flags.DEFINE_string("features", SHIPPED, "The feature network: a file, or a shipped name.")
     flags.DEFINE_string("out", None, "Also write the rows here, as JSON.")
-    flags.DEFINE_bool("store", False, "Store a teacher's rows beside its file, for later runs.")
+    flags.DEFINE_bool("store", False, "Store a teacher's rows in its folder, for later reports.")
     flags.mark_flag_as_required("checkpoint")
 
 
@@ -52,7 +52,7 @@ def main(argv):
 
 
 def judge_checkpoint():
-    """Prints the table of --checkpoint, and writes it where the flags say so."""
+    """Prints the table of --checkpoint, and writes it to the files that flags name."""
     path = weights.find(FLAGS.checkpoint)
     ways = [
         dataclasses.replace(
@@ -72,8 +72,8 @@ def judge_checkpoint():
         check_writable(path.parent)
     judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features, split=FLAGS.split)
     real = real_row(judge, FLAGS.num)  # before any sampling: refuses a --num that does not fit
-    beside = path.with_suffix(".rows.json") if FLAGS.store else None
-    table = teacher_rows(path, ways, judge, FLAGS.num, recompute=True, store=beside)
+    store = path.with_suffix(".rows.json") if FLAGS.store else None
+    table = teacher_rows(path, ways, judge, FLAGS.num, recompute=True, store=store)
     table = [real, *table]
     print(report.markdown(table, judge.name, judge.reference))
     if out:

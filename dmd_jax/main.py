@@ -74,13 +74,13 @@ def workdir():
 
 
 def refuse(error):
-    """Ends the program with one clear message; --verbosity=1 shows the traceback."""
+    """Ends the program with one message; --verbosity=1 shows the traceback."""
     absl.logging.debug("refused", exc_info=error if isinstance(error, Exception) else None)
     sys.exit(f"error: {error}")
 
 
 def refusing(call, *args, **kwargs):
-    """Returns call(*args, **kwargs); an error that the user can mend ends the program."""
+    """Returns call(*args, **kwargs); an error that the user can correct ends the program."""
     try:
         return call(*args, **kwargs)
     except REFUSALS as error:
@@ -98,7 +98,7 @@ def compute_dtypes(config):
 
 
 def split_cores(config):
-    """Divides the CPU into devices, as many as the mesh states or as can share the batch."""
+    """Divides the CPU into devices: the number that the mesh states, or that divides the batch."""
     batch = config.get("batch_size", 1) // max(config.get("accumulate", 1), 1)
     axes = {"data": -1} | dict(config.get("mesh", {}))
     cores.split_cores(batch, mesh=tuple(axes.values()))
@@ -116,7 +116,7 @@ def join():
 
 
 def main(argv):
-    # Our own progress, and only warnings of other libraries.
+    # Show the progress of this library, but only warnings of others.
     if not FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
@@ -145,11 +145,11 @@ def main(argv):
 
 def start():
     """Parses the command line, config and overrides included, and runs."""
-    if "--version" in sys.argv[1:]:  # wherever it is called, a config program or not
+    if "--version" in sys.argv[1:]:  # before flags are parsed, which needs a config program
         print(f"dmd_jax {dmd_jax.__version__}")
         sys.exit()
     try:
-        # The default config and its overrides are read here already, and may be refused.
+        # Defining the flags already reads the config and its overrides, which may raise.
         define_flags()
         app.define_help_flags()
         argv = app.parse_flags_with_usage(sys.argv)
@@ -166,9 +166,9 @@ def start():
 
 
 def leave(end):
-    """Exits without waiting for compilations that nobody needs; everything is saved and closed.
+    """Exits without waiting for a compilation in the background. The run is saved by then.
 
-    Python's own exit is not safe while the compiler runs in a thread, which uses what it destroys.
+    A normal exit would destroy objects that the compiler's thread still uses.
     """
     interrupted = isinstance(end, KeyboardInterrupt)
     code = 128 + signal.SIGINT if interrupted else end.code

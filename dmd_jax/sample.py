@@ -42,13 +42,13 @@ def define_flags():
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "A file of this library, the name of a shipped one, or a Wan transformer of others: a "
+        "A file of this library, the name of a shipped one, or another program's Wan: a "
         "file, a folder, a name on the Hugging Face hub.",
     )
     flags.DEFINE_integer(
         "steps", None, "Network steps; a student's own, or 50 of a teacher.", lower_bound=1
     )
-    flags.DEFINE_float("guidance", None, "Weight of a teacher's guidance; 1 is none.")
+    flags.DEFINE_float("guidance", None, "Weight of a teacher's guidance; 1 disables it.")
     flags.DEFINE_float("shift", None, "Time shift; a student's own, or 1.")
     flags.DEFINE_enum(
         "solver", None, sorted(SOLVERS), "ODE solver of a teacher; euler if not given."
@@ -98,7 +98,7 @@ def main(argv):
 
 
 def devices():
-    """A context with --mesh in force, or with the cores of a CPU."""
+    """A context that sets the mesh of --mesh, or one of the CPU's cores."""
     batch = FLAGS.batch if FLAGS.prompts else min(FLAGS.num, BATCH)
     return jax.set_mesh(mesh(FLAGS.mesh, batch)) if FLAGS.mesh else cores.shared(batch)
 

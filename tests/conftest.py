@@ -77,7 +77,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_judge(data_dir):
-    """The judge of the embedded digits, whose features of the test images are made once."""
+    """The judge of the embedded digits, whose features of the test images are computed once."""
     return evaluation.data_judge("mnist5k", data_dir, features.SHIPPED)
 
 

@@ -35,17 +35,16 @@ def lowered(run, platform, update_generator):
     """A step of the run in StableHLO, from shapes alone."""
     device = AbstractDevice("any", 1, platform)
     mesh = AbstractMesh(AXES, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=device)
-    told = jax.ShapeDtypeStruct((run.config.batch_size, 512, 4096), jnp.bfloat16)
-    # Without their places: cuDNN's primitive cannot be lowered for the mesh of nobody's devices.
+    condition = jax.ShapeDtypeStruct((run.config.batch_size, 512, 4096), jnp.bfloat16)
+    # Without shardings: cuDNN's primitive cannot be lowered for a mesh without real devices.
     state, frozen = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state_shape(), run.frozen)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.jit(run.step, static_argnames="update_generator", donate_argnums=0)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = step.trace(
-            state, frozen, {"cond": told, "uncond": told}, key, update_generator=update_generator
-        )
+        batch = {"cond": condition, "uncond": condition}
+        traced = step.trace(state, frozen, batch, key, update_generator=update_generator)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 

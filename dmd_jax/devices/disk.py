@@ -32,7 +32,7 @@ def check_writable(directory: epath.PathLike) -> None:
     except Exception as error:
         raise ValueError(
             f"{directory} cannot be written to: {first_line(error)}. "
-            "Choose another workdir, or mend its permissions or its disk."
+            "Choose another workdir, or correct its permissions or its disk."
         ) from error
 
 

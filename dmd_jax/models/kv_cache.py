@@ -10,7 +10,7 @@ rollout of any length is one compiled program. With 2 slots for the sink and 3 f
 
 Keys are stored before the rotary embedding. The order of keys in memory does not matter to
 attention, and at every call each key is rotated to a position relative to the newest frame
-(`Ring.positions`), which stays small in a video of any length. Imports jax alone.
+(`Ring.positions`), which stays small in a video of any length. Imports only jax.
 """
 
 import dataclasses
