@@ -201,3 +201,11 @@ def test_program_splits_a_batch_over_the_cores_of_a_cpu(program, student, monkey
     for num in (7, 20, 100):
         assert program(f"--checkpoint={student}", f"--num={num}", f"--out={tmp_path}/a.npz") is None
     assert devices == [1, 2, 8]
+
+
+def test_a_mesh_of_the_user_divides_the_cpu(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(sample.cores, "split_cores", lambda *_, mesh, **__: sizes.append(mesh))
+    assert sample.mesh(["fsdp=4"], 16).shape["data"] == 2  # of the tests' 8 devices
+    assert sample.mesh(["data=8"], 16).shape["data"] == 8
+    assert sizes == [(-1, 4), (8,)]

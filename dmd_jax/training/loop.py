@@ -266,10 +266,11 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
             write(window.flush(end=end))
             if last or not monitor.suspicious:
                 save(done)
-        if last and not end:  # the next start judges this step: a signal leaves little time
-            break
-        if done % config.evaluate.every == 0:  # after the save: a failure here loses no step
+        stopped = last and not end  # a signal leaves little time: the next start judges this step
+        if done % config.evaluate.every == 0 and not stopped:  # saved: a failure loses no step
             _judge(run, state.ema, done, checkpoints, writer)
+        if last:
+            break
     checkpoints.wait()
     return state
 

@@ -156,6 +156,7 @@ def test_the_export_is_the_average_and_samples_as_the_run_was_judged(build, stra
 def test_a_finished_run_says_so_and_reprints_its_report(build, straight, monkeypatch, capsys):
     workdir, report = straight
     monkeypatch.setattr(loop, "compile_steps", None)
+    monkeypatch.setattr(loop, "Writer", None)
     assert start(build(**{"log.every": 4, "evaluate.every": 5}), workdir) == report
     assert report.read_text() in capsys.readouterr().out
 
@@ -202,6 +203,7 @@ def test_a_run_that_dies_before_it_is_accepted_writes_no_config(build, tmp_path,
         raise OSError("the weights cannot be read")
 
     monkeypatch.setattr(Run, "start", fail)
+    monkeypatch.setattr(loop, "Writer", None)  # opens no run of Weights & Biases either
     with pytest.raises(OSError, match="cannot be read"):
         start(build(), tmp_path)
     assert not (tmp_path / "config.json").exists()
@@ -274,6 +276,7 @@ def test_a_signal_at_a_step_that_is_judged_costs_no_judgement(
 ):
     with monkeypatch.context() as patched:
         patched.setattr(preemption.Preemption, "requested", lambda self, step: step == 8)
+        patched.setattr(loop, "_judge", None)  # it leaves at once
         assert start(build(), tmp_path / "run") is None
     start(build(), tmp_path / "run")
     assert_same_run(build, tmp_path / "run", straight)
