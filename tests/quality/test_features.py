@@ -12,7 +12,7 @@ from dmd_jax.data import Images, arrays, load
 from dmd_jax.quality import metrics
 from dmd_jax.quality.classifier import Classifier, ClassifierConfig
 from dmd_jax.quality.features import BATCH, SHIPPED, load_features, save_classifier
-from dmd_jax.weights import ASSETS
+from dmd_jax.weights.ours import ASSETS
 
 OWN = {"data": "own", "classes": list("abcde")}
 

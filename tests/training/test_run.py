@@ -223,6 +223,8 @@ def test_a_run_of_an_earlier_version_goes_on_to_its_end(data_dir, no_report, tmp
     (tmp_path / "run" / "teacher.safetensors").rename(tmp_path / "teacher.safetensors")
     monkeypatch.chdir(tmp_path)  # the stored path of the teacher is relative
     values = {"steps": 8, "log.every": 2, "checkpoint.every": 5, "evaluate.every": 100}
+    # The defaults of configs/dmd.py in that commit.
+    values |= {"generator.optimizer.learning_rate": 2e-4, "ema.decay": 0.97}
     config = programs.config("teacher.safetensors", data_dir, **values)
     run = resolve(config, jax.devices()[:1])
     start(run, tmp_path / "run")
