@@ -74,4 +74,5 @@ def test_a_run_is_profiled_logged_and_exported_with_all_its_averages(
             assert line[f"generator/{name}"] > 0
     # Linear, of two updates: the whole rate at the first, half of it at the second.
     rates = [line["generator/learning_rate"] for line in lines]
-    assert rates == pytest.approx([2e-4, 1e-4])
+    rate = config.generator.optimizer.learning_rate
+    assert rates == pytest.approx([rate, rate / 2])
