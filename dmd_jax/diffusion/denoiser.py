@@ -168,6 +168,10 @@ class Denoiser:
         """x0, float32 [B, ...]."""
         return self.predict(x_t, t, cond, **kwargs).x0
 
+    def empty_cache(self, batch, slots, height, width):
+        """The network's KV cache without frames: room for `slots` frames of [height, width]."""
+        return self.net.empty_cache(batch, slots, height, width)
+
 
 def guided(denoiser, x_t, t, cond, uncond, w, *, batched=True):
     """Classifier-free guidance (Ho and Salimans 2022) in x0: uncond + w (cond - uncond).
