@@ -17,6 +17,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "einops>=0.8",
+        "jaxtyping>=0.3",  # shapes in signatures; the tests check them, with beartype
         "numpy>=2",
         "absl-py>=2.1",
         "ml_collections>=1.1",
@@ -46,6 +47,7 @@ setup(
             "sentencepiece>=0.2",
             "huggingface_hub>=0.30",
         ],
-        "test": ["pytest>=9", "ruff>=0.17"],
+        "wandb": ["wandb>=0.31"],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17", "beartype>=0.20"],
     },
 )

@@ -1,16 +1,19 @@
-"""Where the time of a train step goes, and how near it comes to this machine's matmul peak.
+"""Where the time of a train step goes, how near it comes to this machine's matmul peak, and how it
+compares with the same step in PyTorch.
 
-    python benchmarks/train_step.py --config=configs/dmd.py
+    python benchmarks/train_step.py
+    pip install torch && python benchmarks/train_step.py --torch
 
-Each part is compiled and timed by itself, in turn with the others; medians of all rounds are
-printed, and of the whole step the mean, over exit steps as they are drawn. FLOPs are arithmetic:
-two per weight of a layer and token, plus attention, forward; twice that again, backward. The peak
-is the best of a few large float32 matmuls in the same process. The cores of a CPU are as many
-devices as `dmd_jax.main` makes of them; JAX_NUM_CPU_DEVICES=1 leaves them one.
+Parts and whole steps are compiled, then called in turn. Of a part the median is printed; of a whole
+step the mean of all rounds, since its number of network calls is drawn. FLOPs are those of
+`dmd_jax.training.flops`, of ours for PyTorch too. The peak is the best of a few large float32
+matmuls in the same process. The cores of a CPU are as many devices as `dmd_jax.main` makes of them;
+JAX_NUM_CPU_DEVICES=1 leaves them one. PyTorch has a thread for each core.
 """
 
 import statistics
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,111 +21,114 @@ from absl import app, flags
 from ml_collections import config_flags
 from peak import matmul_peak
 
+from dmd_jax.devices.cores import split_cores
 from dmd_jax.diffusion.denoiser import guided
-from dmd_jax.main import split_cores
 from dmd_jax.rollouts import backward_simulation, samplers
-from dmd_jax.training import loop
+from dmd_jax.training import flops, loop
+from dmd_jax.training.cost import cost
 from dmd_jax.training.run import build
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/dmd.py")
 ROUNDS = flags.DEFINE_integer("rounds", 25, "Rounds over all parts.")
-
-
-def forward_flops(net, batch):
-    """FLOPs of one forward pass of a DiT over `batch` samples."""
-    config = net.config
-    tokens = (config.image_size // config.patch) ** 2
-    layer_weights = sum(x.size for x in jax.tree.leaves(net.blocks))
-    attention = 4 * tokens * config.dim * config.depth
-    return 2 * batch * tokens * (layer_weights + attention / 2)
-
-
-def expected_calls(method):
-    """Mean number of generator calls in a rollout, over strides and exit steps."""
-    steps = [len(method.times) // stride for stride in method.strides]
-    share = method.last_step_share
-    return statistics.mean(share * n + (1 - share) * (n + 1) / 2 for n in steps)
+TORCH = flags.DEFINE_bool("torch", False, "Time the step in PyTorch too, eager and compiled.")
+UPDATES = {True: "with generator", False: "without"}
 
 
 def main(_):
-    split_cores(CONFIG.value)
+    split_cores(CONFIG.value.batch_size // CONFIG.value.accumulate)
     run = build(CONFIG.value)
     with jax.set_mesh(run.mesh):
         measure(run)
 
 
 def measure(run):
-    config, method = run.config, run.method
     state, frozen = run.start()
     batch = next(run.batches(0))
-    key = jax.random.key(0)
-    steps = {kind: step.result() for kind, step in loop.compile_steps(run).items()}
-    batch = batch | {"index": jnp.arange(config.batch_size)}
     nets = state.nets | frozen
-    x = jnp.zeros((config.batch_size, *method.sample_shape))
-    t = jnp.full(config.batch_size, 0.5)
-    made = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), batch["cond"])
+    rivals = torch_steps(run, nets) if TORCH.value else {}
+    work, seconds, limit = {}, {}, matmul_peak()
+    for name, part in parts(run, batch).items():
+        work[name] = flops.count(part, nets)
+        seconds[name] = partial(_ready, jax.jit(part), nets)
+    timed = {name: statistics.median(times) for name, times in in_turn(seconds).items()}
+    del nets, seconds  # the step donates the state
 
-    def teacher(nets):
-        return guided(nets["teacher"], x, t, batch["cond"], batch["uncond"], method.guidance)
+    steps, root, total = loop.compile_steps(run), loop.root_key(run.config), cost(run)
+    state = [state]
 
-    def generator(nets):
-        def loss(net):
-            return jnp.sum(net(x, t, batch["cond"]))
+    def ours(kind):
+        state[0], metrics = steps[kind].result()(state[0], frozen, batch, root)
+        jax.block_until_ready(metrics)
 
-        return jax.grad(loss)(nets["generator"])
+    calls = {f"step {UPDATES[kind]}": partial(ours, kind) for kind in steps}
+    work |= {f"step {UPDATES[kind]}": total.step[kind] for kind in steps}
+    for name, rival in rivals.items():
+        for kind in steps:
+            calls[f"{name}, {UPDATES[kind]}"] = partial(rival, update_generator=kind)
+            work[f"{name}, {UPDATES[kind]}"] = total.step[kind]
+    timed |= {name: statistics.mean(times) for name, times in in_turn(calls).items()}
 
-    def critic(nets):
-        def loss(net):
-            return method.critic_loss({"fake_score": net}, nets, made, batch, key)[0]
+    print(f"batch {run.config.batch_size}, matmul peak {limit / 1e9:.1f} GFLOP/s (measured)")
+    for name, typical in timed.items():
+        rate = work[name] / typical / 1e9
+        share = 1e9 * rate / limit
+        print(f"{name:<40}{1e3 * typical:8.1f} ms {rate:7.1f} GFLOP/s {share:6.1%} of peak")
 
-        return jax.grad(loss)(nets["fake_score"])
 
+def parts(run, batch):
+    """{name: function of the networks} that a step is made of."""
+    method, size = run.method, run.config.batch_size
+    batch = batch | {"index": jnp.arange(size)}
+    cond, uncond, key = batch["cond"], batch["uncond"], jax.random.key(0)
+    x, t = jnp.zeros((size, *method.sample_shape)), jnp.full(size, 0.5)
+    made = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), cond)
     longest = samplers.FewStep(method.times, method.shift)
-    calls = {
-        "rollout to the last call, no gradient": (
-            lambda n: longest(n["generator"], x, batch["cond"], None, key, batch["index"]),
-            longest.calls,
-        ),
-        "teacher, guided": (teacher, 1 if method.guidance == 1 else 2),
-        "fake score, one pass": (lambda n: n["fake_score"](x, t, batch["cond"]), 1),
-        "critic, forward and backward": (critic, 3),
-        "generator, forward and backward": (generator, 3),
-    }
-    parts = {name: (jax.jit(call), passes) for name, (call, passes) in calls.items()}
-    times = {name: [] for name in [*parts, *steps]}
-    for call, _ in parts.values():
-        jax.block_until_ready(call(nets))
-    for _ in range(ROUNDS.value):
-        for name, (call, _) in parts.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call(nets))
-            times[name].append(time.perf_counter() - start)
-    del nets
-    for _ in range(ROUNDS.value):
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            state, metrics = step(state, frozen, {k: batch[k] for k in ("cond", "uncond")}, key)
-            jax.block_until_ready(metrics)
-            times[kind].append(time.perf_counter() - start)
 
-    peak, unit = matmul_peak(), forward_flops(run.nets["generator"].net, config.batch_size)
-    rollout_passes = expected_calls(method)
-    teacher_passes = parts["teacher, guided"][1]
-    passes = {name: count for name, (_, count) in parts.items()}
-    passes[True] = rollout_passes + 2 + teacher_passes + 1 + 3  # the last call has a backward
-    passes[False] = rollout_passes + 3
-    print(f"batch {config.batch_size}, one forward pass {unit / 1e9:.2f} GFLOP (arithmetic)")
-    print(f"matmul peak {peak / 1e9:.1f} GFLOP/s (measured)")
-    names = {True: "whole step with generator", False: "whole step without"}
-    for name, seconds in times.items():
-        # A whole step draws its exit step: the mean goes with the mean number of calls.
-        typical = statistics.mean(seconds) if name in names else statistics.median(seconds)
-        rate = passes[name] * unit / typical
-        print(
-            f"{names.get(name, name):<38}{1e3 * typical:8.1f} ms {rate / 1e9:7.1f} GFLOP/s "
-            f"{rate / peak:6.1%} of peak"
-        )
+    def generator_loss(net):
+        return jnp.sum(net(x, t, cond))
+
+    def critic_loss(nets, net):
+        return method.critic_loss({"fake_score": net}, nets, made, batch, key)[0]
+
+    return {
+        "rollout to the last call, no gradient": lambda nets: longest(
+            nets["generator"], x, cond, None, key, batch["index"]
+        ),
+        "teacher, guided": lambda nets: guided(
+            nets["teacher"], x, t, cond, uncond, method.guidance
+        ),
+        "fake score, one pass": lambda nets: nets["fake_score"](x, t, cond),
+        "critic, forward and backward": lambda nets: jax.grad(partial(critic_loss, nets))(
+            nets["fake_score"]
+        ),
+        "generator, forward and backward": lambda nets: jax.grad(generator_loss)(nets["generator"]),
+    }
+
+
+def torch_steps(run, nets):
+    """{name: step in PyTorch}, once its network is seen to be ours."""
+    from torch_step import TorchStep, require_same
+
+    require_same(run, nets["teacher"])
+    names = {"PyTorch, eager": False, "PyTorch, torch.compile": True}
+    return {name: TorchStep(run, nets, compiled=compiled) for name, compiled in names.items()}
+
+
+def in_turn(calls):
+    """{name: seconds of every round}; the first call of each, which compiles, is not counted."""
+    for call in calls.values():
+        call()
+    times = {name: [] for name in calls}
+    for _ in range(ROUNDS.value):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _ready(call, *args):
+    jax.block_until_ready(call(*args))
 
 
 if __name__ == "__main__":

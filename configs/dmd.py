@@ -20,6 +20,9 @@ configs/pretrain.py:wan_teacher and :wan_small made them.
 student, and wants some 64 accelerators of 80 GB or a TPU slice; `--dry_run` says what each role
 takes. It has not been run. Give it prompts of `python -m dmd_jax.embed` as
 --config.data.embeddings.
+
+A flag overrides any entry, also those that may be None or a class:
+--config.generator.optimizer.clip=None, --config.method.regression=X0.
 """
 
 import dataclasses
@@ -33,10 +36,13 @@ from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
+from dmd_jax.quality.evaluation import Evaluation
+from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
 from dmd_jax.training.step import EMA
+from dmd_jax.training.writers import Log
 
 
 def get_config(arg=""):
@@ -47,7 +53,7 @@ def get_config(arg=""):
     config.accumulate = 1
     config.generator_every = 2
     config.reuse_rollout = True
-    config.data = dict(name="mnist5k", data_dir=config_dict.placeholder(str))
+    config.data = dict(name="mnist5k", split="train", data_dir=config_dict.placeholder(str))
     config.method = dict(
         cls=DMD,
         times=(1.0, 0.75, 0.5, 0.25),
@@ -69,10 +75,11 @@ def get_config(arg=""):
     )
     config.ema = dict(cls=EMA, decay=0.97, start=0)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.log = dict(every=50, tensorboard=True)
+    config.log = dict(cls=Log, every=50, tensorboard=True)
     config.health = dict(cls=Thresholds)
-    config.checkpoint = dict(every=600, keep=2)
+    config.checkpoint = dict(cls=Checkpoints, every=600, keep=2)
     config.evaluate = dict(
+        cls=Evaluation,
         features="mnist_metric",
         every=600,
         samples=500,
@@ -80,7 +87,6 @@ def get_config(arg=""):
         steps=(4, 2, 1),
         teacher_steps=(50, 16, 8, 4),
         teacher_guidance=1.25,
-        recompute=False,  # the teacher's rows, which are kept as long as nothing changes them
     )
     if arg not in VARIANTS:
         raise KeyError(unknown(f"variant configs/dmd.py:{arg}", arg, VARIANTS))
@@ -120,6 +126,7 @@ def _wan_tiny(config):
     config.batch_size = 16
     config.steps = 600
     config.evaluate = dict(
+        cls=Evaluation,
         features="",
         every=300,
         samples=1,
@@ -127,7 +134,6 @@ def _wan_tiny(config):
         steps=(4, 1),
         teacher_steps=(50, 4),
         teacher_guidance=2.0,
-        recompute=False,
     )
 
 
@@ -167,6 +173,7 @@ def _wan_t2v_1_3b(config):
     config.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)
     config.health.saturation = 1.0
     config.evaluate = dict(
+        cls=Evaluation,
         features="",
         every=500,
         samples=1,
@@ -174,7 +181,6 @@ def _wan_t2v_1_3b(config):
         steps=(4,),
         teacher_steps=(50,),
         teacher_guidance=5.0,
-        recompute=False,
     )
 
 

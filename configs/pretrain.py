@@ -4,8 +4,10 @@ On two CPU cores this takes about half an hour; dmd_jax/assets/mnist_teacher.md 
 
     python -m dmd_jax.main --config=configs/pretrain.py
 
-Square images of any data set in the TFDS catalogue will do: --config.data.name=cifar10, with
---config.generator.model.patch=4 and a wider model for its richer images.
+It also trains on square images of any data set in the TFDS catalogue: --config.data.name=cifar10,
+with --config.generator.model.patch=4 and a wider model for its richer images. The shipped metric
+knows digits alone: train one with `python -m dmd_jax.metric_network --data=cifar10` and give its
+file as --config.evaluate.features, or give '' for a run that is not judged.
 
 The two networks of `configs/dmd.py:wan_tiny`, on videos of moving digits with their captions, take
 about as long; their quality is in dmd_jax/assets/moving_digits_teacher.md and ..._small.md:
@@ -23,10 +25,13 @@ from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.pretrain import Pretrain
 from dmd_jax.models.dit import DiTConfig
 from dmd_jax.models.wan import WanConfig
+from dmd_jax.quality.evaluation import Evaluation
+from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
 from dmd_jax.training.step import EMA
+from dmd_jax.training.writers import Log
 
 
 def get_config(arg=""):
@@ -37,7 +42,7 @@ def get_config(arg=""):
     config.accumulate = 1
     config.generator_every = 1
     config.reuse_rollout = True
-    config.data = dict(name="mnist5k", data_dir=config_dict.placeholder(str))
+    config.data = dict(name="mnist5k", split="train", data_dir=config_dict.placeholder(str))
     config.method = dict(cls=Pretrain, dropout=0.1)
     config.generator = dict(
         weights="random",
@@ -58,11 +63,17 @@ def get_config(arg=""):
     )
     config.ema = dict(cls=EMA, decay=0.999, start=1_000)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.log = dict(every=100, tensorboard=True)
+    config.log = dict(cls=Log, every=100, tensorboard=True)
     config.health = dict(cls=Thresholds)
-    config.checkpoint = dict(every=1_000, keep=2)
+    config.checkpoint = dict(cls=Checkpoints, every=1_000, keep=2)
     config.evaluate = dict(
-        features="mnist_metric", every=2_000, samples=500, num=2_000, steps=(50,), guidance=1.25
+        cls=Evaluation,
+        features="mnist_metric",
+        every=2_000,
+        samples=500,
+        num=2_000,
+        steps=(50,),
+        guidance=1.25,
     )
     if arg not in VARIANTS:
         raise KeyError(unknown(f"variant configs/pretrain.py:{arg}", arg, VARIANTS))
@@ -81,7 +92,9 @@ def _wan(config, **model):
     config.generator.optimizer.learning_rate = 2e-3
     config.health.saturation = 1.0  # latents are not bounded
     config.batch_size = 8
-    config.evaluate = dict(features="", every=2_000, samples=1, num=320, steps=(50,), guidance=2.0)
+    config.evaluate = dict(
+        cls=Evaluation, features="", every=2_000, samples=1, num=320, steps=(50,), guidance=2.0
+    )
 
 
 def _wan_teacher(config):

@@ -1,27 +1,19 @@
-"""Embeds prompts once, so that training and sampling hold no text encoder.
+"""Embeds prompts once, so that training needs no text encoder.
 
     python -m dmd_jax.embed --prompts=prompts.txt --checkpoint=Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
         --out=prompts
 
-With a folder of videos as --prompts, their captions are embedded: see `dmd_jax.encode`. What it
-makes is read by `dmd_jax.data.embeddings.Embeddings`. Started again after an interruption, it goes
-on where it was. Imports the rooms below.
+With a folder of videos as --prompts, it embeds their captions: see `dmd_jax.encode`. The result is
+read by `dmd_jax.data.embeddings.Embeddings`. Started again after an interruption, it resumes.
 """
 
-import functools
 import logging
 import sys
-from pathlib import Path
 
 import absl.logging
 from absl import app, flags
 
-from dmd_jax import weights
-from dmd_jax.data import embeddings
-from dmd_jax.devices.disk import check_writable
-from dmd_jax.pipelines import text
-from dmd_jax.pipelines.prompts import embed, identity, read_prompts
-from dmd_jax.weights import files
+from dmd_jax.pipelines.precompute import embed_prompts
 
 FLAGS = flags.FLAGS
 
@@ -58,24 +50,18 @@ def main(argv):
         absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
     try:
-        prompts, out = read_prompts(FLAGS.prompts), Path(FLAGS.out).expanduser()
-        check_writable(out)
-        found = files.companion(FLAGS.tokenizer or FLAGS.checkpoint, text.FOLDERS[1:])
-        tokenizer = text.Tokenizer(found, FLAGS.length)
-        net = weights.load(FLAGS.checkpoint, dtype="bfloat16", part="text_encoder")
-        embeddings.write(
-            out,
-            prompts,
-            FLAGS.negative,
-            functools.partial(embed, net, tokenizer, FLAGS.batch),
-            FLAGS.length,
-            net.config.dim,
-            source=f"text encoder {identity(net, tokenizer.path.read_bytes())}",
+        result = embed_prompts(
+            FLAGS.prompts,
+            FLAGS.checkpoint,
+            FLAGS.out,
+            tokenizer=FLAGS.tokenizer,
+            negative=FLAGS.negative,
+            batch=FLAGS.batch,
+            length=FLAGS.length,
         )
-        made = embeddings.Embeddings(out)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    print(f"{len(made)} prompts and the negative one, {list(made.shape)} each: {out}")
+    print(f"{len(result)} prompts and the negative one, {list(result.shape)} each: {FLAGS.out}")
 
 
 if __name__ == "__main__":

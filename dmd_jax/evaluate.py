@@ -1,20 +1,23 @@
-"""Quality of a checkpoint in numbers and pictures.
+"""Quality of a checkpoint of images in numbers, beside real images.
 
 python -m dmd_jax.evaluate --checkpoint=runs/dmd/generator.safetensors
 python -m dmd_jax.evaluate --checkpoint=mnist_teacher --steps=50,16,8,4 --guidance=2 --store
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
+import absl.logging
 from absl import app, flags
 
 from dmd_jax import data, weights
+from dmd_jax.devices import cores
 from dmd_jax.devices.disk import check_writable
 from dmd_jax.quality import report
 from dmd_jax.quality.evaluation import data_judge, real_row, teacher_rows
-from dmd_jax.quality.features import SHIPPED
+from dmd_jax.quality.features import SHIPPED, load_features
 from dmd_jax.rollouts import samplers
 
 FLAGS = flags.FLAGS
@@ -22,56 +25,61 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     flags.DEFINE_string("checkpoint", None, "A safetensors file, or the name of a shipped one.")
-    flags.DEFINE_list(
-        "steps", None, "Numbers of steps to judge it in; the checkpoint's own if none."
-    )
+    flags.DEFINE_list("steps", None, "Numbers of steps to judge; default: that of the checkpoint.")
     flags.DEFINE_list("guidance", None, "Guidance weights of a teacher, each judged; 1 is none.")
-    flags.DEFINE_float("shift", None, "Time shift; the checkpoint's own if not given.")
+    flags.DEFINE_float("shift", None, "Time shift; default: that of the checkpoint.")
     flags.DEFINE_integer("num", 2_000, "Samples to judge.")
     flags.DEFINE_string("data", "mnist5k", "The TFDS data set to judge against.")
-    flags.DEFINE_string("data_dir", None, "Where TFDS keeps it; its own default if not given.")
-    flags.DEFINE_string(
-        "features", SHIPPED, "The feature network to judge with: a file, or shipped."
-    )
+    flags.DEFINE_string("split", "test", "The split to judge against.")
+    flags.DEFINE_string("data_dir", None, "Directory of prepared data sets; default: that of TFDS.")
+    flags.DEFINE_string("features", SHIPPED, "The feature network: a file, or a shipped name.")
     flags.DEFINE_string("out", None, "Also write the rows here, as JSON.")
-    flags.DEFINE_bool("store", False, "Keep a teacher's rows beside its file, for every later run.")
+    flags.DEFINE_bool("store", False, "Store a teacher's rows beside its file, for later runs.")
     flags.mark_flag_as_required("checkpoint")
 
 
 def main(argv):
-    del argv
+    if not FLAGS["verbosity"].present:
+        absl.logging.set_verbosity(absl.logging.WARNING)
+    if len(argv) > 1:
+        sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
     try:
-        judge_checkpoint()
+        with cores.shared(samplers.BATCH):
+            judge_checkpoint()
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 
 def judge_checkpoint():
-    """Prints the table of --checkpoint, and keeps it where the flags say so."""
+    """Prints the table of --checkpoint, and writes it where the flags say so."""
     path = weights.find(FLAGS.checkpoint)
     ways = [
-        samplers.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift)
+        dataclasses.replace(
+            samplers.sampler_for(path, steps=steps, guidance=guidance, shift=FLAGS.shift),
+            name=path.stem,
+        )
         for guidance in _numbers("guidance", float)
         for steps in _numbers("steps", int)
     ]
-    source = data.load(FLAGS.data, "test", FLAGS.data_dir)
+    source = data.load(FLAGS.data, FLAGS.split, FLAGS.data_dir)
     source.require_fit(f"--checkpoint={path}", weights.abstract(path).net.config)
+    load_features(FLAGS.features).require_fit(source)
     if FLAGS.out:
         check_writable(Path(FLAGS.out).parent)
     if FLAGS.store:
         check_writable(path.parent)
-    judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features)
-    real = real_row(judge, FLAGS.num)  # before any sampling: refuses a --num that will not do
+    judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features, split=FLAGS.split)
+    real = real_row(judge, FLAGS.num)  # before any sampling: refuses a --num that does not fit
     beside = path.with_suffix(".rows.json") if FLAGS.store else None
     table = teacher_rows(path, ways, judge, FLAGS.num, recompute=True, store=beside)
     table = [real, *table]
-    print(report.markdown(table, judge.name))
+    print(report.markdown(table, judge.name, judge.reference))
     if FLAGS.out:
         Path(FLAGS.out).write_text(json.dumps(table, indent=1) + "\n")
 
 
 def _numbers(flag, kind):
-    """The numbers of a flag, with commas between them; None alone where it was not given."""
+    """The comma-separated numbers of a flag; [None] where it was not given."""
     texts = FLAGS[flag].value or ()
     try:
         return [kind(text) for text in texts] or [None]

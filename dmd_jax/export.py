@@ -1,44 +1,41 @@
-"""Writes a Wan transformer for other programs, a student or any that can be loaded.
+"""Writes a Wan transformer, of a student or any other checkpoint, for other programs.
 
-    python -m dmd_jax.export --checkpoint=student.safetensors --to=diffusers --out=pipeline
-    python -m dmd_jax.export --checkpoint=student.safetensors --to=self_forcing --out=student.pt
+python -m dmd_jax.export --checkpoint=student.safetensors --to=diffusers --out=pipeline
+python -m dmd_jax.export --checkpoint=student.safetensors --to=self_forcing --out=student.pt
 
-    diffusers      a pipeline's folder; with --base=FOLDER the other parts of that pipeline too
-    original       a folder as the Wan repository's, which ComfyUI and LightX2V read
-    self_forcing   a file of torch as Self-Forcing's
-
-Imports the rooms below.
+diffusers      the folder of a pipeline; --base=FOLDER copies its other parts from there
+original       a folder in the layout of the Wan repository, which ComfyUI and LightX2V read
+self_forcing   a file of torch as Self-Forcing writes it
 """
 
 import sys
-from pathlib import Path
 
 from absl import app, flags
 
 from dmd_jax import weights
-from dmd_jax.devices.disk import check_writable
+from dmd_jax.devices.disk import check_writable, local_path
 from dmd_jax.models.wan import Wan
 from dmd_jax.weights import export
 
 TARGETS = ("diffusers", "original", "self_forcing")
-SHIFT = 5.0  # what Wan's repository samples with, unless told otherwise
+SHIFT = 5.0  # the default of Wan's repository
 
 FLAGS = flags.FLAGS
 
 
 def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
-    """Writes the transformer at `checkpoint_path` as `to`, one of TARGETS; returns what to know.
+    """Writes the transformer at `checkpoint_path` as `to`, one of TARGETS; returns a hint of use.
 
     Args:
-        checkpoint_path: what `weights.denoiser` reads.
+        checkpoint_path: as for `weights.denoiser`.
         out: the folder or file.
         dtype: of the tensors; None for that of the weights.
         shift: of the scheduler; None for the student's own.
-        base: for diffusers, a pipeline's folder, for all that is not the transformer.
+        base: for diffusers, the folder of a pipeline whose other parts are copied.
 
     Raises:
-        FileNotFoundError, ValueError: of `weights.denoiser`; or it is no Wan, `out` is taken,
-            `base` lacks a part, or the shift is not above 0.
+        FileNotFoundError, ValueError: of `weights.denoiser`; or it is no Wan, `out` exists, `base`
+            lacks a part, or the shift is not above 0.
     """
     if base is not None and to != "diffusers":
         raise ValueError(f"--base={base} is for --to=diffusers, not {to}")
@@ -63,11 +60,11 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
 
 def define_flags():
     flags.DEFINE_string("checkpoint", None, "A checkpoint: ours, or a Wan transformer of others.")
-    flags.DEFINE_enum("to", None, TARGETS, "Which program it is for.")
-    flags.DEFINE_string("out", None, "The folder, or Self-Forcing's file.")
+    flags.DEFINE_enum("to", None, TARGETS, "The program to write for.")
+    flags.DEFINE_string("out", None, "The folder, or the file of Self-Forcing.")
     flags.DEFINE_string("base", None, "A diffusers pipeline whose other parts are copied.")
     flags.DEFINE_enum(
-        "dtype", None, ["bfloat16", "float32"], "Of the tensors; as they are if not given."
+        "dtype", None, ["bfloat16", "float32"], "Of the tensors; that of the weights if not given."
     )
     flags.DEFINE_float("shift", None, "Time shift of the scheduler; a student's own if not given.")
     flags.mark_flags_as_required(["checkpoint", "to", "out"])
@@ -76,10 +73,10 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
-    out = Path(FLAGS.out).expanduser()
+    out = local_path(FLAGS.out)
     try:
         check_writable(out.parent)
-        said = write(
+        hint = write(
             FLAGS.checkpoint,
             FLAGS.to,
             out,
@@ -89,7 +86,7 @@ def main(argv):
         )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    print(f"{FLAGS.checkpoint} for {FLAGS.to}: {out}{said}")
+    print(f"{FLAGS.checkpoint} for {FLAGS.to}: {out}{hint}")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,39 @@
-"""The entry point everywhere: flags, distributed start, mesh, then the training program.
+"""The command that trains: flags, distributed start, mesh, then the training program.
 
     python -m dmd_jax.main --config=configs/dmd.py
     python -m dmd_jax.main --config=configs/dmd.py:one_step --workdir=runs/mine --config.seed=1
     python -m dmd_jax.main --config=configs/dmd.py --dry_run
 
-Imports everything below; nothing imports it.
+Imports the rooms; no room imports a command.
 """
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
-# Before TensorFlow is imported by anything: its notices are not ours to print.
+# Before TensorFlow is imported: it prints notices that do not concern a user.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import absl.logging
 import jax
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from dmd_jax.training import checkpoint, health, loop
+import dmd_jax
+from dmd_jax.devices import cores
+from dmd_jax.devices.disk import first_line
+from dmd_jax.training import checkpoint, health, loop, profiling
+from dmd_jax.training.configuration import expand_home
 from dmd_jax.training.run import build, describe
 
 FLAGS = flags.FLAGS
+REFUSALS = (ValueError, OSError, ImportError, checkpoint.CheckpointError, health.Diverged)
+MEMORY = (
+    "Lower config.batch_size, raise config.accumulate, set config.<role>.compute.remat='full', or "
+    "split the weights over more devices by config.mesh.fsdp"
+)
 
 
 def define_flags():
@@ -31,62 +41,88 @@ def define_flags():
     flags.DEFINE_string(
         "workdir",
         None,
-        "Where the run lives: a second start there resumes. Default: runs/<config>.",
+        "Directory of the run: a second start there resumes it. Default: runs/<config>.",
     )
-    flags.DEFINE_bool("dry_run", False, "Resolve the config, print shapes and bytes, exit.")
+    flags.DEFINE_bool("dry_run", False, "Check the config, print shapes and bytes, exit.")
+    flags.DEFINE_string(
+        "profile",
+        None,
+        "FIRST:COUNT, the steps to trace into <workdir>/profile, for TensorBoard's profile plugin.",
+    )
     flags.DEFINE_bool(
         "distributed",
         False,
         "Join the other processes of a Cloud TPU, GKE, Slurm or Open MPI job first.",
     )
     flags.DEFINE_string(
-        "compilation_cache", "~/.cache/dmd_jax", "Where compiled programs are kept; '' for nowhere."
+        "compilation_cache",
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/dmd_jax"),
+        "Directory for compiled programs; '' for none.",
     )
+    flags.DEFINE_bool("version", False, "Print the version, exit.")
 
 
 def workdir():
-    """--workdir, or runs/<the config's name>, its argument included: runs/dmd_one_step."""
+    """--workdir, or runs/<name of the config and its argument>: runs/dmd_one_step."""
     if FLAGS.workdir:
         if "://" in FLAGS.workdir:
-            refuse(f"--workdir={FLAGS.workdir}: mount the bucket, and give a directory")
-        return Path(FLAGS.workdir)
+            refuse(f"--workdir={FLAGS.workdir}: mount the bucket, and name a directory in it")
+        return Path(FLAGS.workdir).expanduser()
     path, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     return Path("runs") / "_".join(filter(None, (Path(path).stem, argument)))
 
 
 def refuse(error):
-    """Ends the program with one clear message; --verbosity=1 shows where it came from."""
+    """Ends the program with one clear message; --verbosity=1 shows the traceback."""
     absl.logging.debug("refused", exc_info=error if isinstance(error, Exception) else None)
     sys.exit(f"error: {error}")
 
 
-def split_cores(config):
-    """Makes the cores of a CPU devices that share the batch. Nothing else is touched.
+def refusing(call, *args, **kwargs):
+    """Returns call(*args, **kwargs); an error that the user can mend ends the program."""
+    try:
+        return call(*args, **kwargs)
+    except REFUSALS as error:
+        refuse(error)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refuse(f"the memory of the device is too small ({first_line(error)}). {MEMORY}")
 
-    The products of small networks are too small for several cores to share; the parts of a batch
-    are not, if they have some samples each. JAX_NUM_CPU_DEVICES and XLA_FLAGS go first.
+
+def use_float32_products(config):
+    """Makes "float32" mean float32, where all networks compute in it.
+
+    By default a GPU rounds the operands of a float32 matrix product to TF32, a TPU to bfloat16. The
+    products of bfloat16 operands are exact in float32, so the setting has nothing to add to them. A
+    run with bfloat16 networks does without it, because it also reaches into attention kernels.
     """
-    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if told or jax.config.jax_num_cpu_devices >= 0:
-        return
+    sections = [section for section in config.values() if isinstance(section, ConfigDict)]
+    computes = [section.compute for section in sections if "compute" in section]
+    if all(compute.get("dtype", "float32") == "float32" for compute in computes):
+        jax.config.update("jax_default_matmul_precision", "float32")
+
+
+def split_cores(config):
+    """Divides the CPU into devices, as many as the mesh states or as can share the batch."""
     batch = config.get("batch_size", 1) // max(config.get("accumulate", 1), 1)
-    fit = [n for n in range(2, (os.cpu_count() or 1) + 1) if batch % n == 0 and batch >= 8 * n]
-    jax.config.update("jax_num_cpu_devices", max(fit, default=1))
+    axes = {"data": -1} | dict(config.get("mesh", {}))
+    cores.split_cores(batch, mesh=tuple(axes.values()))
 
 
 def join():
-    """Joins the job's other processes; their addresses are the scheduler's to know."""
+    """Joins the other processes of the job; the scheduler knows their addresses."""
     try:
         jax.distributed.initialize()
     except ValueError as error:
         refuse(
             f"--distributed found no Cloud TPU, GKE, Slurm or Open MPI job to join ({error}); a "
-            "single process does without that flag"
+            "single process needs no such flag"
         )
 
 
 def main(argv):
-    # Our own progress, and only warnings of the libraries below us.
+    # Our own progress, and only warnings of other libraries.
     if not FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
@@ -96,35 +132,61 @@ def main(argv):
         jax.config.update(
             "jax_compilation_cache_dir", str(Path(FLAGS.compilation_cache).expanduser())
         )
-    split_cores(FLAGS.config)
+    config = FLAGS.config
+    expand_home(config)
+    use_float32_products(config)
+    split_cores(config)
     if FLAGS.distributed:
         join()
-    try:
-        run = build(FLAGS.config, files=not FLAGS.dry_run)
-    except (ValueError, OSError, ImportError) as error:
-        refuse(error)
-    print(describe(run), flush=True)
+    profile = range(0)
+    if FLAGS.profile:
+        profile = refusing(profiling.parse_steps, FLAGS.profile, config.steps)
+    run = refusing(build, config, files=not FLAGS.dry_run)
+    print(refusing(describe, run), flush=True)
     if FLAGS.dry_run:
         return
-    try:
-        with jax.set_mesh(run.mesh):
-            loop.train(run, workdir())
-    except (ValueError, OSError, checkpoint.CheckpointError, health.Diverged) as error:
-        refuse(error)
+    with jax.set_mesh(run.mesh):
+        refusing(loop.train, run, workdir(), profile)
 
 
 def start():
     """Parses the command line, config and overrides included, and runs."""
+    if "--version" in sys.argv[1:]:  # wherever it is called, a config program or not
+        print(f"dmd_jax {dmd_jax.__version__}")
+        sys.exit()
     try:
-        # Reads the default config and its overrides, and may refuse them, already here.
+        # The default config and its overrides are read here already, and may be refused.
         define_flags()
         app.define_help_flags()
         argv = app.parse_flags_with_usage(sys.argv)
         FLAGS.config.lock()  # reads the config program
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        told = error.args[0] if isinstance(error, KeyError) else error  # a KeyError quotes its text
-        refuse(f"in the config or a --config.* override: {told}")
-    app.run(main, argv=argv, flags_parser=lambda argv: argv)
+        text = error.args[0] if isinstance(error, KeyError) else error  # a KeyError quotes its text
+        refuse(f"in the config or a --config.* override: {text}")
+    try:
+        app.run(main, argv=argv, flags_parser=lambda argv: argv)
+    except (SystemExit, KeyboardInterrupt) as end:
+        if loop.compiling():
+            leave(end)
+        raise
+
+
+def leave(end):
+    """Exits without waiting for compilations that nobody needs; everything is saved and closed.
+
+    Python's own exit is not safe while the compiler runs in a thread, which uses what it destroys.
+    """
+    interrupted = isinstance(end, KeyboardInterrupt)
+    code = 128 + signal.SIGINT if interrupted else end.code
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":

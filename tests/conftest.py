@@ -1,6 +1,12 @@
-"""Settings of all tests: eight virtual devices, a compiler in a hurry, data and a teacher."""
+"""Settings of all tests: virtual devices, fast compilation, one compilation cache, shared files."""
 
+import typechecks  # noqa: F401  installs a hook, before every import of the library
+
+# isort: split
+import os
+import shutil
 import sys
+import tempfile
 
 import jax
 import programs
@@ -15,6 +21,38 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # The tests' time is compilation. Partitioning and arithmetic stay as they are; code is less tuned.
 jax.config.update("jax_disable_most_optimizations", True)
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+# Modules of the longest tests, begun first: so all workers end at about the same time.
+LONGEST = ("test_loop", "test_run", "test_launch", "test_wan", "test_checkpoint", "test_docs")
+
+
+def pytest_configure(config):
+    """One compilation cache for the run: its workers and the programs that they start share it.
+
+    It is a new directory, removed at the end, unless the environment names one that stays.
+    """
+    if CACHE not in os.environ:
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="dmd_jax_cache_")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True))
+    # Programs read these from the environment, which this process has already read.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the modules of `LONGEST` to the front."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Frees a module's compiled programs, which would grow to gigabytes over all modules."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_runtest_setup(item):
@@ -35,12 +73,6 @@ def data_dir(tmp_path_factory):
 def teacher(tmp_path_factory):
     """The file of a tiny teacher of digits that learnt nothing."""
     return programs.save_tiny(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A compilation cache that all processes of a session share: only the first pays."""
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")

@@ -74,14 +74,9 @@ def flags(workdir, values):
     return ["--config=configs/dmd.py", f"--workdir={workdir}", *overrides]
 
 
-def python(*args, cache=None, **environment):
-    """Runs Python in the repository, one CPU device to a process; returns what came of it."""
+def python(*args, **environment):
+    """Runs Python in the repository, one CPU device to a process; returns the ended process."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"} | environment
-    if cache is not None:
-        env |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 

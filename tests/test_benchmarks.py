@@ -5,12 +5,12 @@ import pytest
 
 
 @pytest.mark.slow
-def test_the_parts_of_a_train_step_are_timed(teacher, data_dir, cache, tmp_path):
+def test_the_parts_of_a_train_step_are_timed(teacher, data_dir, tmp_path):
     values = programs.short(teacher, data_dir)
     _, *overrides = programs.flags(tmp_path, values)
     config = [flag for flag in overrides if not flag.startswith("--workdir")]
     script = "benchmarks/train_step.py", "--config=configs/dmd.py", "--rounds=1"
-    made = programs.python(*script, *config, cache=cache)
+    made = programs.python(*script, *config)
     assert made.returncode == 0, made.stderr
     for part in ("teacher, guided", "critic, forward and backward", "whole step without"):
         assert f"{part} " in made.stdout

@@ -11,11 +11,12 @@ from dmd_jax import embed, weights
 from dmd_jax.data.embeddings import Embeddings
 from dmd_jax.models import umt5
 from dmd_jax.models.umt5 import UMT5
+from dmd_jax.pipelines import precompute, text
 from dmd_jax.pipelines import prompts as room
-from dmd_jax.pipelines import text
 from dmd_jax.pipelines.text import Tokenizer
 
 pytest.importorskip("ftfy")
+pytestmark = pytest.mark.wan
 PROMPTS = ["a cat", "two dogs &amp; a ball", "the sea at night", "rain " * 70, "a", "a red fox"]
 NEGATIVE = "blurred, dull"
 
@@ -113,7 +114,7 @@ def test_a_second_start_embeds_nothing_and_an_interrupted_one_goes_on(
         return [np.ones((1, 64))] * len(prompts)
 
     assert program() is None
-    monkeypatch.setattr(embed, "embed", spy)
+    monkeypatch.setattr(precompute, "embed", spy)
     assert program() is None and not asked
     (tmp_path / "out" / "00000.npy").unlink()
     assert program() is None

@@ -13,12 +13,14 @@ from safetensors.numpy import save_file
 from dmd_jax import encode
 from dmd_jax.data import Batches, Prompts, embeddings, latents, to_float
 from dmd_jax.models.wan_vae import WanVAE, WanVAEConfig
+from dmd_jax.pipelines import precompute
 from dmd_jax.pipelines.prompts import read_prompts
 from dmd_jax.pipelines.video import read_video, save_video
 from dmd_jax.weights import wan_vae as names
 from dmd_jax.weights.table import fill, their_shapes
 
 pytest.importorskip("av")
+pytestmark = pytest.mark.wan
 CAPTIONS = {"b": "a wave breaks", "a": "a cat", "sub/c": "a cat", "d": "rain"}
 TINY = WanVAEConfig(
     encoder_dim=4,
@@ -111,7 +113,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_reads_nothing(
         read.append(path.name)
         return read_video(path, **how)
 
-    monkeypatch.setattr(encode, "read_video", stopping)
+    monkeypatch.setattr(precompute, "read_video", stopping)
     with pytest.raises(KeyboardInterrupt):
         program()
     read.clear()
@@ -126,8 +128,8 @@ def test_a_stopped_run_goes_on_and_a_finished_one_reads_nothing(
 def test_what_does_not_fit_is_refused_before_anything_is_read(
     program, clips, checkpoint, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(encode, "read_video", None)
-    monkeypatch.setattr(encode.wan.weights, "load", None)
+    monkeypatch.setattr(precompute, "read_video", None)
+    monkeypatch.setattr(precompute.weights, "load", None)
     (tmp_path / "file").write_text("no video")
     texts = embedded(tmp_path / "others", ["a cat", "rain"])
     for given, complaint in (
@@ -144,7 +146,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
         said = program(**given)
         assert said.startswith("error: ") and complaint in said, said
     (clips / "d.txt").unlink()
-    assert f"write what it shows into {clips}/d.txt" in program()
+    assert f"write its caption into {clips}/d.txt" in program()
     (clips / "d.txt").write_text("rain")
     (clips / "d.mp4").write_text("no video")
     assert "d.mp4 cannot be read as a video" in program()

@@ -38,15 +38,13 @@ def file(tmp_path):
     return programs.save_tiny(tmp_path / "teacher.safetensors")
 
 
-def test_rows_say_what_was_judged_and_at_what_cost(judge):
-    table = evaluation.rows(programs.tiny(), [FewStep((1.0, 0.5)), ManyStep(2, 1.5)], judge, 20)
-    assert table == [
-        {"name": "student", "steps": 2, "calls": 2, "fd": 1.0},
-        {"name": "teacher", "steps": 2, "calls": 4, "fd": 2.0},
-    ]
-    for images, labels in judge.seen:
+def test_a_row_says_what_was_judged_and_at_what_cost(judge):
+    for number, sampler in enumerate([FewStep((1.0, 0.5)), ManyStep(2, 1.5)], 1):
+        row, images = evaluation.judged(programs.tiny(), sampler, judge, 20)
+        cost = {"steps": 2, "calls": 2 * number, "fd": float(number)}
+        assert row == {"name": sampler.name, **cost}
         assert images.shape == (20, 28, 28, 1)
-        np.testing.assert_array_equal(np.bincount(labels), [2] * 10)
+        np.testing.assert_array_equal(np.bincount(judge.seen[-1][1]), [2] * 10)
 
 
 def test_stored_rows_of_the_same_teacher_and_metric_are_used_again(judge, file, tmp_path):
@@ -108,7 +106,7 @@ def test_a_sampler_that_was_judged_before_is_not_judged_again(judge, file, tmp_p
 
 
 def test_shipped_rows_are_those_that_the_shipped_configs_ask_for(real_judge, monkeypatch):
-    monkeypatch.setattr(evaluation, "rows", None)  # nothing may be computed
+    monkeypatch.setattr(evaluation, "judged", None)  # nothing may be computed
     for variant in programs.load_module("configs/dmd.py").VARIANTS:
         config = programs.load_config("configs/dmd.py", variant)
         spec = config.evaluate
@@ -122,7 +120,7 @@ def test_shipped_rows_are_those_that_the_shipped_configs_ask_for(real_judge, mon
 @pytest.fixture
 def program(call, monkeypatch, real_judge, data_dir):
     """`call` of `python -m dmd_jax.evaluate`, on data that stand prepared."""
-    monkeypatch.setattr(evaluate, "data_judge", lambda *_: real_judge)
+    monkeypatch.setattr(evaluate, "data_judge", lambda *_, **__: real_judge)
     return partial(call, evaluate, f"--data_dir={data_dir}")
 
 
@@ -158,6 +156,9 @@ def test_program_prints_a_table_beside_the_floor_and_writes_its_rows(
         (["--checkpoint={small}"], "(14, 14, 1)"),
         (["--checkpoint={student}", "--guidance=2"], "guidance is in its weights already"),
         (["--checkpoint={file}", "--out={file}/a.json"], "cannot be written to"),
+        (["--checkpoint={file}", "--split=validation"], "split 'validation' of 'mnist5k'"),
+        (["--checkpoint={file}", "4"], "unknown argument '4'"),
+        (["--checkpoint=moving_digits_teacher"], "is a WanConfig network, which does not generate"),
     ],
 )
 def test_program_refuses_with_one_message_before_it_samples(
@@ -166,7 +167,7 @@ def test_program_refuses_with_one_message_before_it_samples(
     small = programs.save_tiny(tmp_path / "small.safetensors", image_size=14, patch=7)
     student = tmp_path / "student.safetensors"
     weights.save(student, programs.tiny(), times=(1.0,), shift=1.0)
-    monkeypatch.setattr(evaluate.samplers, "draw_images", None)
+    monkeypatch.setattr(evaluation, "draw_images", None)
     said = program(*(arg.format(file=file, small=small, student=student) for arg in args))
     assert str(said).startswith("error: ") and message in said
 
@@ -176,6 +177,6 @@ def test_rows_that_could_not_be_kept_are_not_computed(program, file, monkeypatch
         raise ValueError(f"{directory} cannot be written to")
 
     monkeypatch.setattr(evaluate, "check_writable", refuse)
-    monkeypatch.setattr(evaluate.samplers, "draw_images", None)
+    monkeypatch.setattr(evaluation, "draw_images", None)
     said = program(f"--checkpoint={file}", "--store")
     assert said == f"error: {file.parent} cannot be written to"

@@ -13,15 +13,15 @@ LIBRARY = Path(__file__).parents[1] / "dmd_jax"
 # nothing imports a command.
 ROOMS = (
     *("devices", "data", "diffusion", "losses", "models", "weights"),
-    *("pipelines", "rollouts", "quality", "methods", "training"),
+    *("rollouts", "pipelines", "quality", "methods", "training"),
 )
 COMMANDS = (*("main", "sample", "evaluate", "embed", "encode", "export", "metric_network"),)
 
 # The heart is mathematics on jax: no layer library, optimizer, mesh, file or config in it.
 ONLY = {
-    "diffusion": {"jax", "numpy", "einops"},
-    "losses": {"jax", "diffusion"},
-    "methods": {"jax", "devices", "diffusion", "losses", "rollouts"},
+    "diffusion": {"jax", "jaxtyping", "numpy", "einops"},
+    "losses": {"jax", "jaxtyping", "diffusion"},
+    "methods": {"jax", "jaxtyping", "devices", "diffusion", "losses", "rollouts"},
 }
 
 # Libraries that are not for everybody, and the rooms that may use them.

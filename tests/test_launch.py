@@ -63,12 +63,13 @@ def test_distributed_is_refused_where_there_is_nothing_to_join():
 
 
 @pytest.mark.slow
-def test_two_processes_of_a_job_train_as_one(tmp_path, teacher, data_dir, cache):
+def test_two_processes_of_a_job_train_as_one(tmp_path, teacher, data_dir):
     """Under Slurm's variables, to the report; the same numbers as one process to rounding."""
 
     def run(name, *more, **environment):
-        flags = programs.flags(tmp_path / name, programs.short(teacher, data_dir))
-        return programs.python("-m", "dmd_jax.main", *more, *flags, cache=cache, **environment)
+        few = {"steps": 6, "evaluate.every": 4, "evaluate.steps": (2,)}
+        flags = programs.flags(tmp_path / name, programs.short(teacher, data_dir, **few))
+        return programs.python("-m", "dmd_jax.main", *more, *flags, **environment)
 
     port = free_port()
     with ThreadPoolExecutor(3) as pool:

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dmd_jax.devices import sharding
+from dmd_jax.main import use_float32_products
 from dmd_jax.training.run import build
 
 # 64 devices, each with a quarter of every sequence.
@@ -59,3 +60,28 @@ def test_a_step_uses_the_kernels_and_makes_no_square_of_its_length(
         assert f"custom_call @{kernel}" in text
     assert "all_to_all" in text and "tensor<64x32760x1536xbf16>" in text
     assert not re.search(rf"tensor<(\d+x)*{LENGTHS}x(\d+x)*{LENGTHS}x", text)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_products_of_float32_networks_are_float32_on_every_device(platform, teacher, data_dir):
+    run = build(programs.config(teacher, data_dir), jax.devices()[:1])
+    state, frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state_shape(), run.frozen)
+    )
+    label = jax.ShapeDtypeStruct((8,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def products():
+        step = jax.jit(run.step, static_argnames="update_generator")
+        batch = {"cond": label, "uncond": label}
+        traced = step.trace(state, frozen, batch, key, update_generator=True)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+
+    exact = "precision = [HIGHEST, HIGHEST]"
+    assert not [line for line in products() if exact in line]
+    use_float32_products(run.config)
+    try:
+        assert products() and [line for line in products() if exact not in line] == []
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)

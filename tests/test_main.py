@@ -1,18 +1,24 @@
 """The entry point: what cannot run is refused with one clear message, before it computes."""
 
-import types
+import functools
+import importlib.util
+import math
+import operator
+import textwrap
 
+import jax
 import programs
 import pytest
 
+import dmd_jax
 from dmd_jax import main
 from dmd_jax.training import loop
-from dmd_jax.training.run import Run
+from dmd_jax.training.run import Run, build
 
 
 @pytest.fixture
 def start(command_line):
-    """Calls the program in this process; what it exits with: None for success."""
+    """Calls the program in this process; returns its exit code: None for success."""
 
     def call(*args):
         command_line(*args, "--compilation_cache=")
@@ -20,7 +26,8 @@ def start(command_line):
             main.start()
         return end.value.code
 
-    return call
+    yield call
+    jax.config.update("jax_default_matmul_precision", None)  # `main` sets it for its process
 
 
 @pytest.fixture
@@ -53,26 +60,46 @@ def test_dry_run_prints_every_role_and_computes_nothing(start, capsys, teacher, 
 
 
 @pytest.mark.parametrize(
-    "cores, told, numbers, devices",
+    "missing",
     [
-        (1, -1, {"batch_size": 32}, 1),
-        (2, -1, {"batch_size": 32}, 2),
-        (6, -1, {"batch_size": 32}, 4),
-        (64, -1, {"batch_size": 32, "accumulate": 2}, 2),
-        (64, -1, {"batch_size": 8}, 1),
-        (3, -1, {"batch_size": 27}, 3),
-        (2, -1, {}, 1),
-        (2, 5, {"batch_size": 32}, 5),
+        *("seed", "data", "method", "ema", "log", "health", "checkpoint", "generator", "teacher"),
+        *("generator.weights", "fake_score.optimizer", "data.name", "method.cls", "log.cls"),
+        *("generator.optimizer.cls", "ema.cls"),
     ],
 )
-def test_cores_become_devices_with_some_samples_each(monkeypatch, cores, told, numbers, devices):
-    config = types.SimpleNamespace(jax_num_cpu_devices=told)
-    config.update = lambda name, value: setattr(config, name, value)
-    monkeypatch.setattr(main.jax, "config", config)
-    monkeypatch.setattr(main.os, "cpu_count", lambda: cores)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    main.split_cores(numbers)
-    assert config.jax_num_cpu_devices == devices
+def test_a_config_that_lacks_an_entry_is_refused_by_its_path(missing, teacher, data_dir):
+    config = programs.config(teacher, data_dir)
+    *parents, name = missing.split(".")
+    section = functools.reduce(operator.getitem, parents, config)
+    with config.unlocked():
+        del section[name]
+    path = missing.removesuffix(".cls")
+    with pytest.raises(ValueError, match=rf"config\.{path} names no class|config lacks .*{path}"):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    "path, variant, role, weights, message",
+    [
+        ("dmd.py", "", "teacher", "moving_digits_teacher", "config.teacher is a Wan"),
+        ("pretrain.py", "", "generator", "moving_digits_teacher", "holds a Wan network"),
+        ("dmd.py", "wan_tiny", "teacher", "mnist_teacher", "config.teacher is a DiT"),
+        ("pretrain.py", "wan_teacher", "generator", "mnist_teacher", "holds a DiT network"),
+    ],
+)
+def test_a_network_of_another_family_than_the_data_s_is_refused(
+    path, variant, role, weights, message, data_dir, tmp_path
+):
+    config = programs.load_config(f"configs/{path}", variant)
+    config[role].weights = weights
+    if variant:
+        config.data.embeddings, config.data.latents = (
+            f"{data_dir}/moving_{part}" for part in ("embeddings", "latents")
+        )
+    else:
+        config.data.data_dir = data_dir
+    with pytest.raises(ValueError, match=message):
+        build(config)
 
 
 def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
@@ -83,6 +110,98 @@ def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
     assert [str(path) for path in seen] == ["runs/dmd", "runs/dmd_one_step"]
 
 
+def test_a_tilde_in_a_path_is_the_home_directory(start, monkeypatch):
+    seen = []
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(
+        main, "build", lambda config, **_: exit(seen.append((main.workdir(), config)))
+    )
+    paths = {"data.data_dir": "~/data", "teacher.weights": "~/t.safetensors"}
+    start(*programs.flags("~/runs/x", paths))
+    [(workdir, config)] = seen
+    assert str(workdir) == "/home/me/runs/x"
+    assert config.data.data_dir == "/home/me/data"
+    assert config.teacher.weights == "/home/me/t.safetensors"
+
+
+def test_a_bucket_is_refused(refusal):
+    assert "--workdir=gs://bucket/run: mount the bucket" in refusal(workdir="gs://bucket/run")
+
+
+def test_version_is_printed_without_a_config(start, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert start("--version") is None
+    assert capsys.readouterr().out == f"dmd_jax {dmd_jax.__version__}\n"
+
+
+@pytest.mark.parametrize("stated", [{"data": 1}, {"data": 1, "fsdp": 3}, {"data": 2}])
+def test_a_stated_mesh_decides_how_many_devices_a_cpu_has(stated, teacher, data_dir, tmp_path):
+    """In a process of its own: devices are counted once."""
+    values = {f"mesh.{axis}": n for axis, n in stated.items()} | {"batch_size": 48}
+    values = programs.short(teacher, data_dir, **values)
+    ended = programs.python("-m", "dmd_jax.main", *programs.flags(tmp_path, values), "--dry_run")
+    assert ended.returncode == 0, ended.stderr
+    assert f"devices: {math.prod(stated.values())} (cpu)" in ended.stdout
+
+
+@pytest.mark.parametrize("failing", ["build", "describe", "train"])
+def test_too_little_memory_is_told_with_what_to_do(
+    failing, start, monkeypatch, teacher, data_dir, tmp_path
+):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 3 GiB\nfrom 0x1")
+
+    monkeypatch.setattr(loop if failing == "train" else main, failing, fail)
+    said = start(*programs.flags(tmp_path / "run", programs.short(teacher, data_dir)))
+    assert said.startswith(
+        "error: the memory of the device is too small (JaxRuntimeError: RESOURCE"
+    )
+    assert "config.accumulate" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype, precision", [("float32", "float32"), ("bfloat16", None)])
+def test_float32_means_float32_where_all_networks_compute_in_it(
+    dtype, precision, start, teacher, data_dir, tmp_path
+):
+    values = programs.short(teacher, data_dir, **{"teacher.compute.dtype": dtype})
+    assert start(*programs.flags(tmp_path / "run", values), "--dry_run") is None
+    assert jax.config.jax_default_matmul_precision == precision
+
+
+LEAVING = """
+    import contextlib, threading, types
+    from dmd_jax import main
+    from dmd_jax.training import loop
+
+    def train(run, workdir, profile):
+        started = threading.Event()
+
+        def compile(kind):
+            started.set()
+            threading.Event().wait()  # for ever
+
+        loop.in_background(compile, [True])
+        started.wait()
+        {how}
+
+    main.build = main.describe = lambda *_, **__: types.SimpleNamespace(mesh=None)
+    main.jax.set_mesh = contextlib.nullcontext
+    loop.train = train
+    main.start()
+"""
+
+
+@pytest.mark.parametrize(
+    "how, code",
+    [("return", 0), ("raise ValueError('no')", 1), ("raise KeyboardInterrupt", 130)],
+)
+def test_the_end_waits_for_no_compilation(how, code):
+    """A compilation that never ends: the process does."""
+    ended = programs.python("-c", textwrap.dedent(LEAVING).format(how=how))
+    assert ended.returncode == code, ended.stderr
+    assert ("error: no" in ended.stderr) == (code == 1)
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [
@@ -91,25 +210,38 @@ def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
         ("methd.guidance", 2, "'methd'\nDid you mean \"method\""),
         ("steps", "many", "config.steps=many"),
         ("steps", 0, "config.steps is 0; it must be 1 or more"),
-        ("log.every", 0, "config.log.every is 0; it must be 1 or more"),
-        ("checkpoint.every", 0, "config.checkpoint.every is 0; it must be 1 or more"),
-        ("evaluate.every", -1, "config.evaluate.every is -1; it must be 1 or more"),
-        ("checkpoint.keep", 1, "config.checkpoint.keep is 1; it must be 2 or more"),
-        ("seed", -1, "config.seed is -1; it must be 0 or more"),
+        ("log.every", 0, "config.log: every=0 must be 1 or more"),
+        ("checkpoint.every", 0, "config.checkpoint: every=0 must be 1 or more"),
+        ("log.every", 6, "do not reach back over config.log.every=6 steps"),
+        ("evaluate.every", -1, "config.evaluate: every=-1 must be 1 or more"),
+        ("checkpoint.keep", 1, "config.checkpoint: every=4 must be 1 or more, keep=1 2 or more"),
+        ("seed", -1, "config.seed is -1; it must be 0 or more and below 2**32"),
+        ("seed", 2**32, "config.seed is 4294967296; it must be 0 or more and below 2**32"),
+        ("generator.weights", "random", "weights='random' needs config.generator.model"),
+        ("generator.optimizer.decayed", "(", "config.generator.optimizer: decayed='('"),
+        ("generator.optimizer.clip", "much", "config.generator.optimizer.clip is 'much'"),
+        ("method.regression", "Speed", "config.method.regression is 'Speed'"),
+        ("mesh.data", 0, "must be 1 or more, or -1"),
         ("method.times", "('one',)", "config.method.times"),
         ("method.strides", "(3,)", "config.method: strides=(3,) must divide"),
         ("method.last_step_share", 1.5, "config.method: last_step_share=1.5 must be in [0, 1]"),
         ("method.frames_per_block", 2, "config.method: frames_per_block=2, but images (28, 28, 1)"),
         ("generator.optimizer.decay", "never", "config.generator.optimizer: decay='never'"),
+        ("generator.optimizer.end_value", 1, "generator.optimizer: end_value=1.0 must be in [0, "),
+        ("ema.more_decays", "(1.5,)", "config.ema: decay=0.97 and more_decays=(1.5,) must be in"),
         ("fake_score.optimizer.warmup", -1, "config.fake_score.optimizer: warmup=-1 must be 0"),
-        ("evaluate.steps", "()", "config.evaluate.steps is (): name one number of steps"),
-        ("evaluate.teacher_steps", "(0,)", "config.evaluate.teacher_steps is (0,): steps=0 must"),
+        ("evaluate.steps", "()", "config.evaluate: steps=() must name one number of steps"),
+        ("evaluate.teacher_steps", "(0,)", "config.evaluate: teacher_steps=(0,): 0 must be"),
         (
             "evaluate.features",
             "nowhere",
-            "config.evaluate.features: no checkpoint file at",
+            "config.evaluate: features: no checkpoint file at",
         ),
-        ("evaluate.samples", 60, "config.evaluate.samples=60 must be a multiple of the 10 classes"),
+        (
+            "evaluate.samples",
+            60,
+            "config.evaluate: samples=60 must be a multiple of the 10",
+        ),
         ("generator.compute.dtype", "float33", "config.generator: dtype='float33'"),
         ("fake_score.compute.remat", "some", "config.fake_score: remat='some'"),
         ("batch_size", 12, "config.batch_size=12 does not divide into 8 parts"),
@@ -128,12 +260,33 @@ def test_a_bad_override_is_refused_by_its_path(refusal, name, value, message):
 def test_a_disk_that_fills_in_mid_run_is_told_in_one_line(
     start, monkeypatch, teacher, data_dir, tmp_path
 ):
-    def train_until_full(run, workdir):
+    def train_until_full(run, workdir, *_):
         raise OSError(28, "No space left on device", str(workdir / "metrics.jsonl"))
 
     monkeypatch.setattr(loop, "train", train_until_full)
     said = start(*programs.flags(tmp_path / "run", programs.short(teacher, data_dir)))
     assert said == f"error: [Errno 28] No space left on device: '{tmp_path}/run/metrics.jsonl'"
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ("10", "--profile=10: use FIRST:COUNT, as in 10:3"),
+        ("0:2", "--profile=0:2: the steps of this run are 1 to 12"),
+        ("12:2", "--profile=12:2: the steps of this run are 1 to 12"),
+    ],
+)
+def test_steps_to_profile_that_are_not_those_of_the_run_are_refused(refusal, steps, message):
+    assert message in refusal(f"--profile={steps}")
+
+
+def test_weights_and_biases_that_is_not_installed_is_refused(refusal, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name == "wandb" else find(name)
+    )
+    said = refusal(**{"log.wandb": "digits"})
+    assert "config.log: wandb='digits' needs the package wandb: pip install" in said
 
 
 def test_a_truncated_teacher_is_refused(refusal, teacher, tmp_path):

@@ -8,7 +8,7 @@ from flax import nnx
 from dmd_jax import metric_network as program
 from dmd_jax.quality import metric_network, metrics
 from dmd_jax.quality.classifier import Classifier, ClassifierConfig
-from dmd_jax.quality.features import extract
+from dmd_jax.quality.features import extract, load_features
 
 
 def bars(count, seed):
@@ -58,19 +58,25 @@ def test_jitter_moves_every_image_its_own_way_and_invents_no_value():
     assert len({image.tobytes() for image in [images[0], *moved]}) == 4
 
 
-def test_the_program_writes_the_network_and_a_card_that_says_how(tmp_path, monkeypatch, capsys):
-    class Source:
-        num_classes = 2
+class Bars:
+    """Source of `bars`; takes the place of a data set."""
 
-    monkeypatch.setattr(program, "load", lambda name, split: Source)
-    monkeypatch.setattr(program, "arrays", lambda source: bars(100, 0))
+    name, num_classes, classes = "bars", 2, ("horizontal", "vertical")
+
+
+def test_the_program_writes_the_network_and_a_card_that_says_how(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "load", lambda *_: Bars)
+    monkeypatch.setattr(metric_network, "arrays", lambda _: bars(100, 0))
     out = tmp_path / "bars.safetensors"
     monkeypatch.setattr("sys.argv", ["x", f"--out={out}", "--data=bars", "--steps=2", "--batch=8"])
     program.main()
     card = (tmp_path / "bars.md").read_text()
     assert f"python -m dmd_jax.metric_network --out={out} --data=bars --steps=2 --batch=8" in card
-    assert "**FD-bars-64**" in card
-    assert out.is_file() and card in capsys.readouterr().out
+    assert "**FD-bars-64**" in card and "| classes | horizontal, vertical |" in card
+    assert card in capsys.readouterr().out
+    features = load_features(out)
+    assert features.fingerprint in card
+    assert (features.data, features.classes) == ("bars", ("horizontal", "vertical"))
 
 
 def test_what_cannot_be_read_or_written_is_refused_before_training(tmp_path, monkeypatch, capsys):

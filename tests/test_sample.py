@@ -65,6 +65,20 @@ def test_a_student_refuses_guidance(student):
         sampler_for(student, guidance=1.5)
 
 
+def test_a_student_refuses_a_solver(student, teacher):
+    with pytest.raises(ValueError, match="solves no ODE: drop --solver=unipc"):
+        sampler_for(student, solver="unipc")
+    assert sampler_for(teacher, solver="unipc") == ManyStep(50, solver="unipc")
+
+
+def test_the_name_of_what_is_sampled_is_no_part_of_how_it_is_sampled():
+    named = ManyStep(4, 1.5, name="generator")
+    assert named.title == "generator, 4 steps"
+    assert named == ManyStep(4, 1.5) and repr(named) == repr(ManyStep(4, 1.5))
+    # Stored rows of teachers are found by this text.
+    assert repr(named) == "ManyStep(steps=4, guidance=1.5, shift=1.0, solver='euler')"
+
+
 def test_sample_i_is_the_same_at_any_batch_size():
     for sampler in (FewStep(TIMES, 2.0), ManyStep(3, 1.5)):
         whole = draw_images(programs.tiny(), sampler, LABELS)
@@ -83,6 +97,7 @@ def test_all_samplers_start_from_the_same_noise():
     @dataclasses.dataclass(frozen=True)
     class Spy(samplers.Sampler):
         steps: int
+        shift: float = 1.0
 
         def __call__(self, denoiser, noise, cond, uncond, key, index):
             return noise
@@ -173,3 +188,16 @@ def test_module_runs_as_a_program(student, tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert out.exists() and str(out) in ended.stdout + ended.stderr
+
+
+def test_program_splits_a_batch_over_the_cores_of_a_cpu(program, student, monkeypatch, tmp_path):
+    devices = []
+
+    def spy(denoiser, sampler, labels, seed):
+        devices.append(jax.sharding.get_abstract_mesh().shape.get("data", 1))
+        return np.zeros((len(labels), 28, 28, 1), np.uint8)
+
+    monkeypatch.setattr(sample, "draw_images", spy)
+    for num in (7, 20, 100):
+        assert program(f"--checkpoint={student}", f"--num={num}", f"--out={tmp_path}/a.npz") is None
+    assert devices == [1, 2, 8]

@@ -1,8 +1,8 @@
-"""Training batches whose position is the step: nothing but the step need be saved.
+"""Training batches as a function of the step: the step is the only state to save.
 
-There is one endless order of the examples, a permutation per epoch, fixed by the seed. Sample j of
-the global batch of step s is element `s * batch_size + j` of it, on any number of hosts, in a
-resumed run as in a straight one. This file may import numpy and grain.
+The seed fixes one endless order of the examples, a permutation per epoch. Sample j of the global
+batch of step s is element `s * batch_size + j` of it, for any number of hosts and after any resume.
+This file may import numpy and grain.
 """
 
 import sys
@@ -13,16 +13,16 @@ import numpy as np
 
 from dmd_jax.data.source import Source
 
-# Batches made ahead of the step, each on a thread of its own.
+# Batches read ahead of the step, each on its own thread.
 PREFETCH = 4
 
 
 class Batches:
     """The batches of one host: `batches[step]`, or `batches.iterate(start_step)` to read ahead.
 
-    A batch is what the source's `examples` returns, or its `conditions` where no data are wanted:
-    rows `process_index * b` to `(process_index + 1) * b` of the global batch, b = batch_size /
-    process_count. An epoch ends where the examples end, inside a batch if need be.
+    A batch is what the source's `examples` returns, or `conditions` with `with_data=False`: rows
+    `process_index * b` to `(process_index + 1) * b` of the global batch, b = batch_size /
+    process_count. An epoch may end inside a batch.
     """
 
     def __init__(
@@ -35,15 +35,16 @@ class Batches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Fixes the order.
+        """Computes the order.
 
         Args:
             source: the examples.
             batch_size: samples per step over all hosts.
             seed: of the order, not negative; the same on all hosts.
-            with_data: read the examples whole, or their conditions alone.
-            process_index, process_count: which part of each batch, of how many equal ones; hosts
-                whose devices hold the same rows ask for the same part (`sharding.batch_part`).
+            with_data: whether to read whole examples or their conditions alone.
+            process_index, process_count: the part of each batch and the number of equal parts;
+                hosts whose devices store the same rows read the same part
+                (`sharding.batch_part`).
 
         Raises:
             ValueError: the hosts cannot share the batch evenly, there is no such host, or the
@@ -71,13 +72,13 @@ class Batches:
         return self._read([self._order[i] for i in range(start, start + self._local_size)])
 
     def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """Yields `self[start_step]`, `self[start_step + 1]`, ... without end, made ahead of time.
+        """Yields `self[start_step]`, `self[start_step + 1]`, ... without end, read ahead.
 
         Args:
-            start_step: the first step to read, in a resumed run the first that is not yet done.
+            start_step: the first step to read; in a resumed run, the number of finished steps.
 
         Returns:
-            An iterator with threads of its own.
+            An iterator with its own threads.
         """
         start = int(start_step)
         ahead = grain.ReadOptions(num_threads=PREFETCH, prefetch_buffer_size=PREFETCH)

@@ -1,11 +1,11 @@
-"""Embedded prompts on disk: made once, read as memory maps, so that training holds no text encoder.
+"""Embedded prompts on disk, read as memory maps: training needs no text encoder.
 
-    <path>/meta.json                 the prompts, and what embedded them
+    <path>/meta.json                 the prompts, and the encoder that embedded them
     <path>/00000.npy                 bfloat16 (as uint16) [T, D]: the tokens of the first prompts
-    <path>/00000.lengths.npy         int32: how many of them belong to each of those prompts
+    <path>/00000.lengths.npy         int32: the number of tokens of each of those prompts
 
-Only real tokens are stored: a row of zeros behind a prompt's end takes no room. The negative prompt
-is the last one. A shard is there whole or not at all, and a second `write` makes what is missing.
+Padding is not stored. The negative prompt is the last one. A shard is complete or absent; a second
+`write` adds the missing ones.
 This file may import numpy and ml_dtypes.
 """
 
@@ -36,20 +36,20 @@ def write(
     shard: int = 64,
     source: str = "",
 ) -> None:
-    """Embeds prompts into a folder. What is there already, of a call that was killed, is kept.
+    """Embeds prompts into a folder; complete shards of an earlier call are kept.
 
     Args:
-        path: the folder; it is made.
+        path: the folder; it is created.
         prompts: N strings.
         negative: the negative prompt.
         encode_fn: n prompts -> n float arrays [tokens, dim], 1 to `length` tokens each.
-        length, dim: L and D of what is read.
-        shard: prompts of a file, of which all are embedded by one call of `encode_fn`.
-        source: what embeds them, in words or as a digest: a set is continued by the same only.
+        length, dim: L and D of the embeddings.
+        shard: prompts per file, embedded by one call of `encode_fn`.
+        source: description or digest of the encoder; another one cannot continue the set.
 
     Raises:
-        ValueError: the folder holds other prompts, those of another encoder or something else,
-            there is no prompt, or an embedding has another shape or a number that is not finite.
+        ValueError: the folder holds other prompts, embeddings of another encoder or other files;
+            there is no prompt; an embedding has another shape or is not finite.
     """
     if not prompts:
         raise ValueError("there are no prompts")
@@ -79,7 +79,7 @@ def write(
 
 
 class Embeddings:
-    """A set that `write` has made. `len(embeddings)` is N, the number of prompts.
+    """A set that `write` wrote. `len(embeddings)` is N, the number of prompts.
 
     Attributes:
         prompts: N strings.
@@ -90,8 +90,8 @@ class Embeddings:
         """Maps the files.
 
         Raises:
-            FileNotFoundError: there is no such set, or it is not complete.
-            ValueError: the folder holds something else, or a file is damaged.
+            FileNotFoundError: there is no such set, or it is incomplete.
+            ValueError: the folder holds other files, or a file is damaged.
         """
         self.path = Path(path)
         meta = _read_meta(self.path)
@@ -103,13 +103,13 @@ class Embeddings:
         return len(self.prompts)
 
     def rows(self, index: ArrayLike) -> np.ndarray:
-        """Embeddings of n prompts, in the order asked for.
+        """Embeddings of n prompts, in the order of `index`.
 
         Args:
             index: n integers in [0, N); repeats are allowed.
 
         Returns:
-            bfloat16 [n, L, D], zero behind each prompt's end.
+            bfloat16 [n, L, D], zero after each prompt's last token.
 
         Raises:
             IndexError: an index is out of range.
@@ -161,7 +161,7 @@ def _read_meta(path):
 
 
 def _require_same(path, found, wanted):
-    """Raises ValueError where a set of other prompts or another encoder would be continued."""
+    """Raises ValueError where the set on disk has other prompts or another encoder."""
     for name, value in wanted.items():
         if found.get(name) == value:
             continue
@@ -178,8 +178,8 @@ def _open_shard(path, number, meta):
     """(memory map uint16 [T, D], ends int [n + 1]) of one shard.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is cut off, or its two files do not belong together.
+        FileNotFoundError: a file is missing.
+        ValueError: it is truncated, or its two files do not fit together.
     """
     tokens_file, lengths_file = _files(path, number)
     remedy = REMEDY.format(path=path)
@@ -203,7 +203,7 @@ def _open_shard(path, number, meta):
 
 
 def _is_whole(path, number, meta):
-    """Whether a shard need not be made."""
+    """Whether a shard is complete."""
     try:
         _open_shard(path, number, meta)
     except (FileNotFoundError, ValueError):
@@ -212,7 +212,7 @@ def _is_whole(path, number, meta):
 
 
 def _write_shard(path, number, embedded, prompts, meta):
-    """Writes the embeddings of one shard; its tokens last, which make it count."""
+    """Writes one shard, its tokens last: with them it is complete."""
     for prompt, tokens in zip(prompts, embedded, strict=True):
         if not 1 <= len(tokens) <= meta["length"] or tokens.shape[1:] != (meta["dim"],):
             raise ValueError(

@@ -1,11 +1,11 @@
 """Latents of videos in a folder: encoded once, then read at random positions without an encoder.
 
-    latents.json        shape, how many in all (null until `write` is done), per shard, the source
+    latents.json        shape, count (null until `write` is done), latents per shard, source
     00000.prompts.npy   int32 [n]: for each latent of a shard, the row of its text embedding
     00000.npy           float16 [n, F, H, W, C], memory-mapped by the reader
 
-Every file gets its name when it is complete, a shard's latents last, so that `write` goes on after
-the whole shards that it finds. This file imports numpy alone.
+A file gets its name when it is complete, and a shard's latents are written last: `write` resumes
+after the complete shards. This file imports numpy alone.
 """
 
 import itertools
@@ -30,21 +30,21 @@ def write(
     shard: int = 64,
     source: Any = None,
 ) -> None:
-    """Encodes videos into a folder; called again after a stop, it goes on where it was.
+    """Encodes videos into a folder; after a stop, the same call resumes.
 
     Args:
-        path: a local folder; made where there is none. One process writes.
-        videos: pairs of a video, in any form that `encode` takes, and the row of its prompt among
-            the text embeddings; the same ones in the same order at every call.
-        encode: a video -> its latents [F, H, W, C], normalised as the network expects them.
+        path: a local folder, created if missing. One process writes.
+        videos: pairs of a video, in any form that `encode` accepts, and the row of its prompt in
+            the text embeddings; the same pairs in the same order in every call.
+        encode: a video -> its latents [F, H, W, C], normalised for the network.
         shape: (F, H, W, C).
-        shard: latents per file; so many are held in memory.
-        source: what made these latents (names of videos and encoder, a seed), as JSON has it.
+        shard: latents per file; so many are in memory at once.
+        source: origin of the latents (names of videos and encoder, a seed), a JSON value.
 
     Raises:
-        ValueError: the folder has latents of another shape, shard or source, or something else;
-            `encode` returns another shape or what float16 does not hold; fewer videos come than
-            are written.
+        ValueError: the folder has latents of another shape, shard or source, or other files;
+            `encode` returns another shape or values beyond float16; there are fewer videos than
+            latents on disk.
     """
     path = Path(path)
     wanted = _manifest(shape, shard, source)
@@ -79,19 +79,19 @@ def write(
 
 
 class Latents:
-    """A folder that `write` completed; `len(latents)` is N. Rows are read when they are asked for.
+    """A folder that `write` completed; `len(latents)` is N. Rows are read from disk by `rows`.
 
     Args:
         path: the folder.
 
     Attributes:
-        shape: (F, H, W, C) of one.
-        prompt: int32 [N], the row of each one's prompt among the text embeddings.
-        source: what `write` was told.
+        shape: (F, H, W, C) of one latent.
+        prompt: int32 [N], the row of each latent's prompt in the text embeddings.
+        source: the argument of `write`.
 
     Raises:
         FileNotFoundError: there are no latents at `path`, or a shard is missing.
-        ValueError: they are incomplete, damaged or something else.
+        ValueError: they are incomplete, damaged, or not latents.
     """
 
     def __init__(self, path: str | PathLike):
@@ -121,7 +121,7 @@ class Latents:
         return len(self.prompt)
 
     def rows(self, index: Sequence[int]) -> np.ndarray:
-        """Latents by number, in the order asked for; repeats are allowed.
+        """Latents by number, in the order of `index`; repeats are allowed.
 
         Args:
             index: n integers in [0, N).
@@ -145,7 +145,7 @@ class Latents:
 def _manifest(shape: Sequence[int], shard: int, source: Any) -> dict[str, Any]:
     if len(shape) != 4 or min(*shape, shard) < 1:
         raise ValueError(f"shape={shape} must be [F, H, W, C] and shard={shard}, all positive")
-    # As it will be read again: JSON makes lists of tuples.
+    # JSON turns tuples into lists: compare values as they are read.
     return json.loads(
         json.dumps(
             {

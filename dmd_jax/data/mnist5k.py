@@ -1,7 +1,7 @@
 """MNIST-5k, the embedded data set: 5,000 real MNIST scans as a TensorFlow Datasets builder.
 
 `mnist5k.npz` beside this file holds the images; `MNIST5K.md` says where they come from, who owns
-them and how they were split. The file is made again, with the same content, by
+them and how they were split. This command writes the same content again:
 
     python -m dmd_jax.data.mnist5k PATH_TO_mnist_5k.csv.gz
 
@@ -27,7 +27,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
     """The packaged images as a TFDS data set: 'train' (4,000) and 'test' (1,000), in file order."""
 
     name = "mnist5k"
-    # TFDS never prepares a version twice: a change in the images must come with a new number.
+    # TFDS never prepares a version twice: changed images need a new number.
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -37,7 +37,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
                 "label": tfds.features.ClassLabel(num_classes=NUM_CLASSES),
             }
         )
-        # Examples are in hash order already, and the file's own order keeps the classes in turn.
+        # Examples are in hash order already, and in the order of the file the classes take turns.
         return self.dataset_info_from_configs(features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
@@ -54,13 +54,12 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
 
 
 def split_rows(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the stratified split, from the images' content and nothing else.
+    """Draws the stratified split from the content of the images alone.
 
     Within each class the images are ranked by the SHA-256 of their pixels; the first 100 ranks are
-    the test split, the rest is train. That is as good as random, needs no generator whose stream
-    may change with a version, and does not depend on the order of the rows. Both splits are
-    ordered by rank and then by class, so that every tenth image has the same label and any slice
-    (`test[:500]`) is balanced too.
+    the test split, the rest is train. This is as good as random, depends on no random generator
+    and not on the order of the rows. Both splits are ordered by rank and then by class, so that
+    every tenth image has the same label and any slice (`test[:500]`) is balanced too.
 
     Args:
         images: uint8 [N, 28, 28, 1], N / 10 of each class.
@@ -109,7 +108,7 @@ def pack(csv: Path) -> dict[str, np.ndarray]:
 
 
 def content_hash(packed: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the arrays' bytes in the order of `pack`; compression does not matter to it."""
+    """SHA-256 of the arrays' bytes in the order of `pack`, independent of the compression."""
     keys = ("train_images", "train_labels", "test_images", "test_labels")
     return hashlib.sha256(b"".join(packed[key].tobytes() for key in keys)).hexdigest()
 

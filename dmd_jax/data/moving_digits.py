@@ -1,8 +1,8 @@
 """Moving digits: small videos with captions, for `configs/dmd.py:wan_tiny`.
 
-The digits are real, the training scans of `mnist5k`; their motion is made here. The latents are the
-pixels themselves, folded, and the text embeddings are a fixed random vector a word: neither a VAE
-nor a language model is needed to learn from 80 sentences. Imports the prompts beside it.
+The digits are the training scans of `mnist5k`; their motion is computed here. The latents are
+folded pixels, and each word has a fixed random vector as its embedding: 80 sentences need neither a
+VAE nor a language model. Imports the prompts.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from dmd_jax.data import embeddings, latents
 from dmd_jax.data.pixels import to_float, to_uint8
 from dmd_jax.data.prompts import Prompts, side_by_side
 
-FRAMES, SIZE, DIGIT, FOLD = 4, 20, 8, 2  # pixels, but for the frames
-INK = 20  # pixels of a scan that its ink spans at most
-SPEED = 4  # pixels a frame: a patch of the network
+FRAMES, SIZE, DIGIT, FOLD = 4, 20, 8, 2  # in pixels, except the number of frames
+INK = 20  # largest extent of the ink of a scan, in pixels
+SPEED = 4  # pixels per frame: one patch of the network
 TEXT_LENGTH, TEXT_DIM = 8, 64
-MEAN, STD = -0.9, 0.4  # latents are normalised by, to the size of the noise that they meet
+MEAN, STD = -0.9, 0.4  # of the pixels; normalised latents have the scale of the noise
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# (rows, columns) a frame, in units of SPEED.
+# (rows, columns) per frame, in units of SPEED.
 MOTIONS = {
     "up": (-1, 0),
     "down": (1, 0),
@@ -40,12 +40,12 @@ PROMPTS = tuple(f"{digit} moves {motion}" for digit in DIGITS for motion in MOTI
 
 
 def moving_digits(num: int, seed: int = 0, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """Makes videos, in each of which one digit crosses a black square at constant speed.
+    """Videos in which one digit crosses a black square at constant speed.
 
     Args:
-        num: N; every prompt in turn.
-        seed: of the scans and the starting points.
-        split: "train" or "test", of the scans.
+        num: N; the prompts take turns.
+        seed: for the choice of scans and starting points.
+        split: of the scans, "train" or "test".
 
     Returns:
         (uint8 [N, FRAMES, SIZE, SIZE, 1], prompts int32 [N]: rows of `PROMPTS`).
@@ -59,7 +59,7 @@ def moving_digits(num: int, seed: int = 0, split: str = "train") -> tuple[np.nda
         digit, motion = divmod(int(prompt), len(MOTIONS))
         scan = scans[rng.choice(np.flatnonzero(labels == digit))]
         step = STEPS[motion]
-        # Somewhere from where the way stays inside.
+        # Any start from which the digit stays inside the frame.
         start = rng.integers(way * (step < 0), SIZE - DIGIT - way * (step > 0) + 1)
         for time, frame in enumerate(video):
             row, column = start + SPEED * time * step
@@ -69,8 +69,8 @@ def moving_digits(num: int, seed: int = 0, split: str = "train") -> tuple[np.nda
 
 @functools.cache
 def _scans(split):
-    """(uint8 [N, DIGIT, DIGIT], labels [N]): scans without their margins, at half the size."""
-    # Imported where it is used: it brings TensorFlow Datasets.
+    """(uint8 [N, DIGIT, DIGIT], labels [N]): scans without their margins, smaller."""
+    # Imported here because it imports TensorFlow Datasets, which takes seconds.
     from dmd_jax.data import mnist5k
 
     with np.load(mnist5k.FILE) as file:
@@ -79,7 +79,7 @@ def _scans(split):
 
 
 def _small(scan):
-    """The ink of a scan, without its margins: uint8 [28, 28] -> [DIGIT, DIGIT]."""
+    """The scan without its margins, resized: uint8 [28, 28] -> [DIGIT, DIGIT]."""
     inked = (np.flatnonzero(scan.any(axis)) for axis in (1, 0))
     top, left = (min((at[0] + at[-1] + 1) // 2, 28 - INK // 2) - INK // 2 for at in inked)
     image = Image.fromarray(scan).crop((left, top, left + INK, top + INK))
@@ -87,48 +87,50 @@ def _small(scan):
 
 
 def judge(videos: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
-    """How many videos show what their prompts ask for.
+    """Measures how well videos follow their prompts.
 
     Args:
         videos: uint8 [N, FRAMES, SIZE, SIZE, 1].
         prompts: int [N], rows of `PROMPTS`.
 
     Returns:
-        digit: share of videos whose frames, laid on one another along the motion asked for, show
-            what is nearest to a training scan of the digit asked for, by the mean square of pixels.
-        motion: share of videos whose frames, moved back, agree best for the motion asked for.
-        flicker: what still differs between the frames then, over what they share; the median, by
+        digit: share of videos with the requested digit. The frames are moved back along the
+            requested motion and averaged; the digit is the class of the nearest training scan, by
             the mean square of pixels.
+        motion: share of videos with the requested motion: the one for which the frames, moved back,
+            differ least.
+        flicker: variance between the frames, moved back along the requested motion, over the mean
+            square of their average; the median over videos.
     """
-    asked_digit, asked_motion = np.divmod(prompts, len(MOTIONS))
+    wanted_digit, wanted_motion = np.divmod(prompts, len(MOTIONS))
     rows = np.arange(len(videos))
-    held = np.stack([_moved_back(videos[..., 0], step) for step in STEPS], axis=1)
-    shared, changes = held.mean(2), held.var(2).mean((2, 3))  # [N, motions, ...]
-    shared = shared[rows, asked_motion]
-    flicker = changes[rows, asked_motion] / (np.square(shared).mean((1, 2)) + 1e-6)
+    aligned = np.stack([_moved_back(videos[..., 0], step) for step in STEPS], axis=1)
+    shared, changes = aligned.mean(2), aligned.var(2).mean((2, 3))  # [N, motions, ...]
+    shared = shared[rows, wanted_motion]
+    flicker = changes[rows, wanted_motion] / (np.square(shared).mean((1, 2)) + 1e-6)
     return {
-        "digit": float(np.mean(_nearest_digit(shared) == asked_digit)),
-        "motion": float(np.mean(changes.argmin(1) == asked_motion)),
+        "digit": float(np.mean(_nearest_digit(shared) == wanted_digit)),
+        "motion": float(np.mean(changes.argmin(1) == wanted_motion)),
         "flicker": float(np.median(flicker)),
     }
 
 
 def _moved_back(videos, step):
-    """Frames float32 [N, FRAMES, SIZE, SIZE] against a motion, so that its digit would stand."""
+    """Frames moved back along a motion: float32 [N, FRAMES, SIZE, SIZE]; its digit stands still."""
     shifts = -SPEED * np.arange(FRAMES)[:, None] * step
     still = [np.roll(videos[:, i], shift, (1, 2)) for i, shift in enumerate(shifts)]
     return np.stack(still, axis=1).astype(np.float32)
 
 
 def _nearest_digit(frames):
-    """The class of the training scan that is nearest to each frame, both about their centres."""
+    """The class of the training scan nearest to each frame, both centred."""
     scans, labels = _scans("train")
-    known, seen = (_centred(x).reshape(len(x), -1) for x in (scans, frames))
-    return labels[(np.square(known).sum(1) - 2 * seen @ known.T).argmin(1)]
+    known, given = (_centred(x).reshape(len(x), -1) for x in (scans, frames))
+    return labels[(np.square(known).sum(1) - 2 * given @ known.T).argmin(1)]
 
 
 def _centred(frames):
-    """[N, S, S] -> float32 [N, SIZE, SIZE], with the centre of the ink in the middle."""
+    """[N, S, S] -> float32 [N, SIZE, SIZE], the centre of mass of the ink in the middle."""
     size, half = frames.shape[-1], SIZE // 2
     padded = np.pad(frames.astype(np.float32), ((0, 0), (half, half), (half, half)))
     total = frames.sum((1, 2), np.float32) + 1e-6
@@ -138,7 +140,7 @@ def _centred(frames):
 
 
 def encode(videos: np.ndarray) -> np.ndarray:
-    """Squares of pixels become channels, normalised.
+    """Folds squares of FOLD x FOLD pixels into channels, and normalises them.
 
     Args:
         videos: uint8 [..., H, W, 1].
@@ -160,9 +162,9 @@ def decode(latents: np.ndarray) -> np.ndarray:
 
 
 def embed(prompts: Sequence[str]) -> list[np.ndarray]:
-    """One vector a word, the same wherever it stands: for each prompt, float32 [words, TEXT_DIM].
+    """One vector per word, independent of its position: for each prompt, float32 [words, TEXT_DIM].
 
-    An empty prompt has one vector, zero.
+    An empty prompt has one zero vector.
     """
 
     def vector(word):
@@ -173,10 +175,10 @@ def embed(prompts: Sequence[str]) -> list[np.ndarray]:
 
 
 def padded(prompts: Sequence[str]) -> np.ndarray:
-    """`embed` in one array, zero behind each prompt's end: float32 [N, TEXT_LENGTH, TEXT_DIM].
+    """`embed` as one array, padded with zeros: float32 [N, TEXT_LENGTH, TEXT_DIM].
 
     Raises:
-        ValueError: a prompt has more words than captions have.
+        ValueError: a prompt has more than TEXT_LENGTH words.
     """
     out = np.zeros((len(prompts), TEXT_LENGTH, TEXT_DIM), np.float32)
     for row, prompt, vectors in zip(out, prompts, embed(prompts), strict=True):
@@ -193,9 +195,9 @@ class MovingDigits(Prompts):
     """Folded videos and embedded captions; a class that configs name.
 
     Attributes:
-        embeddings, latents: directories, written at first use.
-        num: videos.
-        seed: of their scans and starting points.
+        embeddings, latents: directories, written at the first use.
+        num: number of videos.
+        seed: for the choice of scans and starting points.
     """
 
     embeddings: str = "~/.cache/dmd_jax/moving_digits/embeddings"
@@ -207,7 +209,7 @@ class MovingDigits(Prompts):
     name = "moving digits"
 
     def open(self) -> None:
-        """Writes what is not there yet, and opens it. Raises as `Prompts.open`."""
+        """Writes missing files and opens them. Raises as `Prompts.open`."""
         embeddings.write(
             self._embeddings_path, PROMPTS, "", embed, TEXT_LENGTH, TEXT_DIM, source=__name__
         )
@@ -222,19 +224,19 @@ class MovingDigits(Prompts):
 
     @property
     def model_fields(self) -> dict[str, Any]:
-        """What the config of a new network need not say, since the data do."""
+        """Fields of a new network's config that follow from the data."""
         channels = self.sample_shape[-1]
         return dict(in_channels=channels, out_channels=channels, text_dim=TEXT_DIM)
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the file of a network trained on such data must say of them."""
+        """Entries for the header of an exported network."""
         return super().notes | {"data": "moving_digits"}
 
     measures: ClassVar = {
-        "digit": "share of videos that show the digit asked for",
-        "motion": "share that move as asked",
-        "flicker": "how far frames differ but by that motion, over what they share",
+        "digit": "share of videos that show the requested digit",
+        "motion": "share with the requested motion",
+        "flicker": "variance between frames, motion removed, over the mean square of pixels",
     }
 
     def measure(self, x0: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
@@ -242,7 +244,7 @@ class MovingDigits(Prompts):
         return judge(decode(x0), prompts)
 
     def floor(self, num: int) -> dict[str, float]:
-        """The same of real videos, with scans that no network was trained on."""
+        """The same numbers of videos of test scans."""
         return judge(*moving_digits(num, self.seed, "test"))
 
     def pictures(self, x0: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Pixels as bytes and pixels as floats: the one place where [0, 255] and [-1, 1] meet.
+"""Conversion of pixels between bytes in [0, 255] and floats in [-1, 1].
 
-Files, pictures and metrics hold bytes; networks see floats. This file imports numpy alone.
+Files, pictures and metrics use bytes, networks use floats. This file imports numpy alone.
 """
 
 import numpy as np
@@ -17,8 +17,8 @@ def to_float(pixels: np.ndarray) -> np.ndarray:
         float32 in [-1, 1], the same shape.
 
     Raises:
-        ValueError: `pixels` are not uint8. Floats were most likely converted before, and a second
-            time would squeeze them into a grey that no later check notices.
+        ValueError: `pixels` are not uint8. Floats have most likely been converted already; a second
+            conversion would make them a uniform grey, which no later check detects.
     """
     if pixels.dtype != np.uint8:
         raise ValueError(f"to_float takes uint8 pixels in [0, 255], not {pixels.dtype}")
@@ -26,7 +26,7 @@ def to_float(pixels: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(pixels: ArrayLike) -> np.ndarray:
-    """Maps floats to the nearest byte, the inverse of `to_float`; what lies outside is clipped.
+    """Maps floats to the nearest byte, clipped to [0, 255]; the inverse of `to_float`.
 
     Args:
         pixels: floats of any precision, NumPy or JAX, finite, nominally in [-1, 1], any shape.

@@ -1,6 +1,6 @@
-"""Prompts as training data: cached text embeddings, and latents where a method learns from videos.
+"""Prompts as training data: stored text embeddings, and latents for methods that learn from videos.
 
-Imports the stores of embeddings and latents beside it, and what they may import.
+Imports the stores of embeddings and latents, and their libraries.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from dmd_jax.data.embeddings import Embeddings
 from dmd_jax.data.latents import Latents
 from dmd_jax.data.pixels import to_uint8
 
-SHOWN = 6  # prompts whose samples are worth looking at
+SHOWN = 6  # prompts of the samples to show
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Text conditions from files; a class that configs name.
+    """Text conditions from files; a class that configs name. Implements `Source`.
 
     Attributes:
         embeddings: directory that `python -m dmd_jax.embed` wrote.
-        sample_shape: (F, H, W, C) of the latents that a generator makes.
+        sample_shape: (F, H, W, C) of the latents of a generator.
         latents: directory that `python -m dmd_jax.encode` wrote, for methods that learn from data;
-            None where none does.
+            None for the others.
     """
 
     embeddings: str
@@ -37,7 +37,7 @@ class Prompts:
         """Opens the files.
 
         Raises:
-            FileNotFoundError, ValueError: they are not there, are damaged, or do not go together.
+            FileNotFoundError, ValueError: they are missing, damaged, or do not fit together.
         """
         texts, latents = self._texts, self._latents
         if latents is None:
@@ -79,16 +79,26 @@ class Prompts:
 
     @property
     def model_fields(self) -> dict[str, Any]:
-        """What the config of a new network need not say: nothing, a pod's recipe states it all."""
+        """Fields of a new network's config that follow from the data: none."""
         return {}
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the file of a network trained on such data must say of them."""
+        """Entries for the header of an exported network."""
         return {"sample_shape": list(self.sample_shape)}
 
     def require_fit(self, what: str, model: Any) -> None:
-        """Raises ValueError where a network's config speaks of other latents than these."""
+        """Raises ValueError where the config of a network has other latents or text embeddings.
+
+        Args:
+            what: path of the network in the config, for the message.
+            model: config of the network.
+        """
+        if not hasattr(model, "text_dim"):
+            raise ValueError(
+                f"{what} is a {type(model).__name__} network, which reads no text; {self.name!r} "
+                f"holds prompts for latents {tuple(self.sample_shape)}"
+            )
         if model.out_channels != self.sample_shape[-1]:
             raise ValueError(
                 f"{what} makes latents of {model.out_channels} channels, but sample_shape is "
@@ -101,7 +111,7 @@ class Prompts:
             )
 
     def examples(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """What training sees of n latents.
+        """The part of a batch that n latents make.
 
         Returns:
             {"data": float32 [n, F, H, W, C], "cond": [n, L, D], "uncond": [n, L, D]}.
@@ -117,36 +127,37 @@ class Prompts:
         return {"data": self._latents.rows(rows), **self.conditions(rows)}
 
     def conditions(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """The embeddings alone: of the latents' prompts, or of the prompts themselves."""
+        """`examples` without "data". Without latents, row i is prompt i."""
         if self._latents is not None:
             rows = self._latents.prompt[np.asarray(rows)]
         cond = self._texts.rows(rows)
         return {"cond": cond, "uncond": np.broadcast_to(self._texts.negative, cond.shape)}
 
+    # What follows is for reports (`quality.evaluation`).
+
+    measures: ClassVar[Mapping[str, str]] = {}  # a subclass that has some has `measure` and `floor`
+
     @property
     def columns(self) -> int:
-        """How many pictures of `shown` make a row: a video fills it."""
+        """Number of pictures in a row: the frames of a video fill it."""
         return 1
 
-    # What the data can tell of samples, in words by name: a class with any has `measure`, `floor`.
-    measures: ClassVar[Mapping[str, str]] = {}
-
-    def asked(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows of prompts, their embeddings, what guidance leaves them for): spread over all."""
+    def measured_conditions(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows of `num` prompts at even distances, their embeddings, the negative prompt's)."""
         count = len(self._texts)
         rows = np.linspace(0, count - 1, num).astype(int) if num < count else np.arange(num) % count
         cond = self._texts.rows(rows)
         return rows, cond, np.broadcast_to(self._texts.negative, cond.shape)
 
-    def shown(self) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings of prompts worth looking at, and what guidance leaves them for."""
-        return self.asked(min(SHOWN, len(self._texts)))[1:]
+    def preview_conditions(self) -> tuple[np.ndarray, np.ndarray]:
+        """(conditions, unconditional inputs) of the samples to show."""
+        return self.measured_conditions(min(SHOWN, len(self._texts)))[1:]
 
     def pictures(self, x0: np.ndarray) -> np.ndarray:
-        """Latents [N, F, H, W, C] as bytes to look at, frames side by side.
+        """Latents float [N, F, H, W, C] as uint8 [N, H, F W, 3] pictures, frames side by side.
 
-        Shows three channels as red, green and blue: enough to see shapes and their motion. For the
-        video itself, give the exported student and a VAE to `python -m dmd_jax.sample`.
+        Three channels stand for red, green and blue: enough for shapes and their motion. Pixels
+        need the VAE, which `python -m dmd_jax.sample` runs on the exported student.
         """
         return side_by_side(to_uint8(x0[..., :3] / 2))
 

@@ -1,1 +1,1 @@
-"""The ground: the mesh, random numbers, names of arrays and the disk. Knows no diffusion."""
+"""Mesh, CPU cores, random numbers, names of arrays, disk. Imports no other room."""

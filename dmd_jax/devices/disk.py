@@ -1,17 +1,23 @@
-"""Directories and files: whether they can be written, and how they are written whole. No jax."""
+"""Directories and files: permission, exclusive use, atomic writes. Imports no jax."""
 
+import contextlib
+import fcntl
+import logging
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
 
+log = logging.getLogger(__name__)
+
 
 def check_writable(directory: epath.PathLike) -> None:
-    """Writes and removes a small file, making the directory where there is none.
+    """Writes and removes a small file; creates the directory if it does not exist.
 
     Raises:
-        ValueError: that failed, with the reason.
+        ValueError: the write failed, with the reason.
     """
     directory = absolute(directory)
     probe = directory / f".write_probe_{uuid.uuid4().hex}"
@@ -26,26 +32,64 @@ def check_writable(directory: epath.PathLike) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Locks a directory for this process by a file `lock` in it, while the context is open.
+
+    The kernel releases the lock when the process ends, however it ends. On a file system without
+    locks, a warning is logged and nothing is locked.
+
+    Raises:
+        ValueError: another process has locked the directory.
+    """
+    with (directory / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"{directory} is in use by process {file.read() or 'unknown'}; wait for its end, "
+                "stop it, or choose another directory"
+            ) from error
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start no second run in it", directory, error)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: what a kill leaves is the old one."""
+    """Writes a file atomically: if the process is killed, the old content is still there."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
 
 
-def is_remote(path: epath.PathLike) -> bool:
-    """Whether the path is that of a bucket (gs://...)."""
-    return "://" in os.fspath(path)
-
-
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root; that of a bucket as it is."""
-    return epath.Path(path if is_remote(path) else os.path.abspath(path))
+    """The absolute path."""
+    return epath.Path(os.path.abspath(path))
 
 
 def first_line(error: BaseException, limit: int = 140) -> str:
-    """TensorStore's messages run over pages; the cause is in the first words, or it is ENOSPC."""
+    """The first line of an error, at most `limit` characters; ENOSPC as a sentence.
+
+    TensorStore's messages fill pages, and the cause is in their first words.
+    """
     if "No space left" in str(error):
         return "no space left on device"
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     return line if len(line) <= limit else line[:limit] + "..."
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """The path of a local file or directory, `~` resolved.
+
+    Raises:
+        ValueError: it is an address, such as that of a bucket (gs://...).
+    """
+    if "://" in os.fspath(path):
+        raise ValueError(
+            f"{path}: only local paths are read and written; mount the bucket, or copy the files"
+        )
+    return Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Names of the arrays in a tree: one grammar for rules, errors, weights files and checkpoints.
+"""Names of the arrays in a tree: the same in sharding rules, errors, weights and checkpoints.
 
 Imports jax and numpy.
 """
@@ -13,7 +13,7 @@ import numpy as np
 def path_name(path) -> str:
     """A key path as text: 'blocks/qkv/kernel'.
 
-    nnx.Param puts a `value` at the end of every path, which says nothing and is dropped.
+    nnx.Param appends `value` to every path; it is removed.
     """
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 

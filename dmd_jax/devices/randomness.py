@@ -1,7 +1,7 @@
-"""Random draws that do not depend on how a batch is split. Imports jax alone.
+"""Random numbers that do not depend on how a batch is split. Imports only jax.
 
-Sample i of a global batch draws from `fold_in(key, i)`. Its noise is therefore the same whether the
-batch is on one device or on many, and whether it is taken whole or accumulated in parts.
+Sample i of a global batch uses the key `fold_in(key, i)`. Its noise is therefore the same on one
+device and on many, and with and without gradient accumulation.
 """
 
 import jax
@@ -13,11 +13,11 @@ def per_sample(draw, key, index):
 
     Args:
         draw: a function of one key.
-        key: the key that all samples of the batch share.
+        key: the key of the batch.
         index: int32 [B], each sample's position in the global batch.
 
     Returns:
-        The draws, stacked along a leading axis B.
+        The results, stacked along a leading axis B.
     """
     return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(index)
 

@@ -1,10 +1,11 @@
-"""The mesh, and where arrays live on it. Knows nothing about diffusion.
+"""The mesh of devices, and how arrays are split over it. Imports jax and `paths`.
 
-The mesh is set once, by main, with `jax.set_mesh`. Modules never receive one: the activation
-constraints below read the mesh in force and do nothing where there is none (notebooks, tests).
+`main` sets the mesh once, with `jax.set_mesh`. Modules do not receive it: the constraints of
+activations below read the current mesh and do nothing if there is none (notebooks, tests). Its axes
+split:
 
-    data      the batch; weights are whole
-    fsdp      the batch; weights are split and gathered layer by layer
+    data      the batch; every device has all weights
+    fsdp      the batch and the weights, which are gathered layer by layer
     context   the tokens of a sequence
     tensor    the heads and hidden units of a layer
 """
@@ -21,19 +22,24 @@ P = jax.P
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
 
-# An array below this many elements may stay whole on every device without a rule that says so.
+# An array with fewer elements than this may be replicated without a rule that says so.
 SMALL = 2**16
 
 
 def make_mesh(data=-1, fsdp=1, context=1, tensor=1, *, devices=None):
-    """A mesh over all devices; one axis may be -1, which is whatever the others leave.
+    """A mesh over all devices; one axis may be -1 and takes the devices that the others leave.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        ValueError: an axis is below 1 and not -1, or the axes do not multiply to the number of
+            devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, context, tensor]
     given = int(np.prod([n for n in shape if n != -1]))
+    if any(n != -1 and n < 1 for n in shape):
+        raise ValueError(
+            f"mesh axes {dict(zip(AXES, shape, strict=True))} must be 1 or more, or -1"
+        )
     if shape.count(-1) > 1 or len(devices) % given or (-1 not in shape and given != len(devices)):
         wanted = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True))
         raise ValueError(
@@ -58,12 +64,12 @@ def shard_batch(tree, axis=0):
 
 
 def shard_tokens(x):
-    """Splits tokens [B, L, D]: the batch over data and fsdp, the sequence over context."""
+    """Splits tokens [B, L, D]: B over data and fsdp, L over context."""
     return _constrain(x, P(BATCH, "context"))
 
 
 def gather(layer, rules):
-    """Brings a layer's weights together over fsdp, just before use; tensor stays split."""
+    """Gathers a layer's weights over fsdp just before their use; tensor stays split."""
     if not _has_mesh():
         return layer
 
@@ -86,13 +92,13 @@ def _find(rules, name, used=None):
 
 
 def infer(tree, rules, mesh):
-    """Shardings for a tree of weights, or of states whose paths end as weights' do.
+    """Shardings for a tree of weights, or of optimizer state whose paths end as those of weights.
 
     Args:
         tree: arrays or jax.ShapeDtypeStructs.
         rules: (regular expression, jax.P) pairs; the first that `re.search` finds in a path wins. A
-            spec speaks of the trailing axes: stacked layers need no rule of their own. An axis that
-            does not divide is left whole.
+            spec describes the trailing axes, so that stacked layers need no rule of their own. A
+            dimension that an axis of the mesh does not divide is not split.
         mesh: the mesh of `make_mesh`.
 
     Returns:
@@ -114,7 +120,7 @@ def infer(tree, rules, mesh):
     if lost:
         raise ValueError("no sharding rule matches these large arrays; add one: " + ", ".join(lost))
     if idle := [pattern for pattern, _ in rules if pattern not in used]:
-        raise ValueError(f"these sharding rules match no weight; mend or remove them: {idle}")
+        raise ValueError(f"these sharding rules match no weight; correct or remove them: {idle}")
     return shardings
 
 
@@ -126,39 +132,39 @@ def _fit(spec, shape, mesh):
 
 
 def replicate(tree):
-    """Whole arrays on every device: what a host can read, of arrays that other hosts share in."""
+    """Replicates arrays on all devices, so that every host can read them."""
     if not _has_mesh():
         return tree
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
 def even_batch(size):
-    """The least batch of `size` rows or more that data and fsdp split evenly."""
+    """The smallest batch of at least `size` rows that data and fsdp split evenly."""
     axes = jax.sharding.get_abstract_mesh().shape
     return size + -size % (axes.get("data", 1) * axes.get("fsdp", 1))
 
 
 def batch_part(mesh, size):
-    """Which part of a global batch of `size` rows this host's devices hold: (index, count).
+    """The part of a global batch of `size` rows on this host's devices: (index, count).
 
-    Hosts whose devices differ along context or tensor alone hold the same part.
+    Hosts whose devices differ along context or tensor only have the same part.
 
     Raises:
-        ValueError: its devices hold rows that are no such part; order the mesh by hosts.
+        ValueError: the rows on its devices are not such a part; order the mesh by hosts.
     """
     held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
     rows = sorted({(part.start or 0, size if part.stop is None else part.stop) for (part,) in held})
     start, length = rows[0][0], sum(stop - first for first, stop in rows)
     if start + length != rows[-1][1] or size % length or start % length:
         raise ValueError(
-            f"this host's devices hold rows {rows} of a batch of {size}, which are no equal part "
-            f"of it: make the mesh's data and fsdp axes follow the hosts, unlike {mesh}"
+            f"this host's devices hold rows {rows} of a batch of {size}, not one of its equal "
+            f"parts: order the mesh so that its data and fsdp axes follow the hosts; it is {mesh}"
         )
     return start // length, size // length
 
 
 def global_batch(tree):
-    """Makes global arrays, split over data and fsdp, from each host's own part of a batch."""
+    """Builds global arrays, split over data and fsdp, from each host's part of a batch."""
     if not _has_mesh():
         return jax.tree.map(jax.numpy.asarray, tree)
     sharding = NamedSharding(jax.sharding.get_mesh(), P(BATCH))

@@ -1,1 +1,4 @@
-"""What a diffusion model is: its noise schedule, its network as a denoiser, its ODE solvers."""
+"""What a diffusion model is: a noise schedule, a network as a denoiser, ODE solvers.
+
+Imports jax, numpy, einops and jaxtyping.
+"""

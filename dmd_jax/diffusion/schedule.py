@@ -1,45 +1,62 @@
-"""Noise schedules: how data and noise mix, and which times are drawn.
+"""Noise schedules: how data and noise are mixed, and how times are drawn.
 
 Every schedule is a path  x_t = alpha(t) x0 + sigma(t) eps  with eps ~ N(0, I).
 
-**Time, for the whole library: t in [0, 1]; t = 1 is noise, t = 0 is data.** A time has shape [B],
-or [B, F] where the frames of a video differ, and is aligned with the leading axes of the data.
+**Time, in the whole library: t in [0, 1]; t = 1 is noise, t = 0 is data.** A time has shape [B], or
+[B, F] where the frames of a video have different times. Its axes are the leading axes of the data.
 
-This room imports jax alone. Schedules are frozen dataclasses: hashable, so static under `jax.jit`.
+This file imports jax and jaxtyping alone. Schedules are frozen dataclasses: they are hashable, and
+therefore static under `jax.jit`.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Key, Real, Shaped
+
+# The types of the library's arguments. All may be jax or numpy arrays. (The space before B keeps a
+# linter from reading the shape as an expression.)
+Samples: TypeAlias = Float[ArrayLike, " B *data"]
+Times: TypeAlias = Float[ArrayLike, "B ..."]  # [B], or [B, F] with one time for each frame
+Mask: TypeAlias = Bool[ArrayLike, "B ..."]  # [B], [B, F] or [B, *data]: True where a loss counts
 
 
-def align(t, x):
-    """Gives `t` [B] or [B, F] trailing axes of size one, to broadcast against `x` [B, ...]."""
-    t = jnp.asarray(t, jnp.float32)
-    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+def expand(a: Shaped[ArrayLike, "..."], x: Shaped[ArrayLike, "..."]) -> Shaped[Array, "..."]:
+    """Appends axes of size one to `a` [B] or [B, F], so that it broadcasts against `x` [B, ...]."""
+    a = jnp.asarray(a)
+    return a.reshape(a.shape + (1,) * (jnp.ndim(x) - a.ndim))
+
+
+def align(t: Real[ArrayLike, "..."], x: Shaped[ArrayLike, "..."]) -> Float32[Array, "..."]:
+    """`expand` for times, weights and scales, in float32 whatever the dtype of `x` is."""
+    return expand(jnp.asarray(t, jnp.float32), x)
 
 
 def _float32(t):
-    """(t in float32, the numpy that computes with it): an array of numpy's stays on the host."""
+    """(t as float32, the array module to compute with): a numpy array stays on the host."""
     xp = t.__array_namespace__() if hasattr(t, "__array_namespace__") else jnp
     return xp.asarray(t, dtype=xp.float32), xp
 
 
 class Schedule:
-    """A path from data to noise: `alpha(t)` scales the data, `sigma(t)` the noise; both float32.
+    """A path from data to noise: `alpha(t)` scales the data, `sigma(t)` scales the noise.
 
-    Of numpy's arrays the schedules below make numpy's, without a device; of all else, jax's.
+    Both have the shape of t and are float32. The schedules in this file return a numpy array for a
+    numpy array, computed without a device, and a jax array for everything else.
     """
 
-    def alpha(self, t):
+    def alpha(self, t: Real[ArrayLike, "*shape"]) -> Float32[ArrayLike, "*shape"]:
         raise TypeError(f"{type(self).__name__} must define alpha(t)")
 
-    def sigma(self, t):
+    def sigma(self, t: Real[ArrayLike, "*shape"]) -> Float32[ArrayLike, "*shape"]:
         raise TypeError(f"{type(self).__name__} must define sigma(t)")
 
-    def add_noise(self, x0, eps, t):
-        """x_t = alpha(t) x0 + sigma(t) eps, in float32; x0 and eps [B, ...], t [B] or [B, F]."""
+    def add_noise(self, x0: Samples, eps: Samples, t: Times) -> Float32[Array, " B *data"]:
+        """x_t = alpha(t) x0 + sigma(t) eps; t is [B] or [B, F]."""
         return align(self.alpha(t), x0) * x0 + align(self.sigma(t), x0) * eps
 
 
@@ -48,40 +65,40 @@ class FlowMatching(Schedule):
     """The straight path of rectified flow: alpha = 1 - t, sigma = t.
 
     (Liu et al. 2022, "Flow Straight and Fast"; Lipman et al. 2022, "Flow Matching".) sigma is t
-    itself: there is no table to look it up in, and no shift in here (see `shift_time`).
+    itself, not an entry of a table, and it contains no shift (see `shift_time`).
     """
 
-    def alpha(self, t):
+    def alpha(self, t: Real[ArrayLike, "*shape"]) -> Float32[ArrayLike, "*shape"]:
         return 1.0 - self.sigma(t)
 
-    def sigma(self, t):
+    def sigma(self, t: Real[ArrayLike, "*shape"]) -> Float32[ArrayLike, "*shape"]:
         return _float32(t)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class EDM(Schedule):
-    """Variance-exploding path of Karras et al. 2022, with t the ramp of its equation 5.
+    """Variance-exploding path of Karras et al. 2022, where t is the ramp of its equation 5.
 
-    alpha = 1 and sigma = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, so
-    that t = 0 is sigma_min and t = 1 is sigma_max.
+    alpha = 1 and sigma = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho. At
+    t = 0, sigma is sigma_min and not 0: only a solver's last step goes to clean data.
     """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
 
-    def alpha(self, t):
+    def alpha(self, t: Real[ArrayLike, "*shape"]) -> Float32[ArrayLike, "*shape"]:
         t, xp = _float32(t)
         return xp.ones_like(t)
 
-    def sigma(self, t):
+    def sigma(self, t: Real[ArrayLike, "*shape"]) -> Float32[ArrayLike, "*shape"]:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + _float32(t)[0] * (high - low)) ** self.rho
 
 
 @dataclasses.dataclass(frozen=True)
 class VP(Schedule):
-    """Variance-preserving path (Song et al. 2021, equation 33): beta rises linearly in t.
+    """Variance-preserving path (Song et al. 2021, equation 33): beta is linear in t.
 
     alpha = exp(-t beta_min / 2 - t^2 (beta_max - beta_min) / 4) and alpha^2 + sigma^2 = 1.
     """
@@ -93,51 +110,72 @@ class VP(Schedule):
         t, xp = _float32(t)
         return -0.5 * t * self.beta_min - 0.25 * t**2 * (self.beta_max - self.beta_min), xp
 
-    def alpha(self, t):
+    def alpha(self, t: Real[ArrayLike, "*shape"]) -> Float32[ArrayLike, "*shape"]:
         log_alpha, xp = self._log_alpha(t)
         return xp.exp(log_alpha)
 
-    def sigma(self, t):
+    def sigma(self, t: Real[ArrayLike, "*shape"]) -> Float32[ArrayLike, "*shape"]:
         log_alpha, xp = self._log_alpha(t)
-        # expm1, because 1 - alpha^2 loses every digit near t = 0.
+        # expm1, because 1 - alpha^2 loses all its digits near t = 0.
         return xp.sqrt(-xp.expm1(2.0 * log_alpha))
 
 
-def shift_time(t, shift):
+def shift_time(
+    t: Real[ArrayLike, "*shape"], shift: Real[ArrayLike, ""]
+) -> Real[ArrayLike, "*shape"]:
     """Moves times towards noise: shift t / (1 + (shift - 1) t) (Esser et al. 2024, equation 23).
 
-    A shift belongs to the drawing of times and to step lists, never to a schedule. shift = 1 moves
-    nothing; the ends 0 and 1 stay where they are.
+    The shift is a property of drawn times and of step lists, never of a schedule. shift = 1 changes
+    nothing; 0 and 1 are fixed points.
     """
     return shift * t / (1.0 + (shift - 1.0) * t)
 
 
-def check_times(*shifts, clip):
-    """Raises ValueError where `shift_time` or `sample_time` has no meaning under these numbers."""
-    if min(shifts) <= 0.0:
-        raise ValueError(f"a time shift is {min(shifts)}; it must be above 0, and 1 moves nothing")
+def check_times(*, clip: tuple[float, float], **shifts: float) -> None:
+    """Raises ValueError for a clip or a shift that `sample_time` and `shift_time` cannot use."""
+    for name, shift in shifts.items():
+        if shift <= 0.0:
+            raise ValueError(f"{name}={shift} must be above 0; 1 changes nothing")
     if not 0.0 <= clip[0] < clip[1] <= 1.0:
         raise ValueError(f"clip={clip} must ascend within [0, 1]")
 
 
-def step_times(steps):
-    """Times of a sampler's `steps` network calls, evenly spaced: (1, ..., 1 / steps)."""
+def check_step_times(times: Sequence[float]) -> None:
+    """Raises ValueError for a list that is not one of a sampler's call times."""
+    ends = (*times, 0.0)
+    if not 0.0 < ends[0] <= 1.0 or any(a <= b for a, b in pairwise(ends)):
+        raise ValueError(
+            f"times={times} must descend, from 1 at most, and end above 0, such as step_times(4)"
+        )
+
+
+def step_times(steps: int) -> tuple[float, ...]:
+    """The times of a sampler's `steps` network calls, evenly spaced: (1, ..., 1 / steps)."""
     return tuple(1.0 - i / steps for i in range(steps))
 
 
-def sample_time(key, shape=(), *, low=0.0, high=1.0, shift=1.0, clip=(0.02, 0.98)):
+def sample_time(
+    key: Key[Array, ""],
+    shape: tuple[int, ...] = (),
+    *,
+    low: Real[ArrayLike, "..."] = 0.0,
+    high: Real[ArrayLike, "..."] = 1.0,
+    shift: float = 1.0,
+    clip: tuple[float, float] = (0.02, 0.98),
+) -> Float32[Array, "..."]:
     """Draws times: uniform on [low, high), then shifted, then clipped.
 
     Args:
         key: a JAX random key.
         shape: shape of the result.
-        low, high: the interval before the shift; numbers or arrays that broadcast to `shape`. The
-            restricted range of Self-Forcing's `ts_schedule` is the exit step's own interval here.
+        low, high: the interval before the shift, broadcast to `shape`. Self-Forcing's `ts_schedule`
+            restricts it to the interval of the exit step.
         shift: see `shift_time`.
-        clip: the ends to which shifted times are clipped. A score says little at either end.
+        clip: lowest and highest time after the shift. At t = 0 and t = 1, a score carries almost no
+            information.
 
     Returns:
-        float32 times of shape `shape`.
+        Times of shape `shape`.
     """
     t = jax.random.uniform(key, shape, minval=low, maxval=high)
     return jnp.clip(shift_time(t, shift), *clip)

@@ -1,56 +1,69 @@
-"""Solvers of the probability-flow ODE that are of higher order than Euler's.
+"""Solvers of the probability-flow ODE of higher order than Euler's.
 
-Imports jax and schedule. A denoiser is any callable (x_t, t, cond) -> x0.
+This file imports jax, numpy, jaxtyping and the two files beside it.
 """
 
 import math
-from itertools import pairwise
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, PyTree
 
-from dmd_jax.diffusion.schedule import shift_time
+from dmd_jax.diffusion.denoiser import DenoiserFn
+from dmd_jax.diffusion.schedule import Samples, Schedule, check_step_times, shift_time
 
-# At t = 1, flow matching has alpha = 0 and an infinite log(alpha / sigma), by which UniPC divides
-# the axis of times. diffusers takes sigma = 1 - 1e-6 there, and this is alpha in its float32.
+# At t = 1, flow matching has alpha = 0, and UniPC's time axis, log(alpha / sigma), is infinite.
+# diffusers takes sigma = 1 - 1e-6 there; this is the alpha that follows in float32.
 LEAST_ALPHA = 17 * 2.0**-24
 
 
-def unipc(denoiser, noise, cond, *, times, schedule, shift=1.0):
-    """Follows the probability-flow ODE from noise to data by UniPC-2 (Zhao et al. 2023).
+def unipc(
+    denoiser: DenoiserFn,
+    noise: Samples,
+    cond: PyTree,
+    *,
+    times: Sequence[float],
+    schedule: Schedule,
+    shift: float = 1.0,
+) -> Float32[Array, " B *data"]:
+    """Solves the probability-flow ODE from noise to data by UniPC-2 (Zhao et al. 2023).
 
-    Algorithm 5 and 6 of arXiv 2302.04867: multistep, prediction of x0, B(h) = e^h - 1, order 2
-    but for the first and the last step. Each x0 serves twice, to correct the step that led to it
-    and to predict the next one, so that a step costs one network call.
+    Algorithms 5 and 6 of arXiv 2302.04867: multistep, with x0 predicted and B(h) = e^h - 1; of
+    order 2, except in the first and the last step. Each x0 is used twice, to correct the step that
+    led to it and to predict the next one: a step costs one network call.
 
-    On the same times this is diffusers' UniPCMultistepScheduler with `use_flow_sigmas`, but that
-    the network is told its time exactly, which diffusers truncates to an integer of 1000. Wan's
-    own list of times is 0.999 times that of `schedule.step_times`.
+    At the same times this is diffusers' UniPCMultistepScheduler with `use_flow_sigmas`, except that
+    diffusers truncates the network's time to an integer out of 1000. Wan's own list of times is
+    0.999 times `schedule.step_times`.
 
     Args:
-        denoiser: any callable (x_t, t, cond) -> x0, a guided teacher for one.
-        noise: standard normal, [B, ...].
-        times: the times of the calls before the shift, descending from 1; the last step goes to 0.
-            They and `shift` are plain numbers: all that depends on them is computed beforehand.
+        denoiser: such as a Denoiser or a guided teacher.
+        noise: standard normal.
+        cond: the condition of every call.
+        times: the times of the calls before the shift, descending from 1. The last step goes to
+            clean data. `times` and `shift` are plain numbers, because the coefficients are computed
+            in Python.
+        schedule: the denoiser's schedule.
+        shift: see `schedule.shift_time`.
 
     Returns:
-        x0, float32 [B, ...].
+        x0.
 
     Raises:
-        ValueError: `times` do not descend within (0, 1].
+        ValueError: `times` do not descend from 1 at most to above 0.
     """
-    ends = (*times, 0.0)
-    if not times or times[0] > 1 or any(a <= b for a, b in pairwise(ends)):
-        raise ValueError(f"times={times} must descend within (0, 1], such as step_times(4)")
-    # As a network sees them; and the host's, so that no device is needed to compute with them.
-    shifted = np.float32([shift_time(t, shift) for t in ends])
-    with jax.ensure_compile_time_eval():  # a schedule of the user's own may be in jax alone
-        levels = schedule.alpha(shifted).tolist(), schedule.sigma(shifted).tolist()
-    corrections, predictions = _coefficients(*levels)
+    check_step_times(times)
+    # The network's times. A numpy array, because the coefficients are computed on the host.
+    shifted = np.float32([shift_time(t, shift) for t in (*times, 0.0)])
+    with jax.ensure_compile_time_eval():  # a user's schedule may return jax arrays only
+        alphas, sigmas = schedule.alpha(shifted).tolist(), schedule.sigma(shifted).tolist()
+    alphas[-1], sigmas[-1] = 1.0, 0.0  # clean data, also where sigma(0) is not 0, as in EDM
+    corrections, predictions = _coefficients(alphas, sigmas)
 
     def step(carry, now):
-        x, start, x0_1, x0_2 = carry  # x is predicted from start; the last two predictions of x0
+        x, start, x0_1, x0_2 = carry  # x was predicted from start; x0_1, x0_2: the last two x0
         t, correction, prediction = now
         x0 = denoiser(x, jnp.full(x.shape[0], t), cond).astype(jnp.float32)
         start = _combine(correction, start, x0, x0_1, x0_2)
@@ -68,18 +81,19 @@ def _combine(weights, *arrays):
 
 
 def _coefficients(alphas, sigmas):
-    """The weights of every step, in the host's float64: lambda = log(alpha / sigma) needs it.
+    """The linear coefficients of every step, in float64, which lambda = log(alpha / sigma) needs.
 
     Returns:
-        (corrections, predictions), lists of N rows: what is at t_i, of (what was at t_{i-1}, x0_i,
-        x0_{i-1}, x0_{i-2}); and what will be at t_{i+1}, of (what is at t_i, x0_i, x0_{i-1}).
+        (corrections, predictions), two lists with one row for each of the N steps. A row of
+        corrections gives x at t_i from (x at t_{i-1}, x0_i, x0_{i-1}, x0_{i-2}); a row of
+        predictions gives x at t_{i+1} from (x at t_i, x0_i, x0_{i-1}).
     """
     lambdas = [
         math.log(max(alpha, LEAST_ALPHA) / sigma) if sigma else math.inf
         for alpha, sigma in zip(alphas, sigmas, strict=True)
     ]
     steps = len(sigmas) - 1
-    corrections, predictions = [(1.0, 0.0, 0.0, 0.0)], []  # there is nothing to correct at first
+    corrections, predictions = [(1.0, 0.0, 0.0, 0.0)], []  # the first step corrects nothing
     for i in range(steps):
         keep = sigmas[i + 1] / sigmas[i]
         h = lambdas[i + 1] - lambdas[i]
@@ -89,7 +103,7 @@ def _coefficients(alphas, sigmas):
             corrections.append((keep, gain / 2, gain / 2, 0.0))
             continue
         r = (lambdas[i - 1] - lambdas[i]) / h
-        # The predictor's one weight is 1/2; the corrector's two solve its equation 14 with h < 0.
+        # The predictor's only weight is 1/2; the corrector's two solve equation 14 with h < 0.
         predictions.append((keep, gain * (1 - 0.5 / r), gain * 0.5 / r))
         phi_1 = math.expm1(-h) / -h - 1
         b_1, b_2 = phi_1 / math.expm1(-h), 2 * (phi_1 / -h - 0.5) / math.expm1(-h)

@@ -1,1 +1,4 @@
-"""The objectives of the papers, as functions of values. Imports jax and the two rooms below."""
+"""The objectives of the papers, as functions of predictions.
+
+Imports jax, jaxtyping and the room diffusion/.
+"""

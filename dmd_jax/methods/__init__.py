@@ -1,1 +1,16 @@
-"""One file a method: which losses it takes, at which times, on which rollout."""
+"""One file for each method: its losses, the times at which it takes them, and its rollout.
+
+docs/methods.md lists what a method has to define. Imports jax, jaxtyping and the rooms rollouts/,
+losses/, diffusion/ and devices/.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from jaxtyping import Array, Float32, Shaped
+
+# The arguments and results of every method.
+Nets: TypeAlias = Mapping[str, Any]  # Denoisers by role, or other callables (x_t, t, cond) -> x0
+Batch: TypeAlias = Mapping[str, Any]  # "cond", "uncond", "index" and, if the method uses it, "data"
+Observed: TypeAlias = dict[str, Shaped[Array, "B ..."]]  # per-sample values, for `method.metrics`
+Metrics: TypeAlias = dict[str, Float32[Array, ""]]

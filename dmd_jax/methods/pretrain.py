@@ -1,14 +1,17 @@
-"""Pretrain: trains a teacher on data, by denoising. No teacher, no critic."""
+"""Pretrain: trains a teacher on data, by denoising. It needs no teacher and no critic."""
 
 import dataclasses
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Key
 
 from dmd_jax.devices import randomness
-from dmd_jax.diffusion.schedule import check_times, sample_time
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.diffusion.schedule import check_times, expand, sample_time
 from dmd_jax.losses.distribution_matching import denoising_loss
+from dmd_jax.methods import Batch, Nets, Observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +20,12 @@ class Pretrain:
 
     Attributes:
         sample_shape: shape of one sample.
-        dropout: share of the conditions that are replaced by the unconditional one.
+        dropout: probability that a sample's condition is replaced by the unconditional input.
         shift: time shift of the drawn times.
-        clip: the ends to which they are clipped.
+        clip: lowest and highest of those times.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number is out of range.
     """
 
     trainable: ClassVar = ("generator",)
@@ -37,20 +40,31 @@ class Pretrain:
     def __post_init__(self):
         if not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1]")
-        check_times(self.shift, clip=self.clip)
+        check_times(shift=self.shift, clip=self.clip)
 
-    def generator_loss(self, generator, nets, batch, key):
-        """Regression of what the network predicts, on `batch["data"]` [B, *sample_shape]."""
+    def generator_loss(
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Float32[Array, ""], tuple[Observed, None]]:
+        """Regression of the network's output on `batch["data"]` [B, *sample_shape].
+
+        Args:
+            generator: the network that is differentiated.
+            nets: unused.
+            batch: {"data", "cond", "uncond", "index"}, each with leading axis B.
+            key: the key of this training step.
+
+        Returns:
+            (loss, (no metrics, no rollout)).
+        """
         drop_key, time_key, eps_key = jax.random.split(key, 3)
         index, x0, schedule = batch["index"], batch["data"], generator.schedule
-
-        def choose(drop, uncond, cond):
-            return jnp.where(drop.reshape(drop.shape + (1,) * (cond.ndim - 1)), uncond, cond)
 
         drop = randomness.per_sample(
             lambda k: jax.random.bernoulli(k, self.dropout), drop_key, index
         )
-        cond = jax.tree.map(lambda u, c: choose(drop, u, c), batch["uncond"], batch["cond"])
+        cond = jax.tree.map(
+            lambda u, c: jnp.where(expand(drop, c), u, c), batch["uncond"], batch["cond"]
+        )
         t = randomness.per_sample(
             lambda k: sample_time(k, shift=self.shift, clip=self.clip), time_key, index
         )

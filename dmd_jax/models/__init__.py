@@ -1,1 +1,12 @@
-"""Network families. They import jax, flax and the infrastructure below, and nothing above them."""
+"""Network families, and the attention, cache and layers they share.
+
+dit          images from classes
+wan          video latents from text and images
+wan_vae      video latents and pixels
+umt5         text embeddings
+attention    masks, one kernel per platform
+kv_cache     keys and values of earlier frames
+layers       linear layers, time embedding, stacks of layers
+
+Imports jax, flax and devices.
+"""

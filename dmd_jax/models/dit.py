@@ -1,8 +1,8 @@
 """DiT: a transformer over image patches, conditioned on time and class (Peebles and Xie 2022).
 
-Modern in its parts: RMS norms, normalised queries and keys, SwiGLU, and one time projection shared
-by all layers to which each adds a learned offset (PixArt's adaLN-single, which Wan uses too). The
-layers are stacked and scanned. Imports jax, flax and the infrastructure room.
+It differs from the paper in RMS norms, normalised queries and keys, SwiGLU, and one modulation that
+all layers share and to which each adds a learned offset (PixArt's adaLN-single, as in Wan). Imports
+jax, flax, devices and the layers beside it.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from dmd_jax.models.layers import MLP, check_compute, linear, scan, stack, times
 
 P = jax.P
 
-# Which axes of which weight are split; see sharding.py. Rules speak of the trailing axes.
+# Which axes of which weight are split; see sharding.py. Specs are for the trailing axes.
 SHARDING_RULES = (
     (r"(qkv|gate|up|time_mlp/up|modulation)/kernel$", P("fsdp", "tensor")),
     (r"(out|down|time_mlp/down)/kernel$", P("tensor", "fsdp")),
@@ -32,7 +32,7 @@ def _norm(dim, *, rngs):
 
 
 def _plain_norm(x):
-    """RMS norm in float32 with no learned scale: the modulation has one."""
+    """RMS norm in float32, without a learned scale: the modulation scales."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
@@ -77,12 +77,12 @@ class DiTConfig:
         num_classes: classes; label `num_classes` is the null label of classifier-free guidance.
         patch: side of a patch.
         dim, depth, heads: width, layers, attention heads.
-        hidden: width of the SwiGLU; if 0, 8/3 dim, which has the weights of a plain MLP of 4 dim.
-        dtype: what the layers compute in, "float32" or "bfloat16"; weights, norms and modulation
-            stay float32.
-        remat: what the backward pass keeps of a layer: "none" recomputes nothing, "full"
-            everything, any other name is one of `jax.checkpoint_policies`.
-        unroll: how many layers a turn of the scan holds; all of them compile slower and run faster.
+        hidden: width of the SwiGLU; if 0, 8/3 dim, as many weights as an MLP of width 4 dim.
+        dtype: compute dtype of the layers, "float32" or "bfloat16"; weights, norms and modulation
+            are float32 in both.
+        remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything, any
+            other name is a policy of `jax.checkpoint_policies`.
+        unroll: layers per iteration of the scan over layers; more compile slower and run faster.
 
     Raises:
         ValueError: the patch does not divide the image, the heads do not divide the width, or the
@@ -115,7 +115,7 @@ class DiTConfig:
 
     @property
     def uncond(self):
-        """The condition that stands for none."""
+        """The null label, the unconditional input of classifier-free guidance."""
         return self.num_classes
 
 
@@ -133,7 +133,7 @@ class DiT(nnx.Module):
             return Block(c.dim, c.heads, hidden, dtype=dtype, rngs=rngs)
 
         self.patch = linear(pixels, c.dim, dtype=dtype, rngs=rngs)
-        # As large as what they are added to: embeddings that start small take long to be heard.
+        # As large as what they are added to: smaller embeddings have little effect for long.
         init = nnx.initializers.normal(0.5)
         self.position = nnx.Param(init(rngs.params(), (tokens, c.dim)))
         self.label = nnx.Embed(c.num_classes + 1, c.dim, embedding_init=init, rngs=rngs)
@@ -144,7 +144,7 @@ class DiT(nnx.Module):
         self.head = linear(c.dim, pixels, rngs=rngs, zero=True)
 
     def __call__(self, x, t, label):
-        """x [B, H, W, C], t [B] in 0..1000, label int32 [B] -> [B, H, W, C]."""
+        """x [B, H, W, C], t [B] in 0 ... 1000, label int32 [B] -> [B, H, W, C] in float32."""
         p = self.config.patch
         tokens = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         tokens = self.patch(tokens) + self.position[...]

@@ -77,6 +77,21 @@ class Ring:
         turn = self.sink + (frames - self.sink) % (self.slots - self.sink)
         return jnp.where(frames < self.sink, frames, turn)
 
+    def positions(self, frames, end, length):
+        """Positions of int32 [n] frames for a rotary embedding, which uses their differences alone.
+
+        The newest frame has the last position, length - 1, and earlier frames those before it. Once
+        a video is longer than `length`, frame f of the sink stays at position f.
+
+        Args:
+            frames: int32 [n], numbers in the video; for EMPTY the position has no meaning.
+            end: number of the newest frame plus 1.
+            length: positions are in [0, length); at least as many as frames that are visible.
+        """
+        positions = frames + length - end
+        positions = jnp.where(frames < self.sink, jnp.maximum(frames, positions), positions)
+        return jnp.clip(positions, 0, length - 1)
+
 
 def ring(causal, slots):
     """How a cache of `slots` slots serves a `Causal`.
@@ -86,34 +101,9 @@ def ring(causal, slots):
     """
     if causal.window is None:
         return Ring(slots, sink=0)  # every frame stays: no slot has to be kept for the sink
-    if slots < causal.window + causal.sink:
+    if slots < causal.most_visible:
         raise ValueError(
             f"a cache of {slots} frames for window={causal.window} and sink={causal.sink}: it must "
-            f"have room for {causal.window + causal.sink} or more"
+            f"have room for {causal.most_visible} or more"
         )
     return Ring(slots, causal.sink)
-
-
-def num_positions(causal, slots, max_distance):
-    """Positions are in [0, num_positions); with a window the size of the cache does not matter."""
-    return max(slots if causal.window is None else causal.window, max_distance)
-
-
-def positions(causal, frames, end, last, max_distance):
-    """Positions of int32 [n] frames for a rotary embedding, which uses their differences alone.
-
-    The newest frame has the last position, and earlier frames those before it. Where there is a
-    window, a frame of the sink has a position at most `max_distance` before the end.
-
-    Args:
-        frames: int32 [n], numbers in the video; for one that is not visible the position has no
-            meaning.
-        end: number of the newest frame plus 1.
-        last: `num_positions`.
-        max_distance: frames of the longest video that the network was trained on.
-    """
-    distance = frames - end
-    if causal.window is not None:
-        in_sink = frames < causal.sink
-        distance = jnp.where(in_sink, jnp.maximum(distance, frames - max_distance), distance)
-    return jnp.clip(last + distance, 0, last - 1)

@@ -1,4 +1,4 @@
-"""What several network families are made of: linear layers, time embedding, stacks of layers.
+"""Layers that several network families share: linear, time embedding, stacks of layers.
 
 Imports jax and flax.
 """
@@ -9,13 +9,16 @@ from flax import nnx
 
 
 def linear(inputs, outputs, *, dtype=jnp.float32, rngs, zero=False, bias=True):
-    """A linear layer that computes in `dtype`; Xavier's uniform weights, or zeros."""
+    """A linear layer with compute dtype `dtype`, initialised by Xavier's uniform rule or zeros."""
     init = nnx.initializers.zeros_init() if zero else nnx.initializers.xavier_uniform()
     return nnx.Linear(inputs, outputs, kernel_init=init, use_bias=bias, dtype=dtype, rngs=rngs)
 
 
 def timestep_embedding(t, dim):
-    """Sinusoids of t [...]: float32 [..., dim], cosines first; the lowest frequency is 1e-4."""
+    """Sinusoids of t [...] as float32 [..., dim], for an even dim (Vaswani et al. 2017).
+
+    Cosines come first. Frequencies fall from 1 to almost 1e-4.
+    """
     frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(dim // 2) / (dim // 2))
     angles = t[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -34,7 +37,7 @@ class MLP(nnx.Module):
 
 
 def stack(make, depth, *, rngs):
-    """`depth` layers of one kind as one module, whose weights have a leading axis for the layer.
+    """`depth` equal layers as one module, whose weights have a leading axis for `scan`.
 
     Args:
         make: rngs -> a layer.
@@ -43,7 +46,7 @@ def stack(make, depth, *, rngs):
 
 
 def check_compute(dtype, remat):
-    """Raises ValueError where a config's `dtype` or `remat` is none that the stacks know."""
+    """Raises ValueError if `dtype` or `remat` of a config is not one that `scan` supports."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: use 'float32' or 'bfloat16'")
     if remat not in ("none", "full") and not hasattr(jax.checkpoint_policies, remat):
@@ -53,13 +56,13 @@ def check_compute(dtype, remat):
 
 
 def scan(layer, carry, xs, *, remat, unroll):
-    """jax.lax.scan of a body over stacked layers, with a choice of what the backward pass keeps.
+    """jax.lax.scan over stacked layers.
 
     Args:
         layer: (carry, x) -> (carry, y).
-        remat: "none" recomputes nothing, "full" everything, any other name is one of
-            `jax.checkpoint_policies`.
-        unroll: how many layers a turn of the loop holds.
+        remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything, any
+            other name is a policy of `jax.checkpoint_policies`.
+        unroll: layers per iteration of the loop.
     """
     if remat != "none":
         policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)

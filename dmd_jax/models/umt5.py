@@ -1,8 +1,7 @@
 """UMT5's encoder (Chung et al. 2023, arXiv 2304.09151): token ids in, text embeddings out.
 
-A T5 encoder (Raffel et al. 2020, arXiv 1910.10683) with gated feed-forward layers, in which every
-layer has relative positions of its own. Imports jax, flax, the infrastructure room and the layers
-beside it.
+A T5 encoder (Raffel et al. 2020, arXiv 1910.10683) with gated feed-forward layers and, in every
+layer, its own biases for relative positions. Imports jax, flax, devices and the layers beside it.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from dmd_jax.models.layers import check_compute, linear, scan, stack
 
 P = jax.P
 
-# Which axes of which weight are split; see sharding.py. Rules speak of the trailing axes.
+# Which axes of which weight are split; see sharding.py. Specs are for the trailing axes.
 SHARDING_RULES = (
     (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
     (r"(out|down)/kernel$", P("tensor", "fsdp")),
@@ -32,16 +31,17 @@ class UMT5Config:
     """A UMT5 encoder in plain values. The presets are at the end of this file.
 
     Attributes:
-        vocab: tokens; ids are in [0, vocab).
+        vocab: number of token ids, which are in [0, vocab).
         dim, ffn, heads, head_dim, depth: width, hidden width of the feed-forward layers, attention
             heads, channels of a head (which need not divide the width), layers.
-        buckets: of relative positions; half of them look back and half ahead.
-        max_distance: tokens farther away than that share a bucket.
-        dtype: what the layers compute in, "float32" or "bfloat16"; norms, softmax and the residual
-            stream are float32 in both.
+        buckets: of relative positions, half of them for earlier and half for later tokens.
+        max_distance: all tokens farther away than this share a bucket.
+        dtype: compute dtype of the layers, "float32" or "bfloat16"; norms, softmax and the
+            residual stream are float32 in both.
 
     Raises:
-        ValueError: the buckets do not fit the distances, or the dtype is unknown.
+        ValueError: `buckets` is no multiple of 4, `max_distance` is at most a quarter of it, or the
+            dtype is unknown.
     """
 
     vocab: int
@@ -66,12 +66,12 @@ class UMT5Config:
 def position_buckets(length, buckets, max_distance):
     """The bucket of every pair of positions: int32 [query, key] (Raffel et al. 2020, section 2.1).
 
-    Near positions have a bucket each, farther ones share, in steps that grow as the logarithm.
+    Near positions have one bucket each; farther ones share buckets, logarithmically in distance.
     """
     half, near = buckets // 2, buckets // 4
     distance = np.arange(length)[None] - np.arange(length)[:, None]
     away = np.abs(distance)
-    # float32 as where the weights were trained: the edges between buckets depend on it.
+    # float32, as when the weights were trained: the rounding decides the edges between buckets.
     ratio = np.maximum(away, 1).astype(np.float32) / np.float32(near)
     steps = np.log(ratio) / np.float32(np.log(max_distance / near)) * np.float32(half - near)
     far = np.minimum(near + steps.astype(np.int32), half - 1)
@@ -79,7 +79,7 @@ def position_buckets(length, buckets, max_distance):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with a learned bias for each relative position, and no other scale."""
+    """Multi-head attention with a learned bias per bucket and head; scores are not scaled."""
 
     def __init__(self, config, *, rngs):
         c, dtype = config, jnp.dtype(config.dtype)
@@ -122,7 +122,7 @@ def _norm(dim, *, rngs):
 
 
 class Block(nnx.Module):
-    """Self-attention and feed-forward layer, each behind a norm."""
+    """Self-attention and feed-forward layer, each with a norm before it."""
 
     def __init__(self, config, *, rngs):
         self.dtype = config.dtype
@@ -151,11 +151,11 @@ class UMT5(nnx.Module):
 
         Args:
             ids: int32 [B, L] in [0, vocab).
-            mask: bool or int [B, L], true for tokens that are seen and false for padding. At least
-                one of a row is true.
+            mask: bool or int [B, L], true for tokens and false for padding; true for at least one
+                token of each text.
 
         Returns:
-            float32 [B, L, D]. Rows of the padding hold numbers too, which mean nothing.
+            float32 [B, L, D]. Rows of padding have no meaning.
 
         Raises:
             ValueError: the shapes of ids and mask differ, or are not [B, L].
@@ -175,6 +175,6 @@ class UMT5(nnx.Module):
         return self.norm(x)
 
 
-# google/umt5-xxl, which the Wan networks read.
+# google/umt5-xxl, the text encoder of the Wan networks.
 XXL = UMT5Config(vocab=256384, dim=4096, ffn=10240, heads=64, head_dim=64, depth=24)
 TINY = UMT5Config(vocab=512, dim=64, ffn=160, heads=4, head_dim=16, depth=3)

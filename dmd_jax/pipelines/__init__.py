@@ -1,1 +1,6 @@
-"""What surrounds a network of videos: video files, prompts, text and the parts of a pipeline."""
+"""Pipelines: prompts to conditions, latents to videos, and the files of both.
+
+`sampling` draws videos of prompts, `precompute` embeds prompts and encodes videos before training;
+`wan` and `digits` are the pipelines, `text`, `prompts`, `clips` and `video` what they read. Imports
+rollouts and the rooms below.
+"""

@@ -1,35 +1,36 @@
 """Videos with captions as training data: files in a folder, each beside a text of its name.
 
-    clips/waves.mp4     a video, in subfolders too
-    clips/waves.txt     what it shows
+    clips/waves.mp4     a video; sub-folders are read too
+    clips/waves.txt     its caption
 
-Imports video.
+Imports video beside it.
 """
 
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
+from dmd_jax.devices.disk import local_path
 from dmd_jax.pipelines.video import video_size
 
 ENDINGS = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
-NAMED = 10  # of the files that are refused
+NAMED = 10  # files that an error names
 
 
 def captioned(folder: str | PathLike) -> list[tuple[Path, str]]:
-    """The videos of a folder and their captions, in the order of their paths.
+    """The videos of a folder and their captions, sorted by path.
 
     Raises:
         FileNotFoundError: there is no such folder, or no video in it.
         ValueError: captions are missing, empty, or not UTF-8; the first of them are named.
     """
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     paths = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in ENDINGS)
     if not paths:
         raise FileNotFoundError(f"there is no video in {folder}: they end in {', '.join(ENDINGS)}")
     captions = [_caption(path.with_suffix(".txt")) for path in paths]
     _refuse(
-        f"write what it shows into {path.with_suffix('.txt')}, in UTF-8"
+        f"write its caption into {path.with_suffix('.txt')}, in UTF-8"
         for path, caption in zip(paths, captions, strict=True)
         if not caption
     )
@@ -39,15 +40,15 @@ def captioned(folder: str | PathLike) -> list[tuple[Path, str]]:
 def require_clips(
     paths: Iterable[str | PathLike], *, frames: int, height: int, width: int, fps: float
 ) -> None:
-    """Looks into the headers of videos of which clips will be read; decodes nothing.
+    """Checks the headers of videos before clips of them are read; decodes nothing.
 
     Args:
         paths: local files.
-        frames: T, of a clip at `fps`.
-        height, width: of a clip, which no frame is enlarged to cover.
+        frames: T of a clip at `fps`.
+        height, width: of a clip; smaller videos are refused, not enlarged.
 
     Raises:
-        ValueError: some are no videos, or are shorter or smaller; the first of them are named.
+        ValueError: files are no videos, too short or too small; the first of them are named.
         ImportError: PyAV is missing.
     """
     wanted = frames, height, width

@@ -1,14 +1,14 @@
-"""Prompts: read from a file or a folder of captions, and embedded in batches."""
+"""Prompts, read from a file or a folder of captions, and embedded in batches.
 
-import hashlib
-from pathlib import Path
+Imports clips and text beside it.
+"""
 
 import numpy as np
 
-from dmd_jax.devices.paths import named_leaves
+from dmd_jax.devices.disk import local_path
 from dmd_jax.pipelines import clips, text
 
-# Rows are cut to a multiple of so many tokens: few shapes to compile, little padding to compute.
+# Rows are cut to a multiple of this many tokens: few shapes to compile, little padding.
 STEP = 64
 
 
@@ -19,10 +19,10 @@ def read_prompts(path):
         FileNotFoundError: there is no such file, or no video in the folder.
         ValueError: it holds no prompt, or is not UTF-8; or a video has no caption.
     """
-    if Path(path).expanduser().is_dir():
+    if local_path(path).is_dir():
         return list(dict.fromkeys(caption for _, caption in clips.captioned(path)))
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
+        lines = local_path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file of prompts at {str(path)!r}") from None
     except UnicodeDecodeError as error:
@@ -34,22 +34,13 @@ def read_prompts(path):
 
 
 def embed(net, tokenizer, batch, prompts):
-    """Embeddings of n prompts, `batch` in a call of the network: n arrays float32 [tokens, D]."""
+    """Embeds n prompts, `batch` in each call of the network: n arrays float32 [tokens, D]."""
     ids, mask = tokenizer(prompts)
-    made = []
+    result = []
     for start in range(0, len(prompts), batch):
         index = np.arange(start, start + batch) % len(prompts)  # one batch size to compile
         longest = mask[index].sum(axis=1).max()
         columns = slice(-(-longest // STEP) * STEP)
         rows = np.asarray(text.encode(net, ids[index, columns], mask[index, columns]))
-        made += [row[: mask[i].sum()] for i, row in zip(index, rows, strict=True)]
-    return made[: len(prompts)]
-
-
-def identity(net, beside=b""):
-    """What tells networks apart: a digest of a row of every weight, and of what is beside them."""
-    digest = hashlib.sha256(beside)
-    for name, leaf in named_leaves(net).items():
-        row = np.asarray(leaf[..., -1, :] if leaf.ndim > 1 else leaf)
-        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode() + row.tobytes())
-    return digest.hexdigest()[:16]
+        result += [row[: mask[i].sum()] for i, row in zip(index, rows, strict=True)]
+    return result[: len(prompts)]

@@ -1,27 +1,28 @@
-"""Prompts become token ids, and those become embeddings, as the Wan networks were trained on them.
+"""Prompts to token ids, and those to embeddings, as in the training of the Wan networks.
 
-A prompt is cleaned, cut to 512 tokens of which the last ends the sentence, and embedded; what is
-behind its end is zero. Imports jax and numpy, and libraries of tokenizers where they are needed.
+A prompt is cleaned, cut to 512 tokens including the end of the sentence, and embedded; embeddings
+of padding are zero. Imports jax and numpy, and libraries of tokenizers when they are needed.
 """
 
 import html
 import importlib
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmd_jax.devices.disk import local_path
+
 END = "</s>"
-# Files that hold a tokenizer, and folders of a checkpoint that hold those: its own, diffusers',
-# the Wan repository's, and diffusers' from the text encoder's.
+# Files of a tokenizer, and folders of a checkpoint with such a file: its root, that of diffusers,
+# that of the Wan repository, and that of diffusers seen from the folder of the text encoder.
 FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 FOLDERS = ("", "tokenizer", "google/umt5-xxl", "../tokenizer")
 
 
 def clean(prompt):
-    """A prompt as the Wan networks read it: encodings mended, entities resolved, spaces collapsed.
+    """Cleans a prompt as for the Wan networks: repairs encodings, HTML entities and spaces.
 
     Raises:
         ImportError: ftfy is not installed.
@@ -34,7 +35,7 @@ class Tokenizer:
     """Token ids of prompts: `tokenizer(prompts)`.
 
     Attributes:
-        path: the file that was found.
+        path: the file of the tokenizer.
         length: tokens of every row.
     """
 
@@ -42,25 +43,24 @@ class Tokenizer:
         """Reads the tokenizer of a checkpoint.
 
         Args:
-            path: tokenizer.json, spiece.model or tokenizer.model; or a checkpoint that one comes
-                with: a folder, whose `tokenizer` and `google/umt5-xxl` are looked into, or a file
-                in such a folder.
-            length: tokens of every row, the end of the sentence among them.
+            path: tokenizer.json, spiece.model or tokenizer.model; or a checkpoint: a folder, where
+                `tokenizer` and `google/umt5-xxl` are searched too, or a file in such a folder.
+            length: tokens of every row, including the end of the sentence.
 
         Raises:
             FileNotFoundError: there is no tokenizer.
-            ValueError: it is damaged, knows no end of a sentence, or length is below 1.
+            ValueError: it is damaged, has no token for the end of a sentence, or length is below 1.
             ImportError: the library that reads it is not installed.
         """
         if length < 1:
             raise ValueError(f"length={length} must be 1 or more")
-        _library("ftfy")  # of `clean`: missed before a large text encoder is read
+        _library("ftfy")  # of `clean`: fails here, before a large text encoder is read
         self.path, self.length = find(path), length
         read = _read_json if self.path.suffix == ".json" else _read_sentencepiece
         self._ids, self._end = read(self.path)
 
     def __call__(self, prompts):
-        """Cleans and splits N prompts.
+        """Cleans and tokenizes N prompts.
 
         Args:
             prompts: a list of N strings.
@@ -83,7 +83,7 @@ def find(path):
     Raises:
         FileNotFoundError: there is none.
     """
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.is_file() and local.suffix in (".json", ".model"):
         return local
     folder = local.parent if local.is_file() else local
@@ -102,11 +102,11 @@ def _embed(net, ids, mask):
 
 
 def encode(net, ids, mask):
-    """The embeddings of tokens, zero behind each prompt's end.
+    """The embeddings of tokens, zero where the mask is false.
 
     Args:
-        net: a UMT5, or what else is called with ids and mask.
-        ids: int32 [N, L], mask bool [N, L]: of a `Tokenizer`.
+        net: a UMT5, or another callable of ids and mask.
+        ids, mask: int32 and bool [N, L], of a `Tokenizer`.
 
     Returns:
         float32 [N, L, D].

@@ -1,7 +1,7 @@
 """Files of videos and pictures: uint8 pixels in and out, MP4, GIF and PNG.
 
-Floor 0: imports no other room. PyAV, for all but GIF and PNG, is imported where it is needed.
-A file that is written gets its name when it is complete: a failure leaves what was there before.
+Imports no other room; PyAV, for all but writing GIF and PNG, only when it is needed. A file gets
+its name when it is complete: a failure leaves the old file.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Near the point where the eye sees no loss; mpeg4 is for builds of PyAV without x264.
+# Nearly lossless to the eye; mpeg4 is for builds of PyAV without x264.
 ENCODERS = {"libx264": {"crf": "12"}, "mpeg4": {"qmin": "1", "qmax": "2"}}
-BT709 = 1  # FFmpeg's number of the colours that players expect; they are told in the file too
+BT709 = 1  # FFmpeg's number of the colour space that players expect; the file states it
 
 
 def save_video(path: str | PathLike, frames: np.ndarray, fps: float = 16) -> None:
-    """Writes a video; the ending says the format.
+    """Writes a video; the ending is the format.
 
     Args:
         path: .mp4 (H.264, or MPEG-4 where PyAV lacks x264), .gif (its clock ticks in hundredths of
-            a second), or .png (a contact sheet of one row).
+            a second), or .png (a contact sheet with one row).
         frames: uint8 [T, H, W, 3]; H and W even for .mp4.
-        fps: frames a second; 16 is Wan's rate.
+        fps: frames per second; 16 is the rate of Wan.
 
     Raises:
         ValueError: another ending, shape, dtype or rate; odd sizes for .mp4.
@@ -62,11 +62,11 @@ def save_image(path: str | PathLike, image: np.ndarray) -> None:
 
 
 def contact_sheet(videos: np.ndarray, columns: int = 8) -> np.ndarray:
-    """One picture of several videos: a row for each, with evenly spaced frames of it.
+    """One picture of several videos: a row of evenly spaced frames for each.
 
     Args:
         videos: uint8 [N, T, H, W, 3].
-        columns: frames shown of each, its first and last among them; all T where there are fewer.
+        columns: frames of each, including the first and last; all T if T is smaller.
 
     Returns:
         uint8 [N H, min(columns, T) W, 3].
@@ -90,14 +90,14 @@ def read_video(
     width: int | None = None,
     fps: float | None = None,
 ) -> np.ndarray:
-    """Reads a video of any format that FFmpeg knows.
+    """Reads a video of any format of FFmpeg.
 
     Args:
         path: a local file.
-        frames: how many frames to read from the start; all if None.
-        height, width: a size that every frame is scaled to cover and then cropped to, in the
-            middle; the file's own if None.
-        fps: a rate to read at, by leaving frames out or repeating them; the file's own if None.
+        frames: number of frames to read from the start; all if None.
+        height, width: every frame is scaled to cover this size and cropped in the middle; the
+            size of the file if None.
+        fps: rate to read at, by dropping or repeating frames; that of the file if None.
 
     Returns:
         uint8 [T, H, W, 3].
@@ -126,9 +126,9 @@ def read_video(
 
 
 def video_size(path: str | PathLike, *, fps: float | None = None) -> tuple[int, int, int]:
-    """(frames, height, width) of what `read_video` would read, as the file's headers have it.
+    """(frames, height, width) that `read_video` would read, from the headers of the file.
 
-    Nothing is decoded, so damage further on is not seen.
+    Nothing is decoded, so damaged frames are not noticed.
 
     Args:
         path: a local file.
@@ -139,7 +139,7 @@ def video_size(path: str | PathLike, *, fps: float | None = None) -> tuple[int, 
     """
     with _opened(path) as container:
         stream = container.streams.video[0]
-        # Some formats do not say how many there are; the last packet is empty.
+        # Some formats do not store the number of frames; the last packet is empty.
         count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
         return math.ceil(count / _step(stream, fps)), stream.height, stream.width
 
@@ -192,7 +192,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _at_rate(container: Any, fps: float | None) -> Iterator[Any]:
-    """The frames of a file at `fps`, on the assumption that its own rate is constant."""
+    """The frames of a file at `fps`; assumes that its own rate is constant."""
     stream = container.streams.video[0]
     step, taken = _step(stream, fps), 0
     for i, frame in enumerate(container.decode(stream)):
@@ -202,7 +202,7 @@ def _at_rate(container: Any, fps: float | None) -> Iterator[Any]:
 
 
 def _step(stream: Any, fps: float | None) -> Fraction:
-    """Frames of a file for one at `fps`."""
+    """Frames of the file per frame at `fps`."""
     if fps is None:
         return Fraction(1)
     return stream.average_rate / Fraction(fps).limit_denominator(1001)
@@ -214,7 +214,7 @@ def _fit(image: Image.Image, height: int, width: int) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(path: str | PathLike) -> Iterator[Any]:
-    """The container of a file with a video in it; what PyAV complains of is said of the file."""
+    """The container of a file with a video; errors of PyAV are raised as ValueError."""
     path, av = _existing(path), import_av()
     try:
         with av.open(str(path)) as container:
@@ -228,7 +228,7 @@ def _opened(path: str | PathLike) -> Iterator[Any]:
 
 
 def import_av() -> Any:
-    """PyAV, which MP4 and all reading of videos need. Raises ImportError where there is none."""
+    """PyAV, for MP4 and for reading videos. Raises ImportError if it is not installed."""
     try:
         import av
     except ImportError as error:
@@ -258,7 +258,7 @@ def _require_pixels(name: str, pixels: np.ndarray, axes: str) -> None:
 
 @contextlib.contextmanager
 def _complete(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its name once it is complete, and is gone if it fails."""
+    """A temporary file beside `path`; renamed to it at the end, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -1,8 +1,7 @@
-"""What surrounds a network of videos: from prompts to its conditions, from its latents to frames.
+"""The pipeline of Wan: prompts and images to conditions of the transformer, latents to frames.
 
-`WanPipeline` is the rest of a Wan checkpoint, whose large text encoder is let go after use;
-`DigitsPipeline` serves the networks that learnt moving digits. Both have `sample_shape`,
-`conditions` and `frames`. Imports the rooms below, and embed.
+The text encoder is in memory only while prompts are embedded. Imports prompts, text and video
+beside it, and the rooms below.
 """
 
 import dataclasses
@@ -12,10 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import repeat
 
 from dmd_jax import weights
-from dmd_jax.data import moving_digits, to_float, to_uint8
+from dmd_jax.data import to_float, to_uint8
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Conditions
 from dmd_jax.pipelines import text, video
@@ -24,7 +22,7 @@ from dmd_jax.weights import files
 
 
 class Start(NamedTuple):
-    """The conditions of a video that goes on from a given first frame: see `Continuation`."""
+    """Conditions of a video with a given first frame: see `Continuation`."""
 
     text: jax.Array  # [B, L, D]
     frame: jax.Array  # [B, 1, H, W, C]: latents
@@ -33,9 +31,9 @@ class Start(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """A text-to-video Denoiser whose first frame is given: clean, and at time 0 (Wan 2.2's 5B).
+    """A text-to-video Denoiser with a given first frame, clean and at time 0 (Wan 2.2's 5B).
 
-    Called as a Denoiser is, with `Start` for its conditions.
+    It is called as a Denoiser, with a `Start` as conditions.
     """
 
     denoiser: Denoiser
@@ -52,15 +50,15 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True)
 class WanPipeline:
-    """The parts of a Wan checkpoint around its transformer.
+    """The VAE, text encoder and tokenizer of a Wan checkpoint.
 
     Attributes:
         path: a folder of either layout, or a name on the Hugging Face hub.
         num_frames, height, width: of the videos, in pixels.
-        dtype: of the text encoder's weights; the VAE's are as they are stored.
+        dtype: of the text encoder's weights; those of the VAE keep their stored dtype.
 
     Raises:
-        ValueError: there is no such video: its number of frames or its sides do not divide.
+        ValueError: the VAE's strides do not divide the number of frames or the sides.
     """
 
     path: str
@@ -102,17 +100,18 @@ class WanPipeline:
 
         Args:
             prompts: N strings.
-            negative: what guidance moves away from.
-            config: the WanConfig of the network: tells how it is given an image.
+            negative: the negative prompt, the unconditional input of guidance.
+            config: the WanConfig of the network, which determines how it takes an image.
             images: uint8 [N, height, width, 3], the first frames; None for text alone.
+            batch: prompts in one call of the text encoder.
 
         Raises:
-            ValueError: the network needs images and there are none, or is of another checkpoint.
+            ValueError: the network needs images and there are none, or these parts do not fit it.
         """
         self._require_fit(config, images)
         features = clip_features(self.path, images) if config.image_dim else None
-        told = self._embedded([*prompts, negative], batch)
-        cond, uncond = told[:-1], np.broadcast_to(told[-1], told[:-1].shape)
+        rows = self._embedded([*prompts, negative], batch)
+        cond, uncond = rows[:-1], np.broadcast_to(rows[-1], rows[:-1].shape)
         if images is None:
             return cond, uncond
         if config.in_channels == config.out_channels:
@@ -122,7 +121,7 @@ class WanPipeline:
         return Conditions(cond, frames, features), Conditions(uncond, frames, features)
 
     def _require_fit(self, config, images):
-        """Refuses, before anything large is read, a network that these parts do not serve."""
+        """Refuses a network that these parts do not fit, before weights are read."""
         if images is None and config.in_channels > config.out_channels:
             raise ValueError("this is an image-to-video network: give it --images")
         text_dim = weights.abstract_part(self.path, part="text_encoder").config.dim
@@ -135,24 +134,24 @@ class WanPipeline:
             )
 
     def _embedded(self, prompts, batch):
-        """[N, L, D] in `dtype`; the text encoder is let go."""
+        """[N, L, D] in `dtype`; the text encoder is loaded for this call only."""
         tokenizer = text.Tokenizer(files.companion(self.path, text.FOLDERS[1:]))
         encoder = weights.load(self.path, self.dtype, part="text_encoder")
         rows = embed(encoder, tokenizer, batch, prompts)
-        told = np.zeros((len(rows), tokenizer.length, rows[0].shape[-1]), jnp.dtype(self.dtype))
-        for place, row in zip(told, rows, strict=True):
+        padded = np.zeros((len(rows), tokenizer.length, rows[0].shape[-1]), jnp.dtype(self.dtype))
+        for place, row in zip(padded, rows, strict=True):
             place[: len(row)] = row
-        return told
+        return padded
 
     def encode(self, videos):
         """[N, T, H, W, 3] in [-1, 1] -> normalised latents [N, F, h, w, C], one at a time."""
         return np.concatenate([np.asarray(_encode(self.vae, one[None])) for one in videos])
 
     def _frames_to_fill(self, images):
-        """What an image-to-video network sees beside the noise: [N, F, H, W, 4 + C].
+        """The input of an image-to-video network beside the noise: [N, F, H, W, 4 + C].
 
-        Which frames are given, by the four of a latent frame, and the latents of the image with
-        grey frames after it.
+        Four mask channels, one for each pixel frame of a latent frame, are 1 where the frame is
+        given; C channels are the latents of the image followed by grey frames.
         """
         grey = np.zeros((len(images), self.num_frames - 1, *images.shape[1:]), np.float32)
         latents = self.encode(np.concatenate([images[:, None], grey], axis=1))
@@ -161,7 +160,7 @@ class WanPipeline:
         return np.concatenate([given, latents], axis=-1)
 
     def frames(self, latents):
-        """Videos of latents [N, F, H, W, C], one after the other: uint8 [T, H, W, 3]."""
+        """Decodes latents [N, F, H, W, C]; yields N videos, uint8 [T, H, W, 3]."""
         for one in latents:
             blocks = self.vae.decode_blocks(one[None])
             yield np.concatenate([to_uint8(block[0]) for block in blocks])
@@ -173,7 +172,7 @@ def _encode(vae, video):
 
 
 def clip_features(path, images):
-    """What Wan 2.1's image-to-video networks see of an image: CLIP's last layer but one.
+    """Image features for Wan 2.1's image-to-video networks: CLIP's last layer but one.
 
     Args:
         path: a diffusers pipeline folder, with `image_encoder` and `image_processor`.
@@ -183,7 +182,7 @@ def clip_features(path, images):
         float32 [N, 257, 1280].
 
     Raises:
-        ImportError: transformers or torch is not installed; they are needed here alone.
+        ImportError: transformers or torch is not installed; only this function needs them.
     """
     try:
         import torch
@@ -197,35 +196,22 @@ def clip_features(path, images):
     processor = CLIPImageProcessor.from_pretrained(roots[0] / folders[0])
     encoder = CLIPVisionModel.from_pretrained(roots[1] / folders[1])
     with torch.no_grad():
-        seen = processor(images=list(images), return_tensors="pt")
-        return encoder(**seen, output_hidden_states=True).hidden_states[-2].float().numpy()
-
-
-class DigitsPipeline:
-    """Captions to conditions and latents to frames, for networks that learnt moving digits."""
-
-    sample_shape = moving_digits.MovingDigits.sample_shape
-
-    def conditions(self, prompts, negative, config, images=None):
-        """As `WanPipeline.conditions`; words that no caption has mean nothing to the network."""
-        if images is not None:
-            raise ValueError("these networks are given no image: drop --images")
-        del config
-        told = moving_digits.padded([*prompts, negative])
-        return told[:-1], np.broadcast_to(told[-1], told[:-1].shape)
-
-    def frames(self, latents):
-        """uint8 [T, H, W, 3], one video after the other."""
-        for one in moving_digits.decode(latents):
-            yield repeat(one, "t h w 1 -> t h w c", c=3)
+        inputs = processor(images=list(images), return_tensors="pt")
+        return encoder(**inputs, output_hidden_states=True).hidden_states[-2].float().numpy()
 
 
 def first_frames(paths, count, height, width):
-    """uint8 [count, height, width, 3]: one image for all videos, or one for each.
+    """Reads the first frames of `count` videos, scaled and cropped.
+
+    Args:
+        paths: one image for all videos, or one for each.
+
+    Returns:
+        uint8 [count, height, width, 3].
 
     Raises:
-        ValueError: another number of images.
-        FileNotFoundError: one is not there.
+        ValueError: another number of images, or one that cannot be read.
+        FileNotFoundError: an image is missing.
     """
     if len(paths) not in (1, count):
         raise ValueError(f"{len(paths)} images for {count} prompts: give one, or one for each")

@@ -1,1 +1,1 @@
-"""How good samples are: metrics, the networks that they see through, tables and figures."""
+"""Quality of samples: feature networks, metrics, rows of a report, tables and figures."""

@@ -1,10 +1,9 @@
-"""A small convolutional classifier, the eye of the quality numbers (`features.py`).
+"""A small convolutional classifier, the feature network of the quality numbers (`features.py`).
 
 Five 3x3 convolutions with ReLU, the mean over all positions, one linear layer. The mean is the
-feature vector: as in the networks that Fréchet distances are usually taken in, it says which
-strokes or textures there are and little about where. There is no normalisation, on purpose: a
-normalised network is more accurate but nearly blind to contrast and blur, which a metric must see.
-Imports jax and flax alone.
+feature vector: as in Inception, it depends on which strokes or textures an image has and little on
+their positions. There are no normalisation layers: with them the network is more accurate, but
+hardly reacts to contrast and blur, which a metric must measure. Imports jax and flax alone.
 """
 
 import dataclasses
@@ -19,9 +18,9 @@ class ClassifierConfig:
     """A classifier in plain values.
 
     Attributes:
-        channels: of the images; their height and width may be anything.
+        channels: of the images; any height and width fits.
         num_classes: K.
-        features: D, the length of the feature vector; layers are as wide as that or narrower.
+        features: D, the length of the feature vector and the width of the widest layer.
 
     Raises:
         ValueError: `features` is no multiple of 4.
@@ -45,7 +44,7 @@ class Classifier(nnx.Module):
         outputs, strides = (d // 4, d // 2, d // 2, d, d), (2, 1, 2, 1, 1)
         inputs = (config.channels, *outputs[:-1])
         init = nnx.initializers.he_normal()
-        # Full float32 on every device: a metric must not depend on where it is computed.
+        # Full float32 on every device: a metric must not depend on the device.
         self.convolutions = nnx.List(
             nnx.Conv(i, o, (3, 3), s, kernel_init=init, precision="highest", rngs=rngs)
             for i, o, s in zip(inputs, outputs, strides, strict=True)

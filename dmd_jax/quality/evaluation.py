@@ -1,43 +1,118 @@
-"""The rows of a report: a network judged under each of its samplers, beside real images.
+"""The settings of an evaluation, and the rows of a report: each sampler beside real images.
 
-All rows of a table are made from the same labels and noise, and stand beside the floor: real images
-judged as if they were samples. Imports the rooms below.
+All rows of a table use the same labels and the same noise. `evaluator.py` applies the settings to
+a run. Imports the rooms below.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
 
 import jax
+import numpy as np
 
-from dmd_jax import data, weights
+from dmd_jax import weights
+from dmd_jax.data import Images, arrays, load, to_uint8
 from dmd_jax.devices.disk import write_text
-from dmd_jax.quality import report
-from dmd_jax.quality.features import SHIPPED, load_features
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.quality.features import SHIPPED, Features, load_features
 from dmd_jax.quality.judge import Judge
 from dmd_jax.rollouts import samplers
+from dmd_jax.rollouts.samplers import Sampler
 
 log = logging.getLogger(__name__)
 
-REPORT = "report.md"
 SEED = 1_000_003  # of the noise of judged samples
+LIMIT = 50_000  # images of a split that a judge uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a run judges, how often, and with which samplers; a class that configs name.
+
+    Attributes:
+        every: steps between two judgements along the way.
+        features: file or shipped name of the feature network; '' shows samples and judges none.
+        split: of the data set, the reference of the report. The best network of a run is selected
+            against the training split instead.
+        samples: number of samples to judge along the way.
+        num: number of samples for each row of the report.
+        steps: numbers of steps of the trained network; the first is judged along the way.
+        guidance: weight for a network that is sampled in many steps; 1 is none.
+        teacher_steps, teacher_guidance: the same for the teacher of a run that has one.
+        recompute: compute the teacher's rows even where they are stored.
+
+    Raises:
+        ValueError: a number is out of range, or `steps` is empty.
+    """
+
+    every: int
+    features: str = SHIPPED
+    split: str = "test"
+    samples: int = 500
+    num: int = 2_000
+    steps: tuple[int, ...] = (4, 2, 1)
+    guidance: float = 1.0
+    teacher_steps: tuple[int, ...] = ()
+    teacher_guidance: float = 1.0
+    recompute: bool = False
+
+    def __post_init__(self):
+        for name in ("every", "samples", "num"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if not self.steps:
+            raise ValueError("steps=() must name one number of steps or more")
+        for name in ("steps", "teacher_steps"):
+            for steps in getattr(self, name):
+                if steps < 1:
+                    raise ValueError(f"{name}={getattr(self, name)}: {steps} must be 1 or more")
 
 
 @functools.cache
-def data_judge(name, data_dir=None, features=SHIPPED):
-    """The Judge of a data set: its test split, seen through a feature network.
+def data_judge(
+    name: str,
+    data_dir: str | None = None,
+    features: str = SHIPPED,
+    *,
+    split: str = "test",
+    train: str = "train",
+    limit: int = LIMIT,
+) -> Judge:
+    """The Judge of a data set. Its images and their features are computed once per process.
 
     Args:
         name, data_dir: as for `data.load`.
-        features: a metric network's file or shipped name, or Inception's weights (see
-            `features.load_features`).
+        features: file or shipped name of a feature network, as for `load_features`.
+        split: the reference.
+        train: the split that generators learn from, for copies and for the row of real images.
+        limit: of a larger split, so many images are used, at even distances.
     """
-    test, train = (data.arrays(data.load(name, split, data_dir)) for split in ("test", "train"))
-    return Judge(load_features(features), test=test, train=train)
+    network = load_features(features)
+    images, learned = load(name, split, data_dir), load(name, train, data_dir)
+    network.require_fit(images)
+    if network.data is not None and not network.classifies(name):
+        log.warning(
+            "%s is a classifier of %r: no accuracy is shown for %r",
+            *(network.name, network.data, name),
+        )
+    test = arrays(images, limit)
+    return Judge(
+        network,
+        test=test,
+        train=test if split == train else arrays(learned, limit),
+        data=name,
+        reference=f"{len(test[0]):,} images of {name}, split {split}",
+    )
 
 
-def require_numbers(features, num_classes, **counts):
+def require_numbers(features: Features, num_classes: int, **counts: int) -> None:
     """Raises ValueError where so many samples cannot be judged, class by class."""
     least = max(2 * num_classes, features.dim + 1)
     for name, count in counts.items():
@@ -48,53 +123,127 @@ def require_numbers(features, num_classes, **counts):
             )
 
 
-def rows(denoiser, ways, judge, num, seed=SEED):
-    """Judges a network of images under each sampler of `ways`.
+def require_real(features: Features, test: Images, train: Images, num: int) -> None:
+    """Raises ValueError where there are too few real images to judge `num` samples against."""
+    for images, least, why in (
+        (test, features.dim + 1, f"{features.name} has {features.dim} features"),
+        (train, num, f"num={num} of them are judged as if they were samples"),
+    ):
+        if min(len(images), LIMIT) < least:
+            raise ValueError(
+                f"split {images.split!r} of {images.name!r} has {len(images)} images, and {least} "
+                f"are needed: {why}"
+            )
+
+
+def draw_images(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    labels: np.ndarray,
+    seed: int = SEED,
+    *,
+    show: bool = True,
+) -> np.ndarray:
+    """`samplers.draw_images` with a line that shows its progress.
+
+    Args:
+        denoiser: a network of images of a class, placed.
+        sampler: as for `samplers.draw`.
+        labels: int32 [N].
+        seed: of the noise.
+        show: whether to print the line.
 
     Returns:
-        One dict a sampler: "name", "steps", "calls" (of the network, a sample) and the numbers
-        of `Judge`.
+        uint8 [N, H, W, C].
+    """
+    config, images = denoiser.net.config, []
+    uncond = np.full_like(labels, config.uncond)
+    batch = min(len(labels), samplers.BATCH)
+    drawn = samplers.draw(denoiser, sampler, labels, uncond, config.sample_shape, seed, batch=batch)
+    with Progress(f"sampling {sampler.title}", len(labels), enabled=show) as progress:
+        for part in drawn:
+            images.append(to_uint8(part))
+            progress.advance(len(part))
+    return np.concatenate(images)
+
+
+def judged(
+    denoiser: Denoiser, sampler: Sampler, judge: Judge, num: int, seed: int = SEED
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Draws `num` samples of all classes in turn and judges them.
+
+    Returns:
+        (row: "name", "steps", "calls" (of the network, per sample) and the numbers of `judge`;
+        the samples, uint8 [num, H, W, C]).
     """
     labels = samplers.balanced(num, denoiser.net.config.num_classes)
-    table = []
-    for sampler in ways:
-        numbers = judge(samplers.draw_images(denoiser, sampler, labels, seed), labels)
-        log.info("%s in %d steps: %s %.3f", sampler.name, sampler.steps, judge.name, numbers["fd"])
-        about = {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
-        table.append(about | numbers)
-    return table
+    images = draw_images(denoiser, sampler, labels, seed)
+    return about(sampler) | judge(images, labels), images
 
 
-def real_row(judge, num):
+def real_row(judge: Judge, num: int) -> dict[str, Any]:
     """The row of real images, judged as if they were `num` samples."""
     return {"name": "real images", "steps": 0, "calls": 0, **judge.floor(num)}
 
 
-def teacher_rows(path, ways, judge, num, *, recompute=False, store=None):
-    """The rows of a teacher: the stored ones, where all that they depend on is unchanged.
+def teacher_rows(
+    path: str | Path,
+    ways: Sequence[Sampler],
+    judge: Judge,
+    num: int,
+    *,
+    denoiser: Denoiser | None = None,
+    recompute: bool = False,
+    store: Path | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of a teacher; stored ones are used while everything that they depend on is the same.
 
     Args:
-        path: the teacher's file or shipped name; `<file>.rows.json` beside it is looked at first.
-        ways: ManyStep samplers.
-        recompute: compute them whatever is stored.
-        store: where to keep, and look for, rows that are not beside the teacher; None for nowhere.
+        path: the teacher's file or shipped name; stored rows are first looked up in
+            `<file>.rows.json` beside it.
+        ways: its samplers.
+        judge: the judge.
+        num: number of samples.
+        denoiser: the teacher, placed; loaded from `path` when a row is missing, if None.
+        recompute: compute all rows again.
+        store: file to look up rows in, and to add computed ones to; None for neither.
     """
     path = weights.find(path)
-    common = f"{weights.fingerprint(path)} {judge.fingerprint} {num} {SEED}"
-    keys = {sampler: f"{sampler} {_digest(common)}" for sampler in ways}
-    stored = _stored_rows(store) | _stored_rows(path.with_suffix(".rows.json"))
-    held = {} if recompute else stored
-    missing = [sampler for sampler in ways if keys[sampler] not in held]
+    with path.open("rb") as file:
+        file_digest = hashlib.file_digest(file, "sha256").hexdigest()
+    common = f"{file_digest} {judge.fingerprint} {num} {SEED}"
+    if denoiser is not None and (dtype := denoiser.net.config.dtype) != "float32":
+        common += f" {dtype}"
+    keys = {sampler: f"{_plain(sampler)} {digest(common)}" for sampler in ways}
+    found = _stored_rows(store) | _stored_rows(path.with_suffix(".rows.json"))
+    table = {} if recompute else found
+    missing = [sampler for sampler in ways if keys[sampler] not in table]
     if missing:
-        log.info("judging the teacher: no rows are stored for %s", missing)
-        table = rows(weights.denoiser(path), missing, judge, num)
-        held |= dict(zip((keys[sampler] for sampler in missing), table, strict=True))
+        denoiser = weights.denoiser(path) if denoiser is None else denoiser
+        table |= {keys[sampler]: judged(denoiser, sampler, judge, num)[0] for sampler in missing}
         if store and jax.process_index() == 0:
-            write_text(store, json.dumps(_stored_rows(store) | held, indent=1) + "\n")
-    return [held[key] for key in keys.values()]
+            write_text(store, json.dumps(_stored_rows(store) | table, indent=1) + "\n")
+    return [table[key] | about(sampler) for sampler, key in keys.items()]
 
 
-def _digest(text):
+def about(sampler: Sampler) -> dict[str, Any]:
+    """The entries of a row that say what was sampled and at which cost."""
+    return {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
+
+
+def _plain(sampler):
+    """The fields of a sampler that its samples depend on, as text."""
+    values = {
+        field.name: getattr(sampler, field.name)
+        for field in dataclasses.fields(sampler)
+        if field.name != "name"
+    }
+    text = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return f"{type(sampler).__name__}({text})"
+
+
+def digest(text: str) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -106,13 +255,36 @@ def _stored_rows(path):
         return {}
 
 
-def report_text(title, body):
-    """A report as Markdown; its figure is report.png beside it."""
-    return f"# {title}\n\n![samples](report.png)\n\n{body}"
+class Progress:
+    """One line on the terminal that is updated in place; elsewhere, one line at the end.
 
+    The first process prints it.
 
-def write_report(directory, title, table, pictures, labels, metric):
-    """Writes report.json (the rows), report.png (the figure) and report.md."""
-    (directory / "report.json").write_text(json.dumps(table, indent=1) + "\n")
-    report.figure(directory / "report.png", table, pictures, labels, metric=metric, title=title)
-    write_text(directory / REPORT, report_text(title, report.markdown(table, metric)))
+        with Progress("sampling teacher, 50 steps", 2000) as progress:
+            progress.advance(250)
+    """
+
+    def __init__(
+        self, title: str, total: int, *, enabled: bool = True, file: IO[str] | None = None
+    ):
+        self._title, self._total, self._done = title, total, 0
+        self._file = sys.stderr if file is None else file
+        self._enabled = enabled and jax.process_index() == 0
+
+    def __enter__(self) -> "Progress":
+        self.advance(0)
+        return self
+
+    def advance(self, count: int) -> None:
+        """Adds `count` to what is done."""
+        self._done += count
+        if self._enabled and self._file.isatty():
+            self._print("\r", "")
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            self._print("\r" if self._file.isatty() else "", "\n")
+
+    def _print(self, start, end):
+        text = f"{start}{self._title}: {self._done:,} of {self._total:,}"
+        print(text, end=end, file=self._file, flush=True)

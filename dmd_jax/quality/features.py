@@ -1,8 +1,8 @@
-"""What the distances are measured in: a network that turns images into rows of numbers.
+"""The feature network that distances are measured in: images in, rows of numbers out.
 
-The shipped one is a small classifier of digits, trained by `metric_network.py` on the train split
-and nothing else; its distance is called FD-MNIST64, because it is not comparable with any Inception
-FID. Inception itself is read from a weights file of the user's; any other network is a `Features`:
+The shipped one is a small classifier of digits, trained by `python -m dmd_jax.metric_network` on
+the train split alone. Its distance is called FD-MNIST64 because it is not comparable with an
+Inception FID. Inception is read from a weights file of the user. Any other network is a `Features`:
 
     Features("FD-mine", fingerprint, D, extract)    extract(uint8 [N, H, W, C]) -> ([N, D], None)
 
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dmd_jax import weights
-from dmd_jax.data import to_float
+from dmd_jax.data import Images, to_float
+from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import named_leaves, path_name
 from dmd_jax.quality.classifier import Classifier, ClassifierConfig
 from dmd_jax.quality.inception import fold, inception
@@ -32,33 +33,62 @@ from dmd_jax.quality.inception import fold, inception
 SHIPPED = "mnist_metric"
 HEADER = "dmd_jax.metric"
 BATCH = 250
-INCEPTION_BATCH = 50  # Its first layers take 6 MB an image.
+INCEPTION_BATCH = 50  # its first layers take 6 MB per image
 INCEPTION_DIM = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """A feature network and what to call a distance in its features.
+    """A feature network and the name of a distance in its features.
 
     Attributes:
         name: the metric's name in tables and figures, such as "FD-MNIST64".
         fingerprint: changes when the network does; a SHA-256 of its weights is right.
         dim: D, the length of a row of features.
-        extract: uint8 [N, H, W, C] -> (features float [N, D], logits float [N, K]), or None in
-            place of the logits where the network does not classify what is generated.
+        extract: uint8 [N, H, W, C] -> (features float [N, D], logits float [N, K]); None in place
+            of the logits where the network does not classify.
+        channels: the numbers of channels of the images that it takes; None for any.
+        data: the data set that it learned to classify; None where it has no logits or the file
+            does not say.
+        classes: names of the K classes of that data set; None for any.
     """
 
     name: str
     fingerprint: str
     dim: int
     extract: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+    channels: tuple[int, ...] | None = None
+    data: str | None = None
+    classes: tuple[str, ...] | None = None
+
+    def require_fit(self, images: Images) -> None:
+        """Raises ValueError where the network cannot judge such images; computes nothing."""
+        remedy = (
+            f"train a network for it, python -m dmd_jax.metric_network --data={images.name} "
+            f"--out={images.name.replace('/', '_')}_metric.safetensors, or choose another"
+        )
+        channels = images.image_shape[-1]
+        if self.channels is not None and channels not in self.channels:
+            raise ValueError(
+                f"{self.name} takes images of {' or '.join(map(str, self.channels))} channels, but "
+                f"the data set {images.name!r} has {channels}: {remedy}"
+            )
+        if self.classes not in (None, images.classes):
+            raise ValueError(
+                f"{self.name} is a classifier of {_few(self.classes)} (data set {self.data!r}), "
+                f"but {images.name!r} has the classes {_few(images.classes)}: {remedy}"
+            )
+
+    def classifies(self, data: str) -> bool:
+        """Whether the logits are those of a classifier of that data set."""
+        return self.data == data
 
 
 def load_features(path: str | Path = SHIPPED) -> Features:
-    """The feature network in a safetensors file, whichever of the two kinds it is.
+    """The feature network in a safetensors file.
 
-    A classifier that `metric_network.py` trained; or InceptionV3 with the names that torch-fidelity
-    gives its tensors, whose distance is called FID.
+    It is a classifier that `metric_network.py` trained, or InceptionV3 with the names that
+    torch-fidelity gives its tensors, whose distance is called FID.
 
     Args:
         path: the file, or the name of a shipped one.
@@ -69,25 +99,56 @@ def load_features(path: str | Path = SHIPPED) -> Features:
             raises it for images of another number of channels, or that are not uint8.
     """
     path = weights.find(path)
-    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
     header, tensors = _read(path)
     if header:
         classifier = _classifier(path, header, tensors)
-        dim = classifier.config.features
-        return Features(header["name"], fingerprint, dim, functools.partial(extract, classifier))
+        return Features(
+            header["name"],
+            fingerprint(tensors),
+            classifier.config.features,
+            functools.partial(extract, classifier),
+            (classifier.config.channels,),
+            header.get("data"),
+            tuple(header["classes"]) if "classes" in header else None,
+        )
     if "Mixed_5b.branch1x1.conv.weight" in tensors:
-        return Features("FID", fingerprint, INCEPTION_DIM, _inception_extract(path, tensors))
+        look = _inception_extract(path, tensors)
+        return Features("FID", fingerprint(tensors), INCEPTION_DIM, look, channels=(1, 3))
     raise ValueError(
         f"{path} holds neither a metric network (made by python -m dmd_jax.metric_network) nor "
         "the weights of Inception"
     )
 
 
-def save_classifier(path: str | Path, name: str, classifier: Classifier) -> None:
-    """Writes a classifier as safetensors; `name` is the metric's (see `Features`)."""
+def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes; a header may change without it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode() + tensor.tobytes())
+    return digest.hexdigest()
+
+
+def save_classifier(
+    path: str | Path, name: str, classifier: Classifier, *, data: str, classes: Sequence[str]
+) -> None:
+    """Writes a classifier as safetensors.
+
+    Args:
+        path: the file.
+        name: of the metric (see `Features`).
+        classifier: the network.
+        data: name of the data set that it learned from.
+        classes: names of the classes of that data set.
+    """
     tensors = {path: np.asarray(leaf) for path, leaf in named_leaves(classifier).items()}
     header = {"name": name, "model": dataclasses.asdict(classifier.config)}
+    header |= {"data": data, "classes": list(classes)}
     save_file(tensors, path, {HEADER: json.dumps(header)})
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown}, ... ({len(names)})"
 
 
 def extract(classifier: Classifier, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +158,7 @@ def extract(classifier: Classifier, images: np.ndarray) -> tuple[np.ndarray, np.
             f"the metric network takes [N, H, W, {classifier.config.channels}], not images "
             f"{images.shape}: train one on your data with python -m dmd_jax.metric_network"
         )
+    classifier = sharding.replicate(classifier)
     logits, features = _in_batches(
         lambda batch: _classify(classifier, to_float(batch)), images, BATCH
     )
@@ -105,7 +167,7 @@ def extract(classifier: Classifier, images: np.ndarray) -> tuple[np.ndarray, np.
 
 @jax.jit
 def _classify(classifier: Classifier, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return classifier(images)
+    return classifier(sharding.shard_batch(images))
 
 
 def _inception_extract(path: Path, tensors: dict[str, np.ndarray]) -> Callable:
@@ -119,21 +181,34 @@ def _inception_extract(path: Path, tensors: dict[str, np.ndarray]) -> Callable:
 
     def extract_inception(images):
         colour = np.broadcast_to(images, (*images.shape[:3], 3))
-        run = functools.partial(jax.jit(inception), folded)
+        run = functools.partial(_look, sharding.replicate(folded))
         return _in_batches(run, colour, INCEPTION_BATCH), None
 
     return extract_inception
 
 
+@jax.jit
+def _look(folded: dict, images: jax.Array) -> jax.Array:
+    return inception(folded, sharding.shard_batch(images))
+
+
 def _in_batches(function: Callable, images: np.ndarray, size: int) -> np.ndarray | tuple:
-    """The function's arrays for all images, computed in batches of one size."""
-    filled = np.pad(images, [(0, -len(images) % size), (0, 0), (0, 0), (0, 0)])
-    batches = [jax.device_get(function(b)) for b in np.split(filled, len(filled) // size)]
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *batches)
+    """The function's arrays for all images, computed in batches of one size.
+
+    Where there is a mesh, its devices share each batch.
+    """
+    size = sharding.even_batch(size)
+    parts = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        filled = np.pad(batch, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
+        out = jax.device_get(sharding.replicate(function(filled)))
+        parts.append(jax.tree.map(lambda x: x[: len(batch)], out))  # noqa: B023
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def _read(path: Path) -> tuple[dict | None, dict[str, np.ndarray]]:
-    """(our header or None, {name: tensor})."""
+    """(the header of `save_classifier` or None, {name: tensor})."""
     try:
         with safe_open(path, framework="numpy") as file:
             header = (file.metadata() or {}).get(HEADER)

@@ -1,8 +1,8 @@
-"""InceptionV3 as Fréchet Inception Distances are measured in, from a weights file of the user's.
+"""The InceptionV3 of Fréchet Inception Distances, with weights from a file of the user.
 
-The network is the TensorFlow graph of 2015-12-05 that published FIDs use, as torch-fidelity and
-pytorch-fid have it, not torchvision's: average pools leave out the padding, the last block has a
-maximum pool, images are resized as TensorFlow 1 did. Batch norms are folded into the convolutions.
+It is the TensorFlow graph of 2015-12-05 that published FIDs use (torch-fidelity, pytorch-fid), not
+the network of torchvision: average pools exclude the padding, the last block has a maximum pool,
+images are resized as in TensorFlow 1. Batch norms are folded into the convolutions.
 The architecture is Szegedy et al. 2016. Imports jax alone.
 """
 
@@ -79,13 +79,13 @@ def resize(images: jax.Array) -> jax.Array:
 
 
 class _Block:
-    """The convolutions of one block, applied by name."""
+    """Applies the convolutions of one block by name."""
 
     def __init__(self, weights: Weights, block: str):
         self._weights, self._block = weights, block
 
     def __call__(self, x: jax.Array, *names: str) -> jax.Array:
-        """One after another; those of a name that ends in '/2' with stride 2 and no padding."""
+        """Applies them in order; a name that ends in '/2' means stride 2 and no padding."""
         for name in names:
             name, _, stride = name.partition("/")
             weights = self._weights[f"{self._block}.branch{name}"]
@@ -156,7 +156,7 @@ def _convolve(x, weights, stride, padding):
         (stride, stride),
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision="highest",  # The metric must not depend on the device.
+        precision="highest",  # a metric must not depend on the device
     )
     return jax.nn.relu(x + bias)
 
@@ -167,7 +167,7 @@ def _max_pool(x, stride=2, padding="VALID"):
 
 
 def _average_pool(x):
-    """Mean over 3x3; what is outside the image does not count."""
+    """Mean over 3x3, without the padding."""
     total = lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
     down, right = (
         np.minimum(np.arange(n) + 1, n - 1) - np.maximum(np.arange(n) - 1, 0) + 1

@@ -1,12 +1,12 @@
-"""The judge: every quality number of a set of samples, always against the same reference.
+"""The judge: all quality numbers of a set of samples against one reference.
 
     test, train = arrays(load("mnist5k", "test")), arrays(load("mnist5k", "train"))
     judge = Judge(load_features(), test=test, train=train)
-    judge(images, labels)       {'fd': ..., 'kid': ..., ...} of samples and the labels asked for
-    judge.floor()               the same of real images: what no generator need beat
+    judge(images, labels)       {'fd': ..., 'kid': ..., ...} of samples and their requested labels
+    judge.floor()               the same numbers of real images
 
-The reference are the test images. Training images serve as the yardstick of copying, and as the
-samples of the floor. Imports metrics and the type of a feature network; knows no generator.
+The test images are the reference. The train images show copies, and are the samples of the floor.
+Imports metrics and the type of a feature network.
 """
 
 import hashlib
@@ -21,21 +21,33 @@ Labelled = tuple[np.ndarray, np.ndarray]  # uint8 [N, H, W, C], int32 [N]
 
 
 class Judge:
-    """Judges samples against real images; the work on those is done once, here.
+    """Judges samples against real images, whose features are computed once, here.
 
     Attributes:
         name: of the Fréchet distance, as `Features.name`.
+        reference: the test images in words, for legends.
         fingerprint: SHA-256 (hex) over the feature network and both sets of real images. Numbers
             with different fingerprints are not comparable.
     """
 
-    def __init__(self, features: Features, *, test: Labelled, train: Labelled):
+    def __init__(
+        self,
+        features: Features,
+        *,
+        test: Labelled,
+        train: Labelled,
+        data: str | None = None,
+        reference: str = "test images",
+    ):
         """Extracts the features of the test images.
 
         Args:
-            features: the network to look through.
+            features: the feature network.
             test: the reference, images and labels, with two images of each class or more.
-            train: what the generator was trained on, of the same shape.
+            train: the training images of the generator, of the same shape.
+            data: name of the data set; accuracy is left out where the network is a classifier of
+                another one.
+            reference: the test images in words.
 
         Raises:
             ValueError: there are too few test images for the length of the features.
@@ -45,11 +57,14 @@ class Judge:
                 f"{features.name} has {features.dim} dimensions and needs more than {features.dim} "
                 f"test images, not {len(test[0])}: take more, or a network with fewer features"
             )
-        self.name = features.name
+        self.name, self.reference = features.name, reference
         self._extract = features.extract
         self._test_images, self._test_labels = test
         self._train_images, self._train_labels = train
+        self._has_logits = features.classifies(data)
         self._real, self._real_logits = self._extract(self._test_images)
+        self._real_kernel = metrics.mean_kernel(self._real)
+        self._real_radii = metrics.neighbour_radii(self._real)
         self._real_diversity = metrics.class_diversity(self._real, self._test_labels)
         digest = hashlib.sha256(features.fingerprint.encode())
         for array in (*test, *train):
@@ -61,13 +76,13 @@ class Judge:
 
         Args:
             images: uint8 [N, H, W, C], more than the length of the features.
-            labels: int32 [N], the labels asked for; every class of the test images, twice or more.
+            labels: int32 [N], the requested labels; every class of the test images, twice or more.
 
         Returns:
             fd, kid: `metrics.frechet_distance` and `kernel_distance` to the test images.
             precision, recall: against the test images, at equal counts (see `_blocks`).
-            accuracy: share of samples that the network takes for the label asked for; absent
-                where the network does not classify.
+            accuracy: share of samples that the network classifies as the requested label; absent
+                where the network is no classifier of this data set.
             diversity: mean distance between two samples of a class, over the same of test images,
                 averaged over classes; 1 is as diverse as real images.
             diversity_min: that of the class where it is least.
@@ -86,7 +101,7 @@ class Judge:
         features, logits = self._extract(images)
         return (
             self._distances(features, labels)
-            | _accuracy(logits, labels)
+            | self._accuracy(logits, labels)
             | self._nearest_train(images)
         )
 
@@ -95,10 +110,10 @@ class Judge:
 
         The distances, precision, recall and diversity are those of train images, the first
         `count / K` of each class, judged as samples. Accuracy and nearest_train are those of the
-        test images: the network has seen the train images, and they are copies of themselves.
+        test images: the network learned from the train images, and they are copies of themselves.
 
         Args:
-            count: N of the samples that it will stand beside, since all but accuracy depend on N.
+            count: N of the samples to compare with: all numbers but accuracy depend on N.
 
         Raises:
             ValueError: there are too few train images of a class.
@@ -107,19 +122,30 @@ class Judge:
         features, _ = self._extract(self._train_images[rows])
         return (
             self._distances(features, self._train_labels[rows])
-            | _accuracy(self._real_logits, self._test_labels)
+            | self._accuracy(self._real_logits, self._test_labels)
             | self._nearest_train(self._test_images)
         )
+
+    def examples(self, labels: np.ndarray) -> np.ndarray:
+        """The first test images of each class, for labels int [n]: uint8 [n, H, W, C]."""
+        rows = np.empty(len(labels), np.intp)
+        for label in np.unique(labels):
+            places = np.flatnonzero(labels == label)
+            rows[places] = np.flatnonzero(self._test_labels == label)[: len(places)]
+        return self._test_images[rows]
 
     def _distances(self, features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         if missing := set(self._test_labels.tolist()) ^ set(labels.tolist()):
             raise ValueError(f"classes {sorted(missing)} are only in the samples or only in test")
-        pairs = [metrics.precision_recall(self._real, x) for x in self._blocks(features, labels)]
+        pairs = [
+            metrics.precision_recall(self._real, block, real_radii=self._real_radii)
+            for block in self._blocks(features, labels)
+        ]
         precision, recall = np.mean(pairs, axis=0)
         diversity = metrics.class_diversity(features, labels) / self._real_diversity
         return {
             "fd": metrics.frechet_distance(self._real, features),
-            "kid": metrics.kernel_distance(self._real, features),
+            "kid": metrics.kernel_distance(self._real, features, within_a=self._real_kernel),
             "precision": float(precision),
             "recall": float(recall),
             "diversity": float(diversity.mean()),
@@ -135,6 +161,11 @@ class Judge:
         order = np.argsort(labels, kind="stable")
         blocks = max(1, len(features) // len(self._real))
         return [features[order[i::blocks]] for i in range(blocks)]
+
+    def _accuracy(self, logits: np.ndarray | None, labels: np.ndarray) -> dict[str, float]:
+        if logits is None or not self._has_logits:
+            return {}
+        return {"accuracy": metrics.accuracy(logits, labels)}
 
     def _nearest_train(self, images: np.ndarray) -> dict[str, float]:
         distance = metrics.nearest_distance(images, self._train_images)
@@ -158,7 +189,3 @@ def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
         )
     share = count // len(classes)
     return np.sort(np.concatenate([np.flatnonzero(labels == c)[:share] for c in classes]))
-
-
-def _accuracy(logits: np.ndarray | None, labels: np.ndarray) -> dict[str, float]:
-    return {} if logits is None else {"accuracy": metrics.accuracy(logits, labels)}

@@ -1,7 +1,11 @@
-"""Trains the classifier in whose features quality is measured.
+"""Trains the classifier in whose features quality is measured, and writes it with its card.
 
 Imports optax and the rooms below.
 """
+
+import os
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +14,92 @@ import optax
 from flax import nnx
 from jax.scipy.ndimage import map_coordinates
 
-from dmd_jax.data import to_float
+from dmd_jax.data import Images, arrays, to_float
 from dmd_jax.devices.paths import path_name
+from dmd_jax.quality import metrics
 from dmd_jax.quality.classifier import Classifier, ClassifierConfig
-from dmd_jax.quality.features import extract
+from dmd_jax.quality.features import extract, load_features, save_classifier
 
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 1e-2
-# Largest change of a training image: radians, share of its size, shear, share of its side.
+# Largest augmentation of an image: radians, share of its size, shear, share of its side.
 ROTATION, SCALE, SHEAR, SHIFT = 0.2, 0.1, 0.15, 0.07
+
+CARD = """# {stem}: the network behind {name}
+
+A {parameters:,}-parameter convolutional classifier (`dmd_jax/quality/classifier.py`). Distances in
+its {features} features are called **{name}**; they are not comparable with Inception FID.
+
+| | |
+|---|---|
+| command | `{command}` |
+| learned from | `{data}`, split `train`, {train_size:,} images; nothing else |
+| classes | {classes} |
+| accuracy | {accuracy:.2%} of {test_size:,} images of split `test` |
+| steps, batch, seed | {steps:,}, {batch}, {seed} |
+| time | {seconds:.0f} s on {machine}, jax {jax} |
+| SHA-256 of the weights | `{fingerprint}` |
+
+Training images are rotated, scaled, sheared and shifted a little. The features are scaled so that
+their variance over the train split is 1, averaged over dimensions. The command gives the same
+weights with the same versions and number of cores, and weights of the same quality elsewhere.
+"""
+
+
+def write(
+    path: Path,
+    source: Images,
+    test: Images,
+    *,
+    name: str | None,
+    command: str,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> str:
+    """Trains a classifier and writes it to `path`, and beside it its card (*.md).
+
+    Args:
+        path: ends in .safetensors.
+        source: training images.
+        test: images for the accuracy in the card.
+        name: of the metric; FD-DATA-FEATURES if None.
+        command: for the card.
+        steps, batch, seed: as for `train`.
+
+    Returns:
+        The card.
+    """
+    images, labels = arrays(source)
+    start = time.monotonic()
+    classifier = train(images, labels, source.num_classes, steps=steps, batch=batch, seed=seed)
+    seconds = time.monotonic() - start
+    dim = classifier.config.features
+    name = name or f"FD-{source.name}-{dim}"
+    save_classifier(path, name, classifier, data=source.name, classes=source.classes)
+    features = load_features(path)
+    test_images, test_labels = arrays(test)
+    card = CARD.format(
+        stem=path.stem,
+        name=name,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(classifier)),
+        features=dim,
+        command=command,
+        data=source.name,
+        classes=", ".join(source.classes),
+        train_size=len(images),
+        test_size=len(test_images),
+        accuracy=metrics.accuracy(features.extract(test_images)[1], test_labels),
+        steps=steps,
+        batch=batch,
+        seed=seed,
+        seconds=seconds,
+        machine=f"{os.cpu_count()} {jax.default_backend()} cores",
+        jax=jax.__version__,
+        fingerprint=features.fingerprint,
+    )
+    path.with_suffix(".md").write_text(card)
+    return card
 
 
 def train(
@@ -30,9 +111,9 @@ def train(
         images: uint8 [N, H, W, C].
         labels: int32 [N] in [0, num_classes).
         num_classes: K.
-        steps: of the optimiser (AdamW, one cycle of the learning rate).
-        batch: images a step, drawn anew each step.
-        seed: of the initial weights, the batches and the changes of the images.
+        steps: of the optimizer (AdamW, one cycle of the learning rate).
+        batch: images per step, drawn at random in each step.
+        seed: of the initial weights, the batches and the augmentation.
 
     Returns:
         The network, its features scaled (see `scaled`).
@@ -63,7 +144,7 @@ def train(
 
 
 def jitter(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Moves each image [B, H, W, C] by a small random affine map, interpolating linearly."""
+    """Applies a small random affine map to each image [B, H, W, C], interpolated linearly."""
     count, height, width, _ = images.shape
     angle, scale, shear, down, right = jax.random.uniform(key, (5, count), minval=-1, maxval=1)
     cos, sin, scale = jnp.cos(ROTATION * angle), jnp.sin(ROTATION * angle), 1 + SCALE * scale
@@ -81,10 +162,10 @@ def jitter(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def scaled(classifier: Classifier, images: np.ndarray) -> Classifier:
-    """The same classifier, its features on `images` of variance 1 (the mean over dimensions).
+    """The classifier with features of variance 1 on `images` (the mean over dimensions).
 
-    Where training happens to leave the scale is an accident, and distances are proportional to its
-    square. ReLU passes a factor through: the last convolution takes it, the head takes it back.
+    The scale after training is arbitrary, and distances are proportional to its square. ReLU
+    commutes with a positive factor: the last convolution is multiplied by it, the head divided.
     """
     features, _ = extract(classifier, images)
     factor = 1 / np.sqrt(np.var(features, axis=0).mean())

@@ -1,10 +1,8 @@
-"""How far a set of samples is from a set of real images, as pure functions of arrays.
+"""Distances between a set of samples and a set of real images, as pure functions of arrays.
 
-Floor 0: numpy and scipy only. Nothing here knows what a feature network or a diffusion model is;
-a feature is a row of numbers, and what the rows mean (and so what a distance may be called) is
-decided where they are made (`features.py`). Everything is computed in float64: these are small
-differences of large sums. Tables of pairwise values are walked in blocks of rows, so that memory
-stays at `BLOCK` rows whatever the number of samples.
+Imports numpy and scipy alone. A feature is a row of numbers; `features.py` says which network
+computes it. Everything is computed in float64, because the results are small differences of large
+sums. Tables of pairwise values are computed in blocks of `BLOCK` rows, which bounds their memory.
 """
 
 from collections.abc import Iterator
@@ -56,7 +54,9 @@ def gaussian_distance(
     return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
-def kernel_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
+def kernel_distance(
+    features_a: np.ndarray, features_b: np.ndarray, *, within_a: float | None = None
+) -> float:
     """Unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
     The estimator is that of Gretton et al. 2012, eq. 3, over all samples at once. The published
@@ -67,6 +67,7 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     Args:
         features_a: [Na, D], Na >= 2.
         features_b: [Nb, D], Nb >= 2.
+        within_a: `mean_kernel(features_a)` where it is known.
 
     Raises:
         ValueError: D differs, or a side has fewer than two samples.
@@ -74,22 +75,29 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     a, b = _matching(features_a, features_b)
     if min(len(a), len(b)) < 2:
         raise ValueError(f"kernel_distance of {len(a)} against {len(b)} samples: needs 2 of each.")
-    dim = a.shape[1]
-
-    def kernel(dot_products):
-        return (dot_products / dim + 1) ** 3
-
-    def total(x, y):
-        return sum(kernel(x[rows] @ y.T).sum() for rows in _blocks(len(x)))
-
-    def mean_of_distinct_pairs(x):
-        return (total(x, x) - kernel(np.square(x).sum(1)).sum()) / (len(x) * (len(x) - 1))
-
-    cross = total(a, b) / (len(a) * len(b))
-    return float(mean_of_distinct_pairs(a) + mean_of_distinct_pairs(b) - 2 * cross)
+    within_a = mean_kernel(a) if within_a is None else within_a
+    cross = _kernel_sum(a, b) / (len(a) * len(b))
+    return float(within_a + mean_kernel(b) - 2 * cross)
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
+def mean_kernel(features: np.ndarray) -> float:
+    """Mean of the kernel of `kernel_distance` over the pairs of distinct rows of [N, D]."""
+    x = np.asarray(features, np.float64)
+    diagonal = _kernel(np.square(x).sum(1), x.shape[1]).sum()
+    return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
+
+
+def _kernel_sum(a, b):
+    return sum(_kernel(a[rows] @ b.T, a.shape[1]).sum() for rows in _blocks(len(a)))
+
+
+def _kernel(dot_products, dim):
+    return (dot_products / dim + 1) ** 3
+
+
+def precision_recall(
+    real: np.ndarray, fake: np.ndarray, k: int = 3, *, real_radii: np.ndarray | None = None
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
     A set's manifold is the union of balls around its members, each reaching to the member's k-th
@@ -100,6 +108,7 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
     Args:
         real: [Nr, D], Nr > k.
         fake: [Nf, D], Nf > k.
+        real_radii: `neighbour_radii(real, k)` where it is known.
 
     Raises:
         ValueError: D differs, or a set has no more than k members.
@@ -110,7 +119,8 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
             f"precision_recall of {len(real)} real and {len(fake)} fake samples with k={k}: "
             f"each side needs more than {k}."
         )
-    real_radii, fake_radii = _neighbour_radii(real, k), _neighbour_radii(fake, k)
+    real_radii = neighbour_radii(real, k) if real_radii is None else real_radii
+    fake_radii = neighbour_radii(fake, k)
     fake_inside = np.zeros(len(fake), bool)
     real_inside = np.zeros(len(real), bool)
     for rows in _blocks(len(fake)):
@@ -118,6 +128,14 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
         fake_inside[rows] = (squared <= real_radii).any(1)
         real_inside |= (squared <= fake_radii[rows, None]).any(0)
     return float(fake_inside.mean()), float(real_inside.mean())
+
+
+def neighbour_radii(x: np.ndarray, k: int = 3) -> np.ndarray:
+    """Squared distance of each row of [N, D] to its k-th nearest other row: float64 [N]."""
+    x = np.asarray(x, np.float64)
+    # Position 0 is the row itself.
+    nearest = [np.partition(_squared_distances(x[rows], x), k)[:, k] for rows in _blocks(len(x))]
+    return np.concatenate(nearest)
 
 
 def class_diversity(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -146,12 +164,12 @@ def class_diversity(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def nearest_distance(samples: np.ndarray, references: np.ndarray) -> np.ndarray:
     """Distance from every sample to the nearest reference: near zero where it is a copy.
 
-    Only a comparison says something: the same distance from unseen real images is the yardstick.
-    Samples nearer than those are either copied or smoother than real images are.
+    Compare it with the same distance from unseen real images. Samples that are nearer than those
+    are copies, or smoother than real images.
 
     Args:
         samples: [N, ...]; images are flattened.
-        references: [M, ...], the same trailing shape.
+        references: [M, ...], the same trailing shape. It is converted to float64 block by block.
 
     Returns:
         float64 [N], the root mean square difference in the units of the arguments (grey levels
@@ -160,13 +178,15 @@ def nearest_distance(samples: np.ndarray, references: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the trailing shapes differ.
     """
-    samples, references = _matching(
-        np.reshape(samples, (len(samples), -1)), np.reshape(references, (len(references), -1))
-    )
-    squared = [
-        _squared_distances(samples[rows], references).min(1) for rows in _blocks(len(samples))
-    ]
-    return np.sqrt(np.concatenate(squared) / samples.shape[1])
+    samples, references = (np.reshape(x, (len(x), -1)) for x in (samples, references))
+    _require_matching(samples, references)
+    squared = np.full(len(samples), np.inf)
+    for rows in _blocks(len(samples)):
+        some = samples[rows].astype(np.float64)
+        for others in _blocks(len(references)):
+            distances = _squared_distances(some, references[others].astype(np.float64))
+            squared[rows] = np.minimum(squared[rows], distances.min(1))
+    return np.sqrt(squared / samples.shape[1])
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -175,10 +195,14 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _matching(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 [N, D], refused where they are not rows of one length."""
+    """Both as float64 [N, D]; refuses rows of different lengths."""
+    _require_matching(a, b)
+    return np.asarray(a, np.float64), np.asarray(b, np.float64)
+
+
+def _require_matching(a: np.ndarray, b: np.ndarray) -> None:
     if np.ndim(a) != 2 or np.ndim(b) != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"Expected [Na, D] and [Nb, D], got {np.shape(a)} and {np.shape(b)}.")
-    return np.asarray(a, np.float64), np.asarray(b, np.float64)
 
 
 def _blocks(count: int) -> Iterator[slice]:
@@ -200,9 +224,3 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """[Na, Nb] through one matrix product, which is what makes thousands of rows cheap."""
     squared = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T
     return np.maximum(squared, 0)
-
-
-def _neighbour_radii(x: np.ndarray, k: int) -> np.ndarray:
-    """[N] squared distance to the k-th nearest other row; position 0 is the row itself."""
-    nearest = [np.partition(_squared_distances(x[rows], x), k)[:, k] for rows in _blocks(len(x))]
-    return np.concatenate(nearest)

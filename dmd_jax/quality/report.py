@@ -1,9 +1,8 @@
-"""Numbers and samples made readable: a Markdown table, one figure, a grid of images.
+"""Tables and figures: rows and uint8 images in, Markdown or a PNG file out.
 
-A row is a dict: `name` ("teacher", "student", ...), `steps`, `calls` (network calls an image took,
-guidance included) and the numbers of a `Judge`. The row of real images has no steps and no calls
-(absent, None or 0). Everything here turns such rows and uint8 images into text or a PNG file.
-Imports numpy, Pillow and matplotlib alone.
+A row is a dict: `name` of the sampler ("teacher", "student", ...), `steps`, `calls` (network calls
+per image, guidance included) and the numbers of a `Judge`. The row of real images has no steps and
+no calls (absent, None or 0). Imports numpy, Pillow and matplotlib alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,12 +30,14 @@ COLUMNS = (
     ("nearest_train", "nearest train", ".1f"),
 )
 LEGEND = """\
-{metric}: Fréchet distance in the features of the metric network, not comparable with Inception FID.
-calls: network calls per image, guidance included. accuracy: of the label asked for. diversity: mean
-distance within a class over that of test images. nearest train: median distance to the nearest
-train image, in grey levels; below that of real images it means copies or blur. The row of real
-images is what no generator need beat.
+{metric}: Fréchet distance to {reference}, in the features of {network}. calls: network calls per
+image, guidance included. accuracy: of the requested label. diversity: mean distance within a class
+over that of the reference. nearest train: median distance to the nearest train image, in grey
+levels; below that of real images it means copies or blur. The row of real images is what a perfect
+generator reaches.
 """
+INCEPTION = "Inception"
+OTHER = "a network for this data; not comparable with an Inception FID"
 
 INK, FAINT, RULE = "#1b1f24", "#6e7781", "#d8dee4"
 COLOURS = ("#57606a", "#0969da", "#bc4c00", "#1a7f37", "#8250df")
@@ -58,22 +59,38 @@ TILE_GAP = 2  # pixels between images of a grid
 MAX_COLUMNS = 12  # of the figure: more, and its text is too small on a page
 
 
-def markdown(rows: Sequence[Row], metric: str) -> str:
-    """A table of the rows in the order given, with a legend; a number that a row lacks is a dash.
+def markdown(rows: Sequence[Row], metric: str, reference: str = "test images") -> str:
+    """A table of the rows in the given order, with a legend; a missing number is a dash.
 
     Args:
         rows: see the module's docstring.
         metric: the name of the Fréchet distance, as `Judge.name`.
+        reference: the real images, as `Judge.reference`.
     """
     columns = [(key, heading.format(metric=metric), spec) for key, heading, spec in COLUMNS]
-    return _table(rows, columns) + "\n" + LEGEND.format(metric=metric)
+    network = INCEPTION if metric == "FID" else OTHER
+    legend = LEGEND.format(metric=metric, reference=reference, network=network)
+    return f"{_table(rows, columns)}\n{legend}"
+
+
+def page(title: str, body: str, cost: Mapping[str, str] | None = None) -> str:
+    """A report as Markdown; its figure is report.png beside it.
+
+    Args:
+        title: one line.
+        body: the table, or what stands in its place.
+        cost: further lines by name, such as {"forward passes": "1.2 million"}.
+    """
+    lines = "".join(f"- {name}: {text}\n" for name, text in (cost or {}).items())
+    return f"# {title}\n\n![samples](report.png)\n\n{body}" + (lines and f"\n{lines}")
 
 
 def measured(rows: Sequence[Row], measures: Mapping[str, str]) -> str:
-    """The same table of what the data can tell of samples themselves.
+    """A table of numbers that the data measure themselves.
 
     Args:
-        measures: the words of the legend by the key of the number.
+        rows: see the module's docstring.
+        measures: legend by the key of the number.
     """
     columns = (*COLUMNS[:2], *((name, name, ".3f") for name in measures))
     legend = "".join(f"{name}: {words}.\n" for name, words in measures.items())
@@ -90,7 +107,7 @@ def _table(rows, columns):
 
 
 def _cell(value: object, spec: str) -> str:
-    none = value is None or (spec == "d" and value == 0)  # Real images have no steps and no calls.
+    none = value is None or (spec == "d" and value == 0)  # Real images have neither.
     return "–" if none else format(value, spec)
 
 
@@ -132,7 +149,7 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int) -> None:
 def gallery(
     path: str | Path, images: Mapping[str, np.ndarray], columns: int, *, title: str
 ) -> None:
-    """Draws samples of several samplers, one beside the other, as one PNG.
+    """Draws the samples of several samplers side by side, as one PNG.
 
     Args:
         path: ends in .png.
@@ -176,7 +193,7 @@ def figure(
         path: ends in .png.
         rows: see the module's docstring.
         images: {title of the row, "teacher, 50 steps": uint8 [N, H, W, C]}, drawn in this order;
-            what follows the comma is set smaller. Of more than `MAX_COLUMNS` columns every second,
+            the text after the comma is smaller. Of more than `MAX_COLUMNS` columns every second,
             third, ... is drawn.
         labels: int [N], of the columns; the same for all entries.
         metric: the name of the Fréchet distance, as `Judge.name`.

@@ -1,14 +1,13 @@
-"""How samples are drawn from a checkpoint: few steps of a student, or many of a guided teacher.
+"""Samplers: few steps of a student, or many guided steps of a teacher.
 
     denoiser = weights.denoiser("mnist_teacher")
     images = draw_images(denoiser, ManyStep(50, guidance=1.25), labels=balanced(100, 10))
 
-Imports the rollouts, the solvers and what lies below them.
+Imports the rollouts, the solvers and the rooms below.
 """
 
 import dataclasses
 from functools import partial
-from typing import ClassVar
 
 import jax
 import numpy as np
@@ -27,13 +26,21 @@ SOLVERS = {"euler": ode, "unipc": solvers.unipc}
 
 
 class Sampler:
-    """How samples are made: a static value, whose `steps` and `name` name it in tables.
+    """How samples are drawn: a static, hashable value.
+
+    Attributes:
+        steps: number of steps.
+        shift: time shift.
+        name: of the network that is sampled, for tables and titles. It changes neither samples nor
+            compiled programs, and is no part of the value.
 
     Raises:
-        ValueError: a time shift that is not above 0.
+        ValueError: the time shift is not above 0.
     """
 
-    shift: ClassVar = 1.0
+    steps: int
+    shift: float
+    name: str
 
     def __post_init__(self):
         if self.shift <= 0:
@@ -47,17 +54,16 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class FewStep(Sampler):
-    """A student's sampler: a call, fresh noise, the next call (`backward_simulation`).
+    """The sampler of a student: a call, fresh noise, the next call (`backward_simulation`).
 
     Attributes:
         times: times of the calls before the shift, descending from 1.
-        shift: time shift.
+        shift, name: see `Sampler`.
     """
-
-    name: ClassVar = "student"
 
     times: tuple[float, ...]
     shift: float = 1.0
+    name: str = dataclasses.field(default="student", repr=False, compare=False)
 
     @property
     def steps(self):
@@ -65,7 +71,7 @@ class FewStep(Sampler):
 
     @property
     def calls(self):
-        """Network calls for one sample."""
+        """Network calls per sample."""
         return self.steps
 
     def __call__(self, denoiser, noise, cond, uncond, key, index):
@@ -84,24 +90,23 @@ class FewStep(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class ManyStep(Sampler):
-    """A teacher's sampler: steps along the guided ODE.
+    """The sampler of a teacher, or of any diffusion model: steps along the guided ODE.
 
     Attributes:
-        steps: how many, evenly spaced before the shift.
+        steps: number of steps, evenly spaced before the shift.
         guidance: weight of classifier-free guidance; 1 is none.
-        shift: time shift.
+        shift, name: see `Sampler`.
         solver: "euler" (`ode.ode`) or "unipc" (`solvers.unipc`).
 
     Raises:
-        ValueError: there is no step, no such solver, or a shift that is not above 0.
+        ValueError: no steps, an unknown solver, or a shift that is not above 0.
     """
-
-    name: ClassVar = "teacher"
 
     steps: int
     guidance: float = 1.0
     shift: float = 1.0
     solver: str = "euler"
+    name: str = dataclasses.field(default="teacher", repr=False, compare=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -112,7 +117,7 @@ class ManyStep(Sampler):
 
     @property
     def calls(self):
-        """Network calls for one sample; guidance takes two a step."""
+        """Network calls per sample; with guidance two a step."""
         return self.steps * (1 if self.guidance == 1 else 2)
 
     def __call__(self, denoiser, noise, cond, uncond, key, index):
@@ -130,7 +135,8 @@ class ManyStep(Sampler):
 
 
 def fewer(times, steps):
-    """The times of a student in `steps` calls: its own, evenly thinned, or evenly spaced anew."""
+    """The times of `steps` calls of a student: every n-th of `times` where that is possible, else
+    evenly spaced ones."""
     if steps < 1:
         raise ValueError(f"steps={steps} must be 1 or more")
     if len(times) % steps:
@@ -147,30 +153,33 @@ def _batch(denoiser, cond, uncond, root, index, sampler, shape):
 
 
 def draw(denoiser, sampler, cond, uncond, shape, seed=0, *, batch):
-    """Draws samples for conditions. Sample i has the same noise under every sampler and batch size.
+    """Draws samples for N conditions, in batches. On a mesh, its devices split each batch.
+
+    The noise of sample i depends on `seed` and i only, not on the sampler, batch size or mesh.
 
     Args:
         denoiser: a Denoiser.
         sampler: FewStep or ManyStep.
-        cond, uncond: conditions and what guidance leaves them for, pytrees with leading axis N.
+        cond, uncond: conditions and the unconditional input of guidance, pytrees with leading axis
+            N.
         shape: of one sample, [...].
         seed: of the noise.
-        batch: samples per call; where there is a mesh, as many more as make its parts equal.
+        batch: samples per call; on a mesh, padded to a multiple of its parts.
 
     Yields:
-        float32 [n, ...], n = batch or what is left of N, in order.
+        float32 [n, ...] in order; n is `batch`, or fewer at the end.
     """
     num, root = len(jax.tree.leaves(cond)[0]), jax.random.key(seed)
     batch = sharding.even_batch(batch)
     for start in range(0, num, batch):
         index = np.arange(start, start + batch) % num  # one shape, one compilation
-        told, untold = jax.tree.map(lambda x: x[index], (cond, uncond))  # noqa: B023
-        x0 = _batch(denoiser, told, untold, root, index, sampler, tuple(shape))
+        batch_cond, batch_uncond = jax.tree.map(lambda x: x[index], (cond, uncond))  # noqa: B023
+        x0 = _batch(denoiser, batch_cond, batch_uncond, root, index, sampler, tuple(shape))
         yield np.asarray(sharding.replicate(x0))[: num - start]
 
 
 def draw_images(denoiser, sampler, labels, seed=0, *, batch=BATCH):
-    """`draw` of a class-conditional network's images, as bytes.
+    """Images of a class-conditional network, drawn by `draw`.
 
     Args:
         labels: int32 [N].
@@ -184,11 +193,17 @@ def draw_images(denoiser, sampler, labels, seed=0, *, batch=BATCH):
     return np.concatenate([to_uint8(part) for part in parts])
 
 
-def sampler_for(path, *, steps=None, guidance=None, shift=None, solver="euler"):
-    """The sampler that fits the file at `path`, from its notes and what the caller asks for.
+def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
+    """The sampler for the checkpoint at `path`: FewStep for a student, ManyStep for others.
+
+    Args:
+        steps: the student's own if None, or 50.
+        guidance: not for students; 1, which is none, if None.
+        shift: the student's own if None, or 1.
+        solver: not for students; "euler" if None.
 
     Raises:
-        ValueError: a student is asked for guidance, which is in its weights already.
+        ValueError: guidance or a solver for a student, or a number out of range.
     """
     notes = weights.notes(path)
     if "times" not in notes:
@@ -196,11 +211,16 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver="euler"):
             50 if steps is None else steps,
             1.0 if guidance is None else guidance,
             1.0 if shift is None else shift,
-            solver,
+            "euler" if solver is None else solver,
         )
     if guidance is not None:
         raise ValueError(
             f"{path} is a distilled student: guidance is in its weights already; drop --guidance"
+        )
+    if solver is not None:
+        raise ValueError(
+            f"{path} is a distilled student, which adds fresh noise at each step and solves no "
+            f"ODE: drop --solver={solver}"
         )
     times = tuple(notes["times"])
     shift = notes["shift"] if shift is None else shift
@@ -208,5 +228,5 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver="euler"):
 
 
 def balanced(num, num_classes):
-    """int32 [num] labels, every class in turn."""
+    """Labels, int32 [num]: each class in turn."""
     return np.arange(num, dtype=np.int32) % num_classes

@@ -11,44 +11,49 @@ Imports jax, the mesh and random draws, the schedule, and the cache of the netwo
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
 from dmd_jax.devices import randomness
-from dmd_jax.diffusion.schedule import shift_time
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.diffusion.schedule import Schedule, check_step_times, shift_time
 from dmd_jax.models import kv_cache
-from dmd_jax.rollouts.backward_simulation import Rollout
+from dmd_jax.models.attention import Causal
+from dmd_jax.models.kv_cache import KVCache
+from dmd_jax.rollouts.backward_simulation import Rollout, constant
 
 # Tags of the random streams of a rollout.
 NOISE, CONTEXT, EXIT, FIRST_EXIT, LAST = range(5)
 
 
 def self_forcing(
-    generator,
-    noise,
-    cond,
-    key,
+    generator: Denoiser,
+    noise: Float[Array, "B F H W C"],
+    cond: PyTree,
+    key: Key[Array, ""],
     *,
-    times,
-    schedule,
-    causal,
-    shift=1.0,
-    first_times=None,
-    exit_step=None,
-    per_block_exit=False,
-    last_step_share=0.0,
-    context_time=0.0,
-    initial=None,
-    graded=None,
-    blocks=None,
-    index=None,
-    step_noise=None,
-    cache=None,
-    start=0,
-):
+    times: Sequence[float],
+    schedule: Schedule,
+    causal: Causal,
+    shift: float = 1.0,
+    first_times: Sequence[float] | None = None,
+    exit_step: Int[ArrayLike, ""] | Int[ArrayLike, " blocks"] | None = None,
+    per_block_exit: bool = False,
+    last_step_share: float = 0.0,
+    context_time: float | None = 0.0,
+    initial: Float[Array, "B F0 H W C"] | None = None,
+    graded: int | None = None,
+    blocks: Int[ArrayLike, ""] | None = None,
+    index: Int[ArrayLike, " B"] | None = None,
+    step_noise: Float[Array, "blocks steps B n H W C"] | None = None,
+    cache: KVCache | None = None,
+    start: Int[ArrayLike, ""] = 0,
+) -> Rollout:
     """Generates a video, or goes on with one, block by block.
 
     One compilation serves every exit step, number of blocks and position in the stream: they are
@@ -93,10 +98,13 @@ def self_forcing(
         exits of their own; cache, which the next call takes.
 
     Raises:
-        ValueError: `noise`, `initial` or `graded` does not end on the border of a block; or the
-            video outgrows a cache without a window. (Where `start` is traced, frames outside of
-            such a cache are NaN.)
+        ValueError: `noise`, `initial` or `graded` does not end on the border of a block; `times` do
+            not descend; `cache` has too few slots for the window, the sink and the graded frames,
+            or, without a window, for the whole video. (In the last case, frames outside of the
+            cache are NaN where `start` is traced.)
     """
+    for given in (times, first_times or times):
+        check_step_times(given)
     lone_first = cache is None
     known = 0 if initial is None else initial.shape[1]
     layout = Layout.of("noise", noise, causal, lone_first=lone_first and not known)
@@ -104,8 +112,9 @@ def self_forcing(
     layout.graded(graded)  # refuses a border within a block
     if cache is None:
         cache = _empty_cache(generator, noise, causal, graded, start + known + noise.shape[1])
+    _require_room(cache, causal, graded)
     index = jnp.arange(noise.shape[0]) if index is None else index
-    frozen, noise, cond, initial = _constant((generator, noise, cond, initial))
+    frozen, noise, cond, initial, cache = constant((generator, noise, cond, initial, cache))
     steps = _Steps.of(times, first_times, shift)
     writer = _Writer(frozen, cond, schedule, causal, steps, key, index, context_time, step_noise)
 
@@ -126,19 +135,19 @@ def self_forcing(
 
 
 def recache(
-    generator,
-    latents,
-    cond,
-    key=None,
+    generator: Denoiser,
+    latents: Float[Array, "B F H W C"],
+    cond: PyTree,
+    key: Key[Array, ""] | None = None,
     *,
-    schedule,
-    causal,
-    cache,
-    start,
-    context_time=0.0,
-    keep_sink=False,
-    index=None,
-):
+    schedule: Schedule,
+    causal: Causal,
+    cache: KVCache,
+    start: Int[ArrayLike, ""],
+    context_time: float | None = 0.0,
+    keep_sink: bool = False,
+    index: Int[ArrayLike, " B"] | None = None,
+) -> KVCache:
     """Computes a cache anew from latents, under another conditioning: a prompt switch (LongLive).
 
     Args:
@@ -156,7 +165,7 @@ def recache(
         KVCache.
     """
     index = jnp.arange(latents.shape[0]) if index is None else index
-    frozen, latents, cond = _constant((generator, latents, cond))
+    frozen, latents, cond = constant((generator, latents, cond))
     kept = (cache.frames < causal.sink) & keep_sink
     cache = cache._replace(frames=jnp.where(kept, cache.frames, kv_cache.EMPTY))
     writer = _Writer(frozen, cond, schedule, causal, None, key, index, None, None)
@@ -432,6 +441,18 @@ def _empty_cache(generator, noise, causal, graded, end):
     return generator.empty_cache(batch, slots, height, width)
 
 
+def _require_room(cache, causal, graded):
+    """Refuses a cache in which later blocks would overwrite what a graded block attends to."""
+    if causal.window is None:
+        return  # see `_nan_outside`
+    needed = causal.most_visible + max(graded - causal.frames_per_block, 0)
+    if cache.slots < needed:
+        raise ValueError(
+            f"a cache of {cache.slots} frames for window={causal.window}, sink={causal.sink} and "
+            f"graded={graded}: it must have room for {needed} or more"
+        )
+
+
 def _nan_outside(x0, cache, causal, start):
     """NaN for frames that a cache without a window has no room for.
 
@@ -461,8 +482,3 @@ def _mask(layout, shape, graded, left_out):
     if left_out is not None:
         first = jnp.maximum(first, frames - layout.frames + layout.size * left_out)
     return jnp.broadcast_to(jnp.arange(frames) >= first, shape)
-
-
-def _constant(tree):
-    """stop_gradient on the arrays of a tree."""
-    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)

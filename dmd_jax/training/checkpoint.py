@@ -1,10 +1,10 @@
 """One checkpoint: a tree of arrays under readable names, verified when it is read.
 
-A checkpoint is two Orbax items. `state` holds nested dicts of plain arrays under readable names,
-so it outlives the classes that wrote it. `manifest` is JSON: the shape, dtype and checksum of every
-array, and the caller's `extra`. Orbax notices files that are cut or missing, but a flipped bit
-inside a tensor comes back as a wrong weight without a word; the checksums notice that too.
-`checkpoints` keeps a run's series of them. Knows pytrees of arrays and nothing of diffusion.
+A checkpoint is two Orbax items. `state` holds nested dicts of plain arrays under readable names, so
+it can be read without the classes that wrote it. `manifest` is JSON: the shape, dtype and checksum
+of every array, and the caller's `extra`. Orbax detects files that are truncated or missing, but it
+restores a flipped bit inside a tensor as a wrong weight; the checksums detect that too.
+`checkpoints` manages the series of a run. Imports jax, orbax and devices/.
 """
 
 import functools
@@ -37,7 +37,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class MismatchedCheckpoint(ValueError):
-    """A sound checkpoint of another state: other paths, shapes or dtypes."""
+    """An intact checkpoint of another state: other paths, shapes or dtypes."""
 
 
 def _require_arrays(leaves: Mapping[str, Any]) -> None:
@@ -65,14 +65,14 @@ def _signature(leaf: Any) -> str:
 def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
     """Sum of each array's bits, read as unsigned words of at most 32 bits.
 
-    An integer sum is exact and needs no order, so it is the same on any mesh, and any one changed
-    value changes it. Taken on the host: the bytes must come here to be saved anyway, and jax keeps
-    the copy for Orbax.
+    An integer sum is exact and independent of order, so it is the same on any mesh, and one changed
+    value always changes it. It is computed on the host: the bytes are copied here to be saved
+    anyway, and jax caches the copy for Orbax.
     """
     for leaf in leaves.values():
         leaf.copy_to_host_async()
     sums = np.array([_local_sum(leaf) for leaf in leaves.values()], np.uint64)
-    if jax.process_count() > 1:  # in halves, for jax has no 64 bits by default
+    if jax.process_count() > 1:  # in halves, because jax has no 64-bit integers by default
         halves = multihost_utils.process_allgather(sums.view(np.uint32))
         sums = halves.view(np.uint64).sum(axis=0)
     return dict(zip(leaves, sums.tolist(), strict=True))
@@ -94,10 +94,10 @@ def _manifest(leaves: Mapping[str, jax.Array], extra: Mapping[str, Any] | None) 
 
 
 def items(tree: Any, extra: Mapping[str, Any] | None) -> ocp.args.Composite:
-    """What Orbax is given to save.
+    """The two items for Orbax to save.
 
     Raises:
-        ValueError: a leaf is no jax array, or an empty one.
+        ValueError: a leaf is not a jax array, or is empty.
     """
     leaves = named_leaves(tree)
     _require_arrays(leaves)
@@ -112,10 +112,10 @@ def _crc(body: Mapping[str, Any]) -> int:
 
 
 def _read_item(path: epath.Path, **item: ocp.args.CheckpointArgs) -> Any:
-    """One Orbax item; whatever goes wrong in the files is `DamagedCheckpoint`, on every host."""
+    """One Orbax item; any error in the files is raised as `DamagedCheckpoint`, on every host."""
     mute_abandoned_io()
     (name,) = item
-    # Every host reads for itself: one that fails must not leave the others at Orbax's barrier.
+    # Every host reads on its own: one that fails must not leave the others at Orbax's barrier.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     reason = None
@@ -125,10 +125,10 @@ def _read_item(path: epath.Path, **item: ocp.args.CheckpointArgs) -> Any:
         ) as reader:
             content = reader.restore(path, args=ocp.args.Composite(**item))[name]
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise  # this machine's trouble, not the checkpoint's
-    except Exception as error:  # Orbax raises a dozen types, bare Exception among them
+        raise  # an error of this machine, not of the checkpoint
+    except Exception as error:  # Orbax raises a dozen types, plain Exception among them
         reason = error
-    # A cut file may hold the shards of one host only; all must fall back, or none.
+    # A truncated file may hold the shards of one host only; all hosts must fall back, or none.
     if _any_host(reason is not None):
         detail = first_line(reason) if reason else "another host cannot read its part"
         raise DamagedCheckpoint(f"{name} cannot be read: {detail}") from reason
@@ -150,20 +150,21 @@ def read_manifest(path: epath.Path) -> dict[str, Any]:
 
 
 def read(path: epath.PathLike, abstract: Any) -> tuple[Any, dict[str, Any]]:
-    """Reads and verifies one checkpoint directory, and changes nothing in it. Every host calls it.
+    """Reads and verifies one checkpoint directory without changing it. Every host must call it.
 
     Args:
         path: a directory `.../checkpoints/<step>`.
         abstract: the tree to fill, of jax.ShapeDtypeStruct (`jax.eval_shape`) or arrays. Leaves are
-            placed by their `sharding`, on the first device where they have none: another mesh
-            than the writer's is fine.
+            placed by their `sharding`, or on the first device if they have none. The mesh may
+            differ from the one that the checkpoint was saved on.
 
     Returns:
-        The tree in the structure of `abstract`, and the `extra` it was saved with.
+        The tree in the structure of `abstract`, and the `extra` that was saved with it.
 
     Raises:
-        DamagedCheckpoint: files are missing, cut or changed.
-        MismatchedCheckpoint: sound, but of another tree; lists every differing path.
+        DamagedCheckpoint: files are missing, truncated or changed.
+        MismatchedCheckpoint: the checkpoint is intact, but of another tree; lists all differing
+            paths.
     """
     path = absolute(path)
     if not path.exists():
@@ -198,7 +199,7 @@ def _require_same_tree(path: epath.Path, saved: dict[str, str], wanted: dict[str
     ]
     if differing:
         raise MismatchedCheckpoint(
-            f"{path} is sound but holds another state; {len(differing)} paths differ:\n"
+            f"{path} is intact but holds another state; {len(differing)} paths differ:\n"
             + "\n".join(differing)
             + "\nResume with the configuration that wrote it, or choose another workdir."
         )
@@ -206,11 +207,10 @@ def _require_same_tree(path: epath.Path, saved: dict[str, str], wanted: dict[str
 
 @functools.cache
 def mute_abandoned_io() -> None:
-    """Keeps one failed read or write from printing hundreds of tracebacks.
+    """Suppresses the hundreds of tracebacks that one failed read or write would print.
 
-    When one array fails, Orbax raises and abandons the others. Each then reports for itself, by
-    way of the interpreter or of asyncio, whichever comes first. The one error that counts is raised
-    all the same.
+    When one array fails, Orbax raises and abandons the others. Each of these then reports its own
+    error, through the interpreter or asyncio. The error of the first one is raised as before.
     """
     previous = sys.unraisablehook
 

@@ -1,12 +1,13 @@
-"""The checkpoints of a run: asynchronous, with a fall-back, and the best kept apart.
+"""The checkpoints of a run: asynchronous, with a fallback; the best in a series of its own.
 
     <workdir>/checkpoints/<step>/    the newest few, the whole state
     <workdir>/best/<step>/           the lowest metric so far
-    <workdir>/damaged/               what could not be read, set aside for a human to look at
+    <workdir>/damaged/               checkpoints that could not be read, for a person to inspect
 
-docs/resume.md tells the user's side of it.
+docs/resume.md describes the behaviour for users. Imports jax, orbax and devices/.
 """
 
+import dataclasses
 import logging
 import math
 import os
@@ -19,12 +20,33 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dmd_jax.devices.disk import absolute, first_line, is_remote
+from dmd_jax.devices.disk import absolute, first_line
 from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.training import checkpoint
 from dmd_jax.training.checkpoint import CheckpointError, DamagedCheckpoint
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """How often a run saves its state, and how many checkpoints it keeps: `config.checkpoint`.
+
+    Attributes:
+        every: steps between two checkpoints.
+        keep: number of newest checkpoints that are kept: two or more, so that a damaged newest one
+            has a fallback.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    every: int = 600
+    keep: int = 2
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep < 2:
+            raise ValueError(f"every={self.every} must be 1 or more, keep={self.keep} 2 or more")
 
 
 class _Series:
@@ -37,11 +59,11 @@ class _Series:
             directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-                cleanup_tmp_directories=True,  # what a killed process left half-written
-                # Otherwise a full disk leaves threads that wait for a directory, and with them
-                # the exit of the process, for five minutes.
+                cleanup_tmp_directories=True,  # partial checkpoints of a killed process
+                # Otherwise, on a full disk, threads wait five minutes for a directory and delay the
+                # exit of the process.
                 async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-                # Two managers write at once, and hosts meet at barriers that have names.
+                # Two managers write at the same time, and barriers between hosts have names.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     barrier_sync_key_prefix=directory.name
                 ),
@@ -91,7 +113,7 @@ class _Series:
         )
 
     def restore(self, steps: Iterable[int], abstract: Any) -> tuple[Any, int, dict] | None:
-        """The first of `steps` that can be read; the damaged ones before it are set aside."""
+        """The first of `steps` that can be read; damaged ones before it are moved to damaged/."""
         damaged: dict[int, str] = {}
         for step in steps:
             try:
@@ -107,12 +129,12 @@ class _Series:
             raise CheckpointError(
                 f"No checkpoint in {self.directory} can be read:\n"
                 + "\n".join(f"  {reason}" for reason in damaged.values())
-                + "\nBring one back from a copy, or move the directory away to do without."
+                + "\nRestore one from a copy, or move the directory away to start from step 0."
             )
         return None
 
     def set_aside(self, step: int) -> None:
-        """Moves a checkpoint out of the way of a later save at the same step."""
+        """Moves a checkpoint to damaged/, so that its step can be saved again."""
         aside = self.directory.parent / "damaged" / f"{self.directory.name}_{step}"
         if jax.process_index() == 0:
             if aside.exists():
@@ -134,17 +156,16 @@ class Checkpointer:
             ...
             checkpointer.save(step, state, extra)    # returns while the files are being written
 
-    For the process that trains only: opening one cleans up what a killed run left half-written.
-    Others read with `read`. In a run of many hosts every host makes every call.
+    Only for the process that trains: the constructor deletes partial checkpoints of a killed run.
+    Other programs use `checkpoint.read`. In a run of many hosts every host makes every call.
 
     Args:
-        workdir: an absolute or relative directory, or a bucket (gs://...).
-        keep: how many of the newest are kept. Two or more, or a damaged newest has no fall-back.
+        workdir: an absolute or relative directory.
+        keep: number of newest checkpoints that are kept, two or more (see `Checkpoints`).
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int = 2):
-        if keep < 2:
-            raise ValueError(f"keep = {keep} must be 2 or more: a damaged newest needs a next")
+        Checkpoints(keep=keep)
         workdir = absolute(workdir)
         self.keep = keep
         self._newest = _Series(workdir / "checkpoints", keep)
@@ -159,13 +180,13 @@ class Checkpointer:
     def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Starts to save the whole state; the arrays may be donated as soon as this returns.
 
-        A step that is already there is not written again. The best is waited for first, so that
-        whoever resumes from here finds every best that was chosen before.
+        A step that is already saved is not written again. Waits for the save of the best first, so
+        that a run that resumes from here finds every best that was chosen before.
 
         Args:
             step: the number of finished steps.
             state: a pytree of jax.Array.
-            extra: what else to keep, as JSON: the host's small state.
+            extra: state of the host as JSON, such as that of the log window and the monitor.
 
         Raises:
             CheckpointError: this save, or the one before it, could not be written.
@@ -175,62 +196,77 @@ class Checkpointer:
         self._newest.save(step, state, extra)
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, int, dict[str, Any]] | None:
-        """The newest checkpoint that is whole.
+        """The newest checkpoint that is intact.
 
-        Damaged ones are reported, passed over and, once a whole one is found, moved to
-        `<workdir>/damaged`, so that a later save at their step has room.
+        Damaged ones are logged and skipped. Once an intact one is found they are moved to
+        `<workdir>/damaged`, so that their steps can be saved again.
 
         Args:
             abstract_state: as in `read`.
 
         Returns:
-            (state, step, extra), or None where nothing was ever saved.
+            (state, step, extra), or None if there is no checkpoint.
 
         Raises:
-            CheckpointError: there are checkpoints and all are damaged.
-            MismatchedCheckpoint: the newest whole one is of another state.
+            CheckpointError: all checkpoints are damaged.
+            MismatchedCheckpoint: the newest intact one is of another state.
         """
         self.wait()
         return self._newest.restore(reversed(self._newest.steps()), abstract_state)
 
     def save_best(
-        self, step: int, tree: Any, metric: float, extra: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        tree: Any,
+        metric: float,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        judge: str | None = None,
     ) -> bool:
-        """Keeps `tree` where its metric is lower than that of every one before it.
+        """Keeps `tree` where its metric is lower than all earlier ones of the same judge.
 
         Args:
             step: as in `save`.
             tree: usually less than the state: what a user would sample from.
-            metric: lower is better; NaN is never best. Stored in `extra['metric']`.
+            metric: lower is better; NaN is never best. Stored in `extra`, with the judge and the
+                number of bests before it.
             extra: as in `save`.
+            judge: identifies what the metric was computed with. Metrics of different judges are not
+                comparable: the first of a new judge is its best.
 
         Returns:
             Whether this was the best so far.
         """
         self._best.wait()
-        if not metric < min(self._best_metrics().values(), default=math.inf):
+        bests = self._bests()
+        alike = [best["metric"] for best in bests.values() if best.get("judge") == judge]
+        if not metric < min(alike, default=math.inf):
             return False
         if step in self._best.steps():  # damaged, or from a run on another mesh
             self._best.set_aside(step)
-        self._best.save(step, tree, {**(extra or {}), "metric": float(metric)})
+        turn = 1 + max((best.get("turn", 0) for best in bests.values()), default=0)
+        kept = {"metric": float(metric), "judge": judge, "turn": turn}
+        self._best.save(step, tree, {**(extra or {}), **kept})
         return True
 
     def restore_best(self, abstract: Any) -> tuple[Any, int, dict[str, Any]] | None:
-        """(tree, step, extra) of the lowest metric so far, or None; raises as `restore_latest`."""
+        """(tree, step, extra) of the last best, or None; raises as `restore_latest`."""
         self.wait()
-        metrics = self._best_metrics()
-        return self._best.restore(sorted(metrics, key=metrics.get), abstract)
+        bests = self._bests()
+        # Of one judge, the last is the lowest; of several, only the last judge counts.
+        order = sorted(bests, key=lambda step: (-bests[step].get("turn", 0), bests[step]["metric"]))
+        return self._best.restore(order, abstract)
 
-    def _best_metrics(self) -> dict[int, float]:
-        """Metric by step, infinity where damaged. Two where a kill came before the old one went."""
-        metrics = {}
+    def _bests(self) -> dict[int, dict[str, Any]]:
+        """`extra` by step; {"metric": infinity} where damaged. A kill may have left two."""
+        bests = {}
         for step in self._best.steps():
             try:
-                metrics[step] = checkpoint.read_manifest(self._best.path(step))["extra"]["metric"]
+                bests[step] = checkpoint.read_manifest(self._best.path(step))["extra"]
             except DamagedCheckpoint as error:
                 log.warning("%s is damaged: %s", self._best.path(step), error)
-                metrics[step] = math.inf
-        return metrics
+                bests[step] = {"metric": math.inf}
+        return bests
 
     def check(self) -> None:
         """Raises CheckpointError if a save has failed by now; never blocks. Once per log line."""
@@ -250,17 +286,15 @@ class Checkpointer:
             self._newest.close()
 
     def check_space(self, abstract_state: Any, abstract_best: Any = ()) -> None:
-        """Refuses to start a run whose checkpoints the disk cannot hold.
+        """Refuses a run whose checkpoints do not fit on the disk.
 
         While one is written there are keep + 1 of the state and two of the best. Counts
-        uncompressed bytes; buckets are taken to be endless.
+        uncompressed bytes.
 
         Raises:
             ValueError: not enough room, with both numbers.
         """
         root = self._newest.directory.parent
-        if is_remote(root):
-            return
         needed = (self.keep + 1) * tree_bytes(abstract_state) + 2 * tree_bytes(abstract_best)
         present = _disk_bytes(self._newest.directory, self._best.directory)
         room = shutil.disk_usage(root).free + present
@@ -284,5 +318,5 @@ def _disk_bytes(*directories: epath.Path) -> int:
 def _file_bytes(path: str) -> int:
     try:
         return os.path.getsize(path)
-    except FileNotFoundError:  # Orbax is removing, beside us, what a killed run left half-written
+    except FileNotFoundError:  # Orbax deletes partial checkpoints of a killed run at the same time
         return 0

@@ -1,58 +1,87 @@
-"""Configs as programs: made complete, turned into objects, stored and compared.
+"""Configs as programs: completed with defaults, turned into objects, stored and compared.
 
-A config names a class and its numbers, `dict(cls=DMD, guidance=1.5)`, so that a reader can jump
-from the config to the mathematics. Only the programs of the top floors see configs.
+A section of a config names a class and values of its fields, `dict(cls=DMD, guidance=1.5)`, so that
+a reader can jump from the config to the mathematics. Only training/ and the commands read configs.
+Imports ml_collections.
 """
 
 import dataclasses
 import difflib
 import json
+import os
 import types
 import typing
 
 import ml_collections
 from ml_collections import config_dict
 
-# What a resumed run may change: its length, what is written down along the way, and where and how
+# Sections that a resumed run may change: its length, what is logged and judged, and where and how
 # it is computed.
 FREE = ("steps", "log", "checkpoint", "health", "evaluate", "mesh", "accumulate")
 
 
 def complete(config):
-    """Adds every default of the classes that a config names, so that flags can override them all.
+    """Adds the defaults of all classes that a config names, so that flags can override all fields.
+
+    A field of type `X | None` accepts any Python literal as a flag: `None` and `5.0` for
+    --config.generator.optimizer.clip. `construct` checks the type.
 
     Args:
-        config: an ml_collections.ConfigDict; a dict with a `cls` entry stands for a dataclass.
+        config: an ml_collections.ConfigDict; a section with a `cls` entry describes a dataclass.
 
     Returns:
         The same ConfigDict, completed and locked.
     """
-    for name, value in config.items():
+    for value in config.values():
         if isinstance(value, ml_collections.ConfigDict):
             complete(value)
-        elif name == "cls":
-            for field in dataclasses.fields(value):
-                if field.default is dataclasses.MISSING or field.name in config:
-                    continue
-                default = field.default
-                if default is None:
-                    default = config_dict.placeholder(_alternatives(field.type)[0])
-                config[field.name] = default
+    for field in dataclasses.fields(config.cls) if "cls" in config else ():
+        if field.name not in config and field.default is dataclasses.MISSING:
+            continue
+        value = config.get(field.name, field.default)
+        if _is_literal(field.type) and not isinstance(value, ml_collections.ConfigDict):
+            if field.name in config:
+                del config[field.name]  # an assignment would keep its type
+            value = config_dict.FieldReference(value, field_type=object)
+        elif value is None:
+            value = config_dict.placeholder(_alternatives(field.type)[0])
+        config[field.name] = value
     return config.lock()
 
 
+def _is_literal(annotation):
+    """Whether a flag for a field of this type is parsed as a Python literal: it may be None.
+
+    A text is not: a path may look like a number.
+    """
+    return isinstance(annotation, types.UnionType) and str not in typing.get_args(annotation)
+
+
+def expand_home(config):
+    """Replaces a leading ~ in every text of a config, in place: paths may start in the home."""
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            expand_home(value)
+        elif isinstance(value, str) and value.startswith("~"):
+            config[name] = os.path.expanduser(value)
+
+
 def construct(config, where, **given):
-    """Makes the object that a config describes.
+    """Creates the object that a section of a config describes.
 
     Args:
-        config: ConfigDict with `cls`, a dataclass, and values of its fields.
-        where: the config's own path, for errors: "config.method".
-        **given: fields that the program knows and the config leaves out.
+        config: ConfigDict with `cls`, a dataclass, and values of its fields. If the type of a field
+            is a base class, the name of a subclass stands for that subclass with its defaults, so
+            that a flag can choose it: --config.method.regression=X0.
+        where: path of the section, for errors: "config.method".
+        **given: fields that the program knows and the config does not state.
 
     Raises:
-        ValueError: an unknown field, a missing one, or a value of the wrong type; or what the class
-            itself refuses.
+        ValueError: no class, an unknown field, a missing one, a value of the wrong type, or values
+            that the class refuses.
     """
+    if "cls" not in config:
+        raise ValueError(f"{where} names no class; write {where} = dict(cls=..., ...)")
     values = {name: config[name] for name in config if name != "cls"} | given
     fields = {field.name: field for field in dataclasses.fields(config.cls)}
     for name, value in values.items():
@@ -61,6 +90,8 @@ def construct(config, where, **given):
         kind = fields[name].type
         if isinstance(value, ml_collections.ConfigDict):
             values[name] = value = construct(value, f"{where}.{name}")
+        elif isinstance(value, str) and value in (choices := _subclasses(kind)):
+            values[name] = value = choices[value]()
         if not _fits(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"{where}.{name} is {value!r}; it must be of type {wanted}")
@@ -78,17 +109,26 @@ def construct(config, where, **given):
 
 
 def unknown(what, name, known):
-    """The message for a name that does not exist: 'unknown ...; did you mean ...?'."""
+    """The error message for a name that does not exist: 'unknown ...: did you mean ...?'."""
     close = difflib.get_close_matches(name, list(known), 1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are {sorted(known)}"
     return f"unknown {what}: {hint}"
 
 
 def _alternatives(annotation):
-    """The types that an annotation allows, None left out."""
+    """The types that an annotation allows, without None."""
     if isinstance(annotation, types.UnionType):
         return [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
     return [annotation]
+
+
+def _subclasses(annotation):
+    """{name: class} of the dataclasses that derive from the types that an annotation allows."""
+    kinds = [kind for kind in _alternatives(annotation) if isinstance(kind, type)]
+    found = [
+        sub for kind in kinds for sub in kind.__subclasses__() if dataclasses.is_dataclass(sub)
+    ]
+    return {sub.__name__: sub for sub in found}
 
 
 def _fits(value, annotation):
@@ -126,14 +166,33 @@ def flatten(config):
     return flat
 
 
+def defaults(config):
+    """The defaults of the classes that a config names, for the fields that it states, flattened.
+
+    A run that was started before a field existed stored no value of it. Defaults of new fields
+    repeat what was computed without them, so they complete what such a run stored.
+    """
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f"{name}.{inner}": default for inner, default in defaults(value).items()}
+        elif name == "cls":
+            for field in dataclasses.fields(value):
+                if field.name in config and field.default is not dataclasses.MISSING:
+                    flat[field.name] = json.loads(json.dumps(field.default))
+    return flat
+
+
 def _free(name):
     head, *rest = name.split(".")
     return head in FREE or name == "data.data_dir" or rest[:1] == ["compute"]
 
 
 def differences(stored, now):
-    """What keeps two flattened configs from being one run: a line each, '' if nothing does."""
+    """The entries in which two flattened configs are different runs, one line each, or ''."""
     lines = []
+    if "data.split" in now:  # runs of earlier versions read this split, and do not say so
+        stored = {"data.split": "train"} | stored
     for name in sorted(stored.keys() | now.keys()):
         a, b = stored.get(name, "nothing"), now.get(name, "nothing")
         if name.endswith("cls"):  # runs of earlier versions name a class with its module

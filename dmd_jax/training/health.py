@@ -1,8 +1,8 @@
-"""Is the run still well? Metrics fetched one step late, and a monitor that ends a lost run.
+"""The health of a run: metrics fetched one step late, and a monitor that stops a diverged run.
 
-Floor 0: knows names and numbers; imports no other room. Nothing here reads the clock or touches
-the training state, and what it remembers is a few numbers that go into the checkpoint's `extra`:
-a resumed run is judged exactly as one that was never stopped.
+Imports no other room. Nothing here reads the clock or the training state. The state of both classes
+is a few numbers that go into the checkpoint's `extra`: a resumed run is judged exactly as one that
+was never stopped.
 
     window, monitor = Window(every=50), Monitor()
     for step in range(first, last + 1):
@@ -29,14 +29,14 @@ Record = tuple[int, dict[str, float]]
 class Window:
     """Means of the step metrics over `every` steps, fetched from the device one step late.
 
-    A value is fetched once the next step has been dispatched, so the device always has work.
-    NaN means "no sample" (a noise band that the batch did not hit, a network that was not due) and
-    does not count, nor do infinities: an update that is not finite is skipped, and `skipped` says
-    so. A key without any number in the window has mean NaN.
+    A value is fetched after the next step has been dispatched, so that the device never idles.
+    NaN means "no sample" (an empty noise band, a network that was not updated) and is left out of
+    the mean, as are infinities: an update that is not finite is skipped and counted in `skipped`. A
+    key without any finite value in the window has mean NaN.
 
     Args:
         every: a record is made at each multiple of it, over the steps since the one before.
-        state: `state` of an earlier window, to go on where that one stood.
+        state: `state` of an earlier window, to continue from it.
     """
 
     def __init__(self, every: int, state: Mapping[str, Any] | None = None):
@@ -58,8 +58,12 @@ class Window:
         self._queued = step, metrics
         return record
 
-    def flush(self) -> Record | None:
-        """Waits for the queued step; returns its record if it completes one."""
+    def flush(self, *, end: bool = False) -> Record | None:
+        """Waits for the queued step; returns its record if it completes one.
+
+        Args:
+            end: return the record of an incomplete window too: no more steps follow.
+        """
         if self._queued is None:
             return None
         step, metrics = self._queued
@@ -68,7 +72,7 @@ class Window:
             total, count = self._sums.get(key, (0.0, 0))
             counts = bool(math.isfinite(value))
             self._sums[key] = total + float(value) if counts else total, count + counts
-        if step % self._every:
+        if step % self._every and not end:
             return None
         sums, self._sums = self._sums, {}
         return step, {key: total / n if n else math.nan for key, (total, n) in sums.items()}
@@ -82,7 +86,7 @@ class Window:
 
 
 class Diverged(RuntimeError):
-    """The run is lost. The message says what, in which numbers, since when, and what to try.
+    """The run has diverged. The message states the symptom, its numbers, its start, and remedies.
 
     Attributes:
         well_until: the step of the last record without the symptom; 0 if there was none.
@@ -104,12 +108,13 @@ ADVICE = {
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """When a `Monitor` calls a run lost. The defaults are far from what healthy digits show.
+    """When a `Monitor` stops a run: `config.health`. A healthy run of digits stays far from these.
 
     Attributes:
         patience: records in a row that must show a symptom.
         explosion: factor over the running median of a loss.
-        saturation: fraction of |x| > 1.05. Latents are not bounded by 1: give 1.0, which is never.
+        saturation: fraction of |x| > 1.05. Set it to 1.0 for latents, which are not bounded: a
+            fraction never exceeds 1.
         collapse: fraction of the diversity at the start.
     """
 
@@ -120,29 +125,29 @@ class Thresholds:
 
 
 class Monitor:
-    """Reads the records of a run and raises `Diverged` when it is past saving.
+    """Reads the records of a run and raises `Diverged` when the run has diverged.
 
-    Four symptoms, each of which must show in `patience` records in a row (records that lack its
-    metric are passed over):
+    There are four symptoms. Each must appear in `patience` records in a row; records without its
+    metric are skipped:
 
     - non-finite: all updates of a network were skipped (`<network>/skipped` is 1), or none had a
       finite `loss` and `grad_norm`; or half the samples or more are not finite
       (`samples/nonfinite`).
-    - exploding: |`<network>/loss`| above `explosion` times its running median, over the last 50
-      sound records and not before there are 5. A median below 0.1 counts as 0.1: these losses are
-      means over elements of order one, and one that starts near 0 (a critic that is still the
-      teacher) may well grow tenfold.
+    - exploding: |`<network>/loss`| above `explosion` times its running median over the last 50
+      records without this symptom, once there are 5. A median below 0.1 counts as 0.1: these losses
+      are means over elements of order one, and one that starts near 0 (a critic that still equals
+      the teacher) may grow tenfold in a healthy run.
     - saturating: `samples/saturation`, the fraction of |x| > 1.05, above `saturation`.
     - collapsing: `samples/diversity` below `collapse` times its median over the first 5 records.
 
-    A healthy run of the embedded digits stays far from all of them: nothing skipped, critic loss
-    0.1 to 0.3 throughout, saturation from 0.07 to 0.25. The gap of teacher and fake score per
-    noise band, the tracking of the critic and the contrast are recorded to be looked at: no
-    threshold for them is known to hold across data sets.
+    A healthy run of the embedded digits stays far from all of them: no update skipped, critic loss
+    0.1 to 0.3, saturation from 0.07 to 0.25. The gap between teacher and fake score per noise band,
+    the tracking of the critic and the contrast are logged only: no threshold of them is known to
+    hold for all data sets.
 
     Args:
-        thresholds: when a symptom is one.
-        state: `state` of an earlier monitor, to go on where that one stood.
+        thresholds: the limits of the symptoms.
+        state: `state` of an earlier monitor, to continue from it.
     """
 
     networks = ("generator", "fake_score")
@@ -161,12 +166,12 @@ class Monitor:
 
     @property
     def state(self) -> dict[str, Any]:
-        """All that is remembered, as JSON: at most some hundred numbers."""
+        """The state of the monitor as JSON: a few hundred numbers at most."""
         return {"step": self._step, "past": self._past, "showing": self._showing}
 
     @property
     def suspicious(self) -> bool:
-        """Whether a symptom is showing: not the moment to replace the last good checkpoint."""
+        """Whether there is a symptom: the last good checkpoint must not be replaced now."""
         return bool(self._showing)
 
     def update(self, step: int, record: Mapping[str, float]) -> None:
@@ -198,7 +203,7 @@ class Monitor:
     def _examine(
         self, record: Mapping[str, float], numbers: Mapping[str, float]
     ) -> Iterator[tuple[str, str | None]]:
-        """Each symptom that this record can tell about, with the evidence or None."""
+        """Each symptom whose metric is in this record, with the evidence or None."""
         for network in self.networks:
             if f"{network}/loss" in record:
                 yield f"non-finite {network}", self._non_finite(network, record)
@@ -216,7 +221,7 @@ class Monitor:
     def _non_finite(self, network: str, record: Mapping[str, float]) -> str | None:
         values = [record.get(f"{network}/{key}", 0.0) for key in ("loss", "grad_norm")]
         broken = not all(map(math.isfinite, values))
-        # Without a number and without a skip, the network was not due in this window.
+        # Without a number and without a skip, the network was not updated in this window.
         skipped = record.get(f"{network}/skipped", float(broken))
         if skipped >= 1 or (skipped > 0 and broken):
             return f"none of its updates in this window was finite (loss {values[0]:.3g})"

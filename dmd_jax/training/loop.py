@@ -1,4 +1,4 @@
-"""The training program: the loop over the steps of a run, and what is left when it ends.
+"""The training program: the loop over the steps of a run, its exports and its report.
 
     run = build(config)         see run.py
     train(run, workdir)         start or resume, loop, save, export, report
@@ -6,35 +6,42 @@
 Imports every room below.
 """
 
+import contextlib
 import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dmd_jax import data, weights
+from dmd_jax import weights
 from dmd_jax.devices import sharding
-from dmd_jax.devices.disk import check_writable, write_text
-from dmd_jax.quality import evaluation, report
-from dmd_jax.rollouts import samplers
+from dmd_jax.devices.disk import check_writable, exclusive, first_line, write_text
+from dmd_jax.devices.processes import from_first
+from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
-from dmd_jax.training.configuration import construct, differences, flatten
+from dmd_jax.training.configuration import defaults, differences, flatten
+from dmd_jax.training.cost import cost
 from dmd_jax.training.preemption import Preemption
+from dmd_jax.training.profiling import Profiler
 from dmd_jax.training.writers import Progress, Writer
 
 log = logging.getLogger(__name__)
 
-EXPORT, BEST = "generator.safetensors", "best.safetensors"
+CONFIG, EXPORT, BEST = "config.json", "generator.safetensors", "best.safetensors"
+
+
+COMPILATION = "compilation of the steps"  # name of the thread
 
 
 def compile_steps(run):
-    """Starts to compile the steps of a run, in the background and from shapes alone.
+    """Starts to compile the steps of a run in the background, from shapes alone.
 
     Returns:
-        {update_generator: a Future of the compiled step}; the kind of step 0 is ready first.
+        {update_generator: a Future of the compiled step}; that of step 0 is compiled first.
     """
     config = run.config
     state, frozen = run.state_shape(), run.frozen_shape()
@@ -47,105 +54,171 @@ def compile_steps(run):
     batch, key = next(run.batches(0)), root_key(config)
 
     def compiled(kind):
-        with jax.set_mesh(run.mesh):  # it is in force on the thread that set it alone
+        with jax.set_mesh(run.mesh):  # a mesh is set for one thread only
             return jitted.lower(state, frozen, batch, key, update_generator=kind).compile()
 
-    # One after the other: the first step can be seen before the second kind is ready.
-    pool = ThreadPoolExecutor(1)
-    kinds = dict.fromkeys(map(run.updates_generator, range(config.generator_every)))
-    return {kind: pool.submit(compiled, kind) for kind in kinds}
+    return in_background(compiled, map(run.updates_generator, range(config.generator_every)))
+
+
+def in_background(compiled, kinds):
+    """{kind: a Future of compiled(kind)}, computed one after the other in a daemon thread.
+
+    The interpreter waits at its exit for the threads of an executor, but not for a daemon: a run
+    that is stopped does not wait for compilations that nobody needs.
+    """
+    futures = {kind: Future() for kind in kinds}
+
+    def work():
+        for kind, future in futures.items():
+            try:
+                future.set_result(compiled(kind))
+            except Exception as error:
+                future.set_exception(error)
+
+    threading.Thread(target=work, name=COMPILATION, daemon=True).start()
+    return futures
+
+
+def compiling():
+    """Whether a compilation is running in the background."""
+    return any(thread.name == COMPILATION for thread in threading.enumerate())
 
 
 def root_key(config):
-    """The key from which all of a run's random numbers are folded."""
+    """The key from which all random numbers of a run are derived."""
     return jax.random.key(config.seed, impl="threefry2x32")
 
 
-def train(run, workdir):
-    """Starts or resumes the run in `workdir`, sees it to its end and writes its report.
+def train(run, workdir, profile=range(0)):
+    """Starts or resumes the run in `workdir`, trains to its last step and writes its report.
 
     Args:
-        run: from `build`; the mesh is in force.
-        workdir: a Path, made if need be: config.json, metrics.jsonl, checkpoints/, best/, images/,
-            generator.safetensors, report.md and report.png.
+        run: from `build`; its mesh is set (`jax.set_mesh`).
+        workdir: a Path, created if it does not exist: config.json, metrics.jsonl, checkpoints/,
+            best/, images/, generator.safetensors, evaluation.json, report.md and report.png.
+        profile: the steps to trace into <workdir>/profile, counted from 1.
 
     Returns:
-        The path of the report; None where a signal stopped the run before its end.
+        The path of the report; None if a signal stopped the run before its last step, or if the
+        report failed.
 
     Raises:
-        ValueError: the directory holds another run, cannot be written or is too small.
-        health.Diverged: the run went bad; its last good checkpoint stays.
+        ValueError: the directory belongs to another run, is in use, cannot be written or is too
+            small.
+        health.Diverged: the run diverged; its last good checkpoint is kept.
     """
     check_writable(workdir)
-    _claim(run.config, workdir)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(exclusive(workdir))
+        return _train(run, workdir, profile)
+
+
+def _train(run, workdir, profile):
+    identity = _identity(run.config)
+    _require_own(identity, run.config, workdir)
     shape = run.state_shape()
     with (
-        Checkpointer(workdir, keep=run.config.checkpoint.keep) as checkpoints,
-        Writer(workdir, tensorboard=run.config.log.tensorboard) as writer,
+        Checkpointer(workdir, keep=run.checkpoint.keep) as checkpoints,
+        Writer(
+            workdir,
+            tensorboard=run.log.tensorboard,
+            wandb=run.log.wandb,
+            config=flatten(run.config),
+        ) as writer,
+        Profiler(workdir, profile) as profiler,
     ):
         checkpoints.check_space(shape, shape.ema)
         restored = checkpoints.restore_latest(shape)
-        finished = workdir / evaluation.REPORT
-        if restored is not None and restored[1] > run.config.steps:
-            raise ValueError(
-                f"config.steps={run.config.steps}, but the run in {workdir} has taken "
-                f"{restored[1]}: ask for as many or more, or choose another --workdir"
-            )
-        if restored is not None and restored[1] == run.config.steps and finished.exists():
-            log.info("this run is finished; its report again, from %s", finished)
-            print(finished.read_text())
-            return finished
         first = 0 if restored is None else restored[1]
+        if first > run.config.steps:
+            raise ValueError(
+                f"config.steps={run.config.steps}, but the run in {workdir} has taken {first}: ask "
+                "for as many or more, or choose another --workdir"
+            )
+        finished = workdir / REPORT
+        if first == run.config.steps and finished.exists():
+            if run.evaluator.is_reported(workdir):
+                log.info("this run is finished; its report again, from %s", finished)
+                print(finished.read_text())
+                return finished
+            log.info("this run is finished; config.evaluate has changed: judging it again")
         steps = compile_steps(run) if first < run.config.steps else {}
         if restored is None:
             (state, frozen), extra = run.start(), {}
         else:
             (state, _, extra), frozen = restored, run.load_frozen()
-            log.info("going on from step %d in %s", int(state.step), workdir)
-        writer.rewind(int(state.step))
-        finished.unlink(missing_ok=True)  # whatever it reports, it is not the end of this run
+            log.info("going on from step %d in %s", first, workdir)
+        # The run is accepted, and nothing of it is written before this line.
+        if jax.process_index() == 0:
+            write_text(workdir / CONFIG, json.dumps(identity, indent=2, sort_keys=True) + "\n")
+        writer.rewind(first)
+        if _lacks_judgement(run, first, workdir):
+            _judge(run, state.ema, first, checkpoints, writer)
+        finished.unlink(missing_ok=True)  # it is not the report of this run's last step
         try:
             with Preemption() as preemption:
-                state = _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption)
+                state = _loop(
+                    run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption
+                )
         except health.Diverged:
             _export_best(run, shape.ema, checkpoints, workdir)
             raise
         if int(state.step) < run.config.steps:
             log.info("stopped and saved at step %d; the same command goes on", int(state.step))
             return None
-        trained = sharding.replicate(state.ema)
-        _export(run, trained, workdir / EXPORT, run.config.steps)
-        _export_best(run, shape.ema, checkpoints, workdir)
-        text = _report(run, trained, frozen, workdir)
-        writer.texts(run.config.steps, "report", text)
-        return finished
+        return _finish(run, state, frozen, checkpoints, writer, workdir)
 
 
-def _claim(config, workdir):
-    """Writes the resolved config, or refuses a directory that holds another run."""
-    path, now = workdir / "config.json", flatten(config)
-    if "teacher" in config:  # the file itself: another one may come to lie at the same path
-        now["teacher.sha256"] = weights.fingerprint(config.teacher.weights)
-    if path.exists():
-        stored = json.loads(path.read_text())
-        if lines := differences(stored, now):
-            raise ValueError(
-                f"{workdir} holds a run with another config; choose another --workdir, or "
-                f"take back the difference:\n{lines}"
-            )
-    if jax.process_index() == 0:
-        write_text(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
+def _finish(run, state, frozen, checkpoints, writer, workdir):
+    """Exports the averages of the last state and writes the report; returns its path, or None."""
+    trained = sharding.replicate(state.ema)
+    _export(run, trained, workdir / EXPORT, run.config.steps)
+    for decay, average in state.more_ema.items():
+        path = (workdir / EXPORT).with_stem(f"generator.ema-{decay}")
+        _export(run, sharding.replicate(average), path, run.config.steps)
+    _export_best(run, state.ema, checkpoints, workdir)
+    text = _report(run, trained, frozen, workdir)
+    if text is None:
+        return None
+    writer.texts(run.config.steps, "report", text)
+    return workdir / REPORT
 
 
-def _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption):
-    """Steps from `state.step` to the end, or to a signal; returns the last state, saved."""
+def _identity(config):
+    """What config.json stores: the flat config, and the checksum of the teacher's weights."""
+    flat = flatten(config)
+    if "teacher" in config:  # other weights may later lie at the same path
+        flat["teacher.sha256"] = from_first(lambda: weights.fingerprint(config.teacher.weights))
+    return flat
+
+
+def _require_own(identity, config, workdir):
+    """Refuses a directory with the checkpoints of a run with another config.
+
+    Without a checkpoint there is nothing to protect: the run that wrote config.json saved nothing.
+    """
+    path = workdir / CONFIG
+    saved = [*workdir.glob("checkpoints/[0-9]*"), *workdir.glob("best/[0-9]*")]
+    if not (path.exists() and saved):
+        return
+    stored = defaults(config) | json.loads(path.read_text())
+    if lines := differences(stored, identity):
+        raise ValueError(
+            f"{workdir} holds a run with another config; choose another --workdir, or "
+            f"take back the difference:\n{lines}"
+        )
+
+
+def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption):
+    """Takes steps from `state.step` to the last, or to a signal; returns the last state, saved."""
     config, first = run.config, int(state.step)
     if first == config.steps:
         return state
     root = root_key(config)
-    window = health.Window(config.log.every, extra.get("window"))
-    monitor = health.Monitor(construct(config.health, "config.health"), extra.get("monitor"))
-    progress = Progress(config.steps, config.batch_size)
+    window = health.Window(run.log.every, extra.get("window"))
+    monitor = health.Monitor(run.health, extra.get("monitor"))
+    progress = Progress(config.steps, config.batch_size, frames_per_sample=_frames(run.source))
 
     def heed(record):
         checkpoints.check()
@@ -153,52 +226,78 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, preemption):
             writer.scalars(record[0], record[1] | progress.report(*record))
             monitor.update(*record)
 
+    def save(done):
+        extra = {"window": window.state, "monitor": monitor.state}
+        checkpoints.save(done, state, extra)
+
     for done, batch in enumerate(run.batches(first), first + 1):
-        step = steps[run.updates_generator(done - 1)].result()
-        state, metrics = step(state, frozen, batch, root)
-        if done == first + 1:  # the one step that is waited for, so that a user sees it at once
+        step = preemption.wait(steps[run.updates_generator(done - 1)])
+        if step is None:  # asked to stop during the compilation
+            heed(window.flush())
+            if done - 1 > first:
+                save(done - 1)
+            break
+        state, metrics = profiler.call(done, step, state, frozen, batch, root)
+        if done == first + 1:  # the only step that is waited for, so that a user sees it at once
             progress.report(done, {name: float(value) for name, value in metrics.items()})
         heed(window.add(done, metrics))
-        last = done == config.steps or preemption.requested(done)
-        if done % config.evaluate.every == 0:
-            _judge(run, state, done, checkpoints, writer)
-        if done % config.checkpoint.every == 0 or last:
-            heed(window.flush())
+        end = done == config.steps
+        last = end or preemption.requested(done)
+        if done % run.checkpoint.every == 0 or last:
+            heed(window.flush(end=end))
             if last or not monitor.suspicious:
-                extra = {"window": window.state, "monitor": monitor.state}
-                checkpoints.save(done, state, extra)
+                save(done)
+        if done % config.evaluate.every == 0:  # what fails there costs no step that is saved
+            _judge(run, state.ema, done, checkpoints, writer)
         if last:
             break
     checkpoints.wait()
     return state
 
 
-def _judge(run, state, step, checkpoints, writer):
-    """Shows some samples of the average, judges more of them, and keeps the best."""
-    sampler, *_ = run.samplers()
-    shown = report.grid(run.show(state.ema, sampler), run.source.columns)
-    writer.images(step, sampler.name, shown)
-    judge = run.judge()
-    if judge is None:
+def _frames(source):
+    """F of samples [F, H, W, C]; None for others."""
+    return source.sample_shape[0] if len(source.sample_shape) == 4 else None
+
+
+def _lacks_judgement(run, step, workdir):
+    """Whether a run was stopped between the save and the judgement of a step."""
+    spec, lines = run.evaluator.settings, workdir / "metrics.jsonl"
+    if not spec.features or step == 0 or step % spec.every:
+        return False
+    records = map(json.loads, lines.read_text().splitlines() if lines.exists() else ())
+    found = any(record["step"] == step and "quality/fd" in record for record in records)
+    # One process's answer for all: they must agree.
+    return not multihost_utils.broadcast_one_to_all(np.int32(found))
+
+
+def _judge(run, average, step, checkpoints, writer):
+    """Shows and judges samples of the average, and keeps the best. A failure costs only that."""
+    try:
+        picture, score = run.evaluator.preview(average)
+    except Exception as error:  # of a feature network, a data set, a device
+        log.debug("judging failed", exc_info=error)
+        log.warning("step %d could not be judged, the run goes on: %s", step, first_line(error))
         return
-    labels = samplers.balanced(run.config.evaluate.samples, run.source.num_classes)
-    images = samplers.draw_images(state.ema, sampler, labels)
-    numbers = {f"quality/{key}": value for key, value in judge(images, labels).items()}
-    writer.scalars(step, numbers)
+    writer.images(step, run.evaluator.samplers[0].name, picture)
+    if score is None:
+        return
     # One process's number for all: they must agree on whether this is the best.
-    fd = float(multihost_utils.broadcast_one_to_all(np.float32(numbers["quality/fd"])))
-    checkpoints.save_best(step, state.ema, fd)
+    fd = float(multihost_utils.broadcast_one_to_all(np.float32(score.numbers["fd"])))
+    checkpoints.save_best(step, average, fd, judge=score.judge)
+    checkpoints.wait()  # what is recorded as judged is not judged again by a resumed run
+    writer.scalars(step, {f"quality/{key}": value for key, value in score.numbers.items()})
 
 
 def _export_best(run, shape, checkpoints, workdir):
-    """Writes the average that judged best, where one was judged."""
+    """Writes the average with the best score, if one was judged."""
     if (best := checkpoints.restore_best(shape)) is not None:
         average, step, _ = best
         _export(run, sharding.replicate(average), workdir / BEST, step)
 
 
 def _export(run, trained, path, step):
-    """Writes the averaged network for everybody's use."""
+    """Writes an averaged network as a safetensors file."""
     notes = {"step": step, "method": type(run.method).__name__.lower()}
     notes |= run.source.notes
     if hasattr(run.method, "times"):
@@ -208,58 +307,27 @@ def _export(run, trained, path, step):
 
 
 def _report(run, trained, frozen, workdir):
-    """Writes and returns the report: samples beside those of the teacher, judged where possible.
+    """The text of the report, which `quality` writes; None if that failed: the run is complete.
 
-    Every process computes all of it, with whole weights of its own; the first one writes.
+    Every process computes all of it, with whole weights of its own.
     """
-    title = f"{type(run.method).__name__} on {run.source.name}, {run.config.steps:,} steps"
-    if run.judge() is None:
-        text = _shown_report(run, trained, frozen, workdir, title)
-    else:
-        text = _judged_report(run, trained, workdir, title)
+    try:
+        text = run.evaluator.report(
+            workdir,
+            f"{type(run.method).__name__} on {run.source.name}, {run.config.steps:,} steps",
+            trained,
+            teacher=frozen.get("teacher"),
+            teacher_path=run.config.teacher.weights if "teacher" in frozen else None,
+            cost=cost(run).lines(),
+        )
+    except Exception as error:
+        log.debug("the report failed", exc_info=error)
+        log.warning(
+            "%s is trained, but its report failed: %s. The same command tries the report again",
+            workdir,
+            first_line(error),
+        )
+        return None
     if jax.process_index() == 0:
         print(text)
     return text
-
-
-def _shown_report(run, trained, frozen, workdir, title):
-    """The report of a run without a feature network: samples, and numbers if the source has any."""
-    ways = [(trained, sampler) for sampler in run.samplers()]
-    if "teacher" in frozen:
-        ways = [(frozen["teacher"], sampler) for sampler in run.teachers()] + ways
-    pictures = {sampler.title: run.show(net, sampler, evaluation.SEED) for net, sampler in ways}
-    body = "From the same noise. Not judged: config.evaluate.features names no feature network.\n"
-    if measures := run.source.measures:
-        table = [{"name": "real", **run.source.floor(run.config.evaluate.num)}]
-        table += [run.measure(net, sampler, evaluation.SEED) for net, sampler in ways]
-        body = report.measured(table, measures)
-    text = evaluation.report_text(title, body)
-    if jax.process_index() == 0:
-        report.gallery(workdir / "report.png", pictures, run.source.columns, title=title)
-        write_text(workdir / evaluation.REPORT, text)
-    return text
-
-
-def _judged_report(run, trained, workdir, title):
-    """The report of a run on images: judged beside real ones and the teacher."""
-    spec, name, data_dir = run.config.evaluate, run.config.data.name, run.config.data.data_dir
-    num_classes, seed, judge = run.source.num_classes, evaluation.SEED, run.judge()
-    labels = np.sort(samplers.balanced(2 * num_classes, num_classes))
-    test, test_labels = data.arrays(data.load(name, "test", data_dir))
-    rows = np.concatenate([np.flatnonzero(test_labels == k)[:2] for k in range(num_classes)])
-    table, pictures = [evaluation.real_row(judge, spec.num)], {"real": test[rows]}
-    if "teacher" in run.frozen:
-        path, teachers = run.config.teacher.weights, run.teachers()
-        kept = workdir / "teacher.rows.json"
-        table += evaluation.teacher_rows(
-            path, teachers, judge, spec.num, recompute=spec.recompute, store=kept
-        )
-        teacher = weights.denoiser(path)
-        for sampler in (teachers[0], teachers[-1]):
-            pictures[sampler.title] = samplers.draw_images(teacher, sampler, labels, seed)
-    table += evaluation.rows(trained, run.samplers(), judge, spec.num)
-    for sampler in run.samplers():
-        pictures[sampler.title] = samplers.draw_images(trained, sampler, labels, seed)
-    if jax.process_index() == 0:
-        evaluation.write_report(workdir, title, table, pictures, labels, judge.name)
-    return evaluation.report_text(title, report.markdown(table, judge.name))

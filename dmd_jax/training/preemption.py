@@ -1,8 +1,9 @@
-"""Being asked to stop: signals, and the notice that a preemptible machine gives."""
+"""Requests to stop: SIGTERM, Ctrl-C, and the preemption notice of JAX. Imports jax."""
 
 import os
 import signal
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -10,16 +11,16 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Turns SIGTERM and the first Ctrl-C into a question that the training loop asks every step.
+    """Turns SIGTERM and the first Ctrl-C into a flag that the training loop reads at every step.
 
         with Preemption() as preemption:
             for step in ...:
                 ...
                 if preemption.requested(step): save and leave
 
-    A second Ctrl-C raises KeyboardInterrupt as usual. In a run of many hosts the signal reaches
-    them at different steps; there JAX's own notice of preemption is asked instead, which names
-    one step for all, and must be asked at every step by every host.
+    A second Ctrl-C raises KeyboardInterrupt as usual. In a run of many processes the signal reaches
+    them at different steps; there JAX's preemption service is asked instead, which chooses one step
+    for all, and which every process must ask at every step.
     """
 
     def __init__(self) -> None:
@@ -32,9 +33,23 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
 
+    def wait(self, future: Future) -> Any:
+        """The future's result; None if this process is asked to stop before it is there.
+
+        With many processes, which must stop at the same step, it always waits for the result.
+        """
+        while not self._asked:
+            try:
+                # The handler runs in this thread and only sets a flag: waking another one from a
+                # handler could deadlock.
+                return future.result(timeout=0.1)
+            except TimeoutError:
+                if future.done():  # the error is the future's own
+                    raise
+        return None
+
     def __enter__(self) -> "Preemption":
-        # JAX's notice owns SIGTERM where there are many hosts; Python allows handlers in the main
-        # thread only.
+        # With many processes JAX handles SIGTERM. Python allows handlers in the main thread only.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
@@ -44,7 +59,7 @@ class Preemption:
         self._asked = True
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])
-        # Not print or logging: the signal may have come in the middle of one.
+        # Not print or logging: the signal may have interrupted one of them.
         os.write(2, f"\n{signal.Signals(number).name}: saving, then leaving.\n".encode())
 
     def __exit__(self, *exc_info: object) -> None:

@@ -1,9 +1,9 @@
-"""A config, resolved: networks, method, optimizer, data and mesh, checked before any compute.
+"""A resolved config: networks, method, optimizer, data and mesh, checked before any compute.
 
-    run = build(config)          resolve and check everything; nothing is computed
-    state, frozen = run.start()  load, initialise, place
+    run = build(config)          resolves and checks everything; nothing is computed
+    state, frozen = run.start()  loads or initialises weights and places them on the mesh
 
-Imports the rooms below. Configs stop here and in `train`.
+Imports the rooms below. Only this file and `loop` read configs.
 """
 
 import dataclasses
@@ -12,46 +12,44 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dmd_jax import data, weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.quality import evaluation
-from dmd_jax.quality.features import load_features
+from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import optimizer
+from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import construct, flatten, unknown
+from dmd_jax.training.cost import cost
+from dmd_jax.training.health import Thresholds
 from dmd_jax.training.step import EMA, init_state, train_step
+from dmd_jax.training.writers import Log
 
 KEYS = (
     *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
     *("data", "method", "ema", "mesh", "log", "checkpoint", "health", "evaluate"),
 )
-# The least value of numbers that no class checks.
-LEAST = {"seed": 0, "checkpoint.keep": 2} | dict.fromkeys(
-    (
-        *("steps", "batch_size", "accumulate", "generator_every"),
-        *("log.every", "checkpoint.every", "evaluate.every", "evaluate.num"),
-    ),
-    1,
-)
+# Entries that must be 1 or more and that no class checks.
+POSITIVE = ("steps", "batch_size", "accumulate", "generator_every")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config, resolved. Networks are abstract (jax.ShapeDtypeStruct) until `start`.
+    """A resolved config. Networks are abstract (jax.ShapeDtypeStruct) until `start`.
 
     Attributes:
-        config: the ConfigDict that all this was made from.
+        config: the ConfigDict from which the run was built.
         method: a dataclass of `methods/`.
-        nets: {role: Denoiser}, trainable.
-        frozen: {role: Denoiser}, which nothing changes, in the dtype that they compute in.
+        nets: {role: Denoiser}, trainable, float32.
+        frozen: {role: Denoiser}, not trained, in their compute dtype.
         tx: the optimizer of all trainable roles.
-        ema: the generator's average.
+        ema: the generator's averages.
         source: the training data.
         mesh: the devices.
+        log, checkpoint, health: what is logged, when state is saved, when a run counts as diverged.
+        evaluator: judges and reports the run.
     """
 
     config: Any
@@ -62,9 +60,13 @@ class Run:
     ema: EMA
     source: data.Source
     mesh: jax.sharding.Mesh
+    log: Log
+    checkpoint: Checkpoints
+    health: Thresholds
+    evaluator: Evaluator
 
     def updates_generator(self, step):
-        """Whether the generator learns at this step: the one clock of everything."""
+        """Whether the generator is updated at this step: weights, moments and averages."""
         return step % self.config.generator_every == 0
 
     @property
@@ -81,7 +83,7 @@ class Run:
 
     def state_shape(self):
         """The TrainState, as jax.ShapeDtypeStructs with shardings."""
-        shapes = jax.eval_shape(lambda: init_state(_zeros(self.nets), self.tx))
+        shapes = jax.eval_shape(lambda: init_state(_zeros(self.nets), self.tx, self.ema))
         return _placed(shapes, self.nets, self.mesh)
 
     def start(self):
@@ -89,7 +91,8 @@ class Run:
         shape = self.state_shape()
         nets = {role: _load(self.config, role, net) for role, net in shape.nets.items()}
         shardings = jax.tree.map(lambda x: x.sharding, shape)
-        state = jax.jit(partial(init_state, tx=self.tx), out_shardings=shardings)(nets)
+        init = partial(init_state, tx=self.tx, ema=self.ema)
+        state = jax.jit(init, out_shardings=shardings)(nets)
         return state, self.load_frozen()
 
     def frozen_shape(self):
@@ -101,47 +104,6 @@ class Run:
         shape = self.frozen_shape()
         loaded = {role: _load(self.config, role, net) for role, net in shape.items()}
         return jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, shape)
-
-    def samplers(self):
-        """What the trained network is judged under, the run's own first."""
-        spec = self.config.evaluate
-        if hasattr(self.method, "times"):
-            times, shift = self.method.times, self.method.shift
-            return [samplers.FewStep(samplers.fewer(times, n), shift) for n in spec.steps]
-        return [self._many_step(n, spec.guidance) for n in spec.steps]
-
-    def teachers(self):
-        """What a frozen teacher is shown and judged under."""
-        spec = self.config.evaluate
-        return [self._many_step(n, spec.teacher_guidance) for n in spec.teacher_steps]
-
-    def _many_step(self, steps, guidance):
-        return samplers.ManyStep(steps, guidance, self.method.shift)
-
-    def show(self, denoiser, sampler, seed=0):
-        """Pictures of a network's samples for the conditions that the source shows: uint8
-        [N, H, W, C]."""
-        return self.source.pictures(self._draw(denoiser, sampler, *self.source.shown(), seed))
-
-    def measure(self, denoiser, sampler, seed=0):
-        """A row of `report.measured`, of a source that has measures."""
-        rows, *conditions = self.source.asked(self.config.evaluate.num)
-        x0 = self._draw(denoiser, sampler, *conditions, seed)
-        about = {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
-        return about | self.source.measure(x0, rows)
-
-    def _draw(self, denoiser, sampler, cond, uncond, seed):
-        """Samples float32 [N, ...], in batches of as many as training has."""
-        shape, batch = self.source.sample_shape, min(len(cond), self.config.batch_size)
-        drawn = samplers.draw(denoiser, sampler, cond, uncond, shape, seed, batch=batch)
-        return np.concatenate(list(drawn))
-
-    def judge(self):
-        """The Judge of the run's data; None where the config names no feature network."""
-        spec = self.config
-        if not spec.evaluate.features:
-            return None
-        return evaluation.data_judge(spec.data.name, spec.data.data_dir, spec.evaluate.features)
 
     def batches(self, step):
         """This host's part of the batches from `step` on, as global arrays."""
@@ -159,17 +121,81 @@ class Run:
 
 
 def build(config, devices=None, *, files=True):
-    """Checks a config and resolves it; reads headers, loads no weights, computes nothing.
+    """Checks and resolves a config; reads headers of files, loads no weights, computes nothing.
 
     Args:
-        files: False for a dry run: a role whose `model` the config states need not have its
-            weights here, nor prompts and latents theirs.
+        config: a ConfigDict of `configuration.complete`.
+        devices: the devices of the mesh; all of them if None.
+        files: False for a dry run: the weights of a role whose `model` is stated may be absent, and
+            so may prompts and latents.
 
     Raises:
-        ValueError, FileNotFoundError: the offending path, both values and what to do.
+        ValueError, FileNotFoundError: the path of the offending entry, both values, what to do.
     """
+    _check_entries(config)
+    mesh = _mesh(config, devices)
+    source, kind = _source(config, files), config.method.cls
+    # The teacher first: other roles may use its file, and a wrong path is then the teacher's error.
+    abstract = partial(_abstract, config, source=source, files=files)
+    frozen = {role: _in_compute_dtype(abstract(role)) for role in kind.frozen}
+    nets = {role: abstract(role) for role in kind.trainable}
+    _check_fit(frozen | nets, source)
+    method = construct(config.method, "config.method", sample_shape=source.sample_shape)
+    run = Run(
+        config=config,
+        method=method,
+        nets=nets,
+        frozen=frozen,
+        tx=_optimizer(config, nets),
+        ema=construct(config.ema, "config.ema"),
+        source=source,
+        mesh=mesh,
+        log=construct(config.log, "config.log"),
+        checkpoint=construct(config.checkpoint, "config.checkpoint"),
+        health=construct(config.health, "config.health"),
+        evaluator=_evaluator(config, method, source),
+    )
+    _check_fallback(run)
+    return run
+
+
+def _check_entries(config):
+    """Refuses unknown, missing and impossible entries that no class checks."""
+    if "cls" not in config.get("method", {}):
+        raise ValueError("config.method names no class; write config.method = dict(cls=DMD, ...)")
     kind = config.method.cls
-    _check_numbers(config, (*KEYS, *kind.trainable, *kind.frozen))
+    roles = (*kind.trainable, *kind.frozen)
+    for name in config:
+        if name not in (*KEYS, *roles):
+            raise ValueError(unknown(f"config.{name}", name, (*KEYS, *roles)))
+    needed = [*KEYS, *roles, *(f"{role}.weights" for role in roles)]
+    needed += [f"{role}.optimizer" for role in kind.trainable]
+    if "cls" not in config.get("data", {}):
+        needed.append("data.name")
+    missing = [name for name in needed if not _has(config, name)]
+    if missing:
+        raise ValueError(f"config lacks {missing}; {kind.__name__} needs them")
+    values = flatten(config)
+    for name in POSITIVE:
+        if values[name] < 1:
+            raise ValueError(f"config.{name} is {values[name]}; it must be 1 or more")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"config.seed is {config.seed}; it must be 0 or more and below 2**32")
+
+
+def _has(config, path):
+    """Whether a config has an entry, by its path: "generator.weights"."""
+    for name in path.split("."):
+        if name not in config:
+            return False
+        config = config[name]
+    return True
+
+
+def _mesh(config, devices):
+    for axis in config.mesh:
+        if axis not in sharding.AXES:
+            raise ValueError(unknown(f"config.mesh.{axis}", axis, sharding.AXES))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate
     if config.batch_size % parts:
@@ -178,49 +204,52 @@ def build(config, devices=None, *, files=True):
             f"(mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x "
             f"config.accumulate={config.accumulate})"
         )
-    source = _source(config, files)
-    # The teacher first: others may start from its file, and a wrong path is the teacher's.
-    abstract = partial(_abstract, config, source=source, files=files)
-    frozen = {role: _in_compute_dtype(abstract(role)) for role in kind.frozen}
-    nets = {role: abstract(role) for role in kind.trainable}
-    _check_fit(nets | frozen, source)
-    method = construct(config.method, "config.method", sample_shape=source.sample_shape)
-    transforms = {}
-    for role in nets:
-        every = config.generator_every if role == "generator" else 1
-        adamw = construct(config[role].optimizer, f"config.{role}.optimizer")
-        transforms[role] = adamw.transform(-(-config.steps // every))
-    tx, ema = optimizer.per_role(transforms), construct(config.ema, "config.ema")
-    construct(config.health, "config.health")
-    run = Run(config, method, nets, frozen, tx, ema, source, mesh)
-    _check_evaluation(run)
-    return run
+    return mesh
 
 
-def _check_numbers(config, known):
-    for name in config:
-        if name not in known:
-            raise ValueError(unknown(f"config.{name}", name, known))
-    if missing := [name for name in known if name not in config]:
-        raise ValueError(f"config lacks {missing}; {config.method.cls.__name__} needs them")
-    values = flatten(config)
-    for name, least in LEAST.items():
-        if values[name] < least:
-            raise ValueError(f"config.{name} is {values[name]}; it must be {least} or more")
+def _optimizer(config, roles):
+    """One optax transform for all roles; each counts its own updates."""
+    transforms, schedules = {}, {}
+    for role in roles:
+        updates = -(-config.steps // (config.generator_every if role == "generator" else 1))
+        spec = construct(config[role].optimizer, f"config.{role}.optimizer")
+        transforms[role], schedules[role] = spec.transform(updates), spec.schedule(updates)
+    return optimizer.per_role(transforms, schedules)
+
+
+def _check_fallback(run):
+    """Refuses a run in which all checkpoints could come from steps that were not judged yet.
+
+    Health is judged at multiples of log.every. Up to ceil((log.every - 1) / checkpoint.every)
+    checkpoints lie between two of them, and one more must be kept.
+    """
+    every, keep, window = run.checkpoint.every, run.checkpoint.keep, run.log.every
+    if (keep - 1) * every < window - 1:
+        raise ValueError(
+            f"config.checkpoint.keep={keep} checkpoints, one every config.checkpoint.every={every} "
+            f"steps, do not reach back over config.log.every={window} steps, after which the "
+            "health of a run is judged: if it diverges, none of them may be good. Lower log.every, "
+            "or raise checkpoint.every or checkpoint.keep"
+        )
 
 
 def _source(config, files):
-    """What the run learns from: a data set by name, or what a class of the data room reads."""
+    """The training data: a data set by name, or the object of a class of data/."""
     if "cls" in config.data:
         source = construct(config.data, "config.data")
         if files:
             source.open()
         return source
-    return data.load(config.data.name, "train", config.data.data_dir)
+    try:
+        return data.load(
+            config.data.name, config.data.get("split", "train"), config.data.get("data_dir")
+        )
+    except ValueError as error:
+        raise ValueError(f"config.data: {error}") from error
 
 
 def _check_fit(nets, source):
-    """All networks speak of the source's samples and conditions; the scores share a schedule."""
+    """Refuses networks of other samples or conditions than the data's, and two score schedules."""
     for role, denoiser in nets.items():
         source.require_fit(f"config.{role}", denoiser.net.config)
     schedules = {role: nets[role].schedule for role in ("teacher", "fake_score") if role in nets}
@@ -228,32 +257,46 @@ def _check_fit(nets, source):
         raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
 
 
-def _check_evaluation(run):
-    """What comes after the steps is refused before them: how to sample, and what to judge."""
-    spec = run.config.evaluate
-    for name, ways in {"steps": run.samplers, "teacher_steps": run.teachers}.items():
-        try:
-            if name in spec and not ways():
-                raise ValueError("name one number of steps at least")
-        except ValueError as error:
-            raise ValueError(f"config.evaluate.{name} is {spec[name]}: {error}") from error
-    if not spec.features:
-        return
-    if "name" not in run.config.data:
+def _evaluator(config, method, source):
+    """What judges and reports the run; what it could not judge is refused here."""
+    spec = construct(config.evaluate, "config.evaluate")
+    if not method.frozen and spec.teacher_steps:
         raise ValueError(
-            f"config.evaluate.features={spec.features!r} judges the images of a data set with a "
-            "name, and config.data is another source: leave it ''"
+            f"config.evaluate.teacher_steps is {spec.teacher_steps}, but this run has no teacher"
         )
+    if method.frozen and not spec.teacher_steps:
+        raise ValueError(
+            "config.evaluate.teacher_steps is (): name one number of steps of the teacher or more"
+        )
+    if hasattr(method, "times"):
+        if spec.guidance != 1:
+            raise ValueError(
+                f"config.evaluate.guidance is {spec.guidance}, but guidance is in the weights of a "
+                "student: leave it at 1"
+            )
+        own = [
+            samplers.FewStep(samplers.fewer(method.times, steps), method.shift)
+            for steps in spec.steps
+        ]
+    else:
+        own = [
+            samplers.ManyStep(steps, spec.guidance, method.shift, name="generator")
+            for steps in spec.steps
+        ]
+    teachers = [
+        samplers.ManyStep(steps, spec.teacher_guidance, method.shift)
+        for steps in spec.teacher_steps
+    ]
+    evaluator = Evaluator(spec, source, own, teachers, config.batch_size)
     try:
-        features = load_features(spec.features)
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"config.evaluate.features: {error}") from error
-    counts = {f"config.evaluate.{name}": spec[name] for name in ("samples", "num")}
-    evaluation.require_numbers(features, run.source.num_classes, **counts)
+        evaluator.check()
+    except ValueError as error:
+        raise ValueError(f"config.evaluate: {error}") from error
+    return evaluator
 
 
 def _path(config, role):
-    """The file that a role starts from; None for a fresh network."""
+    """The file of a role's initial weights; None for random initialisation."""
     path = config[role].weights
     if path == "random":
         return None
@@ -265,7 +308,7 @@ def _path(config, role):
 
 
 def _abstract(config, role, *, source, files):
-    """A role's Denoiser, abstract; a `model` that its file does not hold is refused."""
+    """A role's abstract Denoiser; refuses a `model` that is not the network in its file."""
     spec, path = config[role], _path(config, role)
     compute = dict(spec.get("compute", {}))
     if "model" in spec and not files:
@@ -277,11 +320,22 @@ def _abstract(config, role, *, source, files):
             raise ValueError(f"config.{role}: {error}") from error
         if "model" not in spec:
             return held
+    elif missing := [name for name in ("model", "schedule", "prediction") if name not in spec]:
+        raise ValueError(
+            f"config.{role}.weights='random' needs config.{role}.{missing[0]}, which a file of "
+            "weights would state; configs/pretrain.py has an example"
+        )
     model = construct(spec.model, f"config.{role}.model", **source.model_fields, **compute)
     net = jax.eval_shape(lambda: weights.build(model))
     if path is None:
         schedule = construct(spec.schedule, f"config.{role}.schedule")
         return Denoiser(net, schedule, construct(spec.prediction, f"config.{role}.prediction"))
+    found, stated = type(held.net).__name__, type(net).__name__
+    if found != stated:
+        raise ValueError(
+            f"config.{role}.weights={path!r} holds a {found} network, but config.{role}.model "
+            f"describes a {stated}; change one of them"
+        )
     if lines := weights.differing(weights.shapes(net), weights.shapes(held.net)):
         raise ValueError(
             f"config.{role}.model is not the network in {path}; change the model, or start from "
@@ -291,7 +345,7 @@ def _abstract(config, role, *, source, files):
 
 
 def _in_compute_dtype(denoiser):
-    """What nothing trains need not be float32."""
+    """Casts a frozen network to its compute dtype: only trained weights need float32."""
     dtype = jnp.dtype(denoiser.net.config.dtype)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), denoiser)
 
@@ -299,7 +353,7 @@ def _in_compute_dtype(denoiser):
 def _load(config, role, abstract):
     path, kind = _path(config, role), config.method.cls
     if path is None:
-        # Every role has its own seed: two fresh networks are two.
+        # Every role has its own seed, so that two random networks differ.
         seed = config.seed + kind.trainable.index(role)
         return dataclasses.replace(abstract, net=weights.build(abstract.net.config, seed=seed))
     compute = dict(config[role].get("compute", {}))
@@ -313,17 +367,14 @@ def _zeros(tree):
 
 def _placed(shapes, nets, mesh):
     """`shapes` with shardings, by the rules of the families of `nets`."""
-    rules = tuple(
-        dict.fromkeys(r for net in nets.values() for r in weights.sharding_rules(net.net))
-    )
-    shardings = sharding.infer(shapes, rules, mesh) if nets else shapes
+    shardings = weights.shardings(shapes, nets.values(), mesh) if nets else shapes
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
 
 
 def describe(run):
-    """Parameters and bytes by role, as a table in text: what the devices have to hold."""
+    """Parameters and bytes by role, then the run's FLOPs: what the devices store and compute."""
     state = run.state_shape()
 
     def mebibytes(tree):
@@ -336,9 +387,10 @@ def describe(run):
         size = count * jnp.dtype(dtype).itemsize / 2**20
         lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB")
     lines += [
-        f"{'average':<36}{mebibytes(state.ema):>10.1f} MiB",
+        f"{'average':<36}{mebibytes((state.ema, state.more_ema)):>10.1f} MiB",
         f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",
         f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
         f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",
+        *(f"{name}: {text}" for name, text in cost(run).lines().items()),
     ]
     return "\n".join(lines)

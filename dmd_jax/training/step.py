@@ -1,120 +1,167 @@
-"""TrainState and the pure train step: every method, every network, one compiled call.
+"""TrainState and the pure train step: one compiled call for every method and network.
 
 Imports jax, optax and the rooms below. Nothing here reads a clock, a file or a config.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from dmd_jax.devices import sharding
 
-# Tags that separate a step's random streams.
+# Tags of the random streams of a step.
 GENERATOR, CRITIC, CRITIC_ROLLOUT = range(3)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes. Checkpoints hold this and nothing else.
+    """Everything that training changes. Checkpoints store exactly this.
 
     Attributes:
-        step: int32 [], steps taken, skipped ones included.
+        step: int32 [], the number of steps taken, skipped ones included.
         nets: {role: Denoiser}, trainable roles only ("generator", "fake_score"), float32 weights.
-        ema: the generator's moving average, float32, of the generator's tree.
+        ema: moving average of the generator, float32, with the generator's tree structure: the
+            average that is evaluated and exported.
         opt_state: state of the optimizer of all roles.
+        more_ema: {decay as text: average}, of `EMA.more_decays`; empty by default, so that such a
+            state has the paths of one without this field.
     """
 
-    step: jax.Array
+    step: Any
     nets: dict[str, Any]
     ema: Any
     opt_state: Any
+    more_ema: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class EMA:
-    """Moving average of the generator: ema <- decay ema + (1 - decay) generator, once an update.
+    """Moving average of the generator: ema <- decay ema + (1 - decay) generator, at each update.
 
-    Before step `start` the average is the generator itself.
+    Attributes:
+        decay: of the average that is evaluated and exported by default.
+        start: before this step the averages equal the generator.
+        warmup: limits each decay to (1 + n) / (10 + n), n steps after `start`: early weights leave
+            the average sooner.
+        more_decays: decays of further averages, which are exported beside the first.
 
     Raises:
-        ValueError: the decay is not in [0, 1), or the start is negative.
+        ValueError: a decay is not in [0, 1) or appears twice, or the start is negative.
     """
 
     decay: float = 0.99
     start: int = 0
+    warmup: bool = False
+    more_decays: tuple[float, ...] = ()
 
-    def __post_init__(self):
-        if not 0.0 <= self.decay < 1.0 or self.start < 0:
-            raise ValueError(f"decay={self.decay} must be in [0, 1), start={self.start} 0 or more")
+    def __post_init__(self) -> None:
+        decays = (self.decay, *self.more_decays)
+        if not all(0.0 <= decay < 1.0 for decay in decays) or self.start < 0:
+            raise ValueError(
+                f"decay={self.decay} and more_decays={self.more_decays} must be in [0, 1), "
+                f"start={self.start} 0 or more"
+            )
+        if len(set(decays)) < len(decays):
+            raise ValueError(f"more_decays={self.more_decays} repeats a decay: {decays}")
 
-    def __call__(self, ema, generator, step):
-        decay = jnp.where(step >= self.start, self.decay, 0.0)
+    @property
+    def more(self) -> dict[str, float]:
+        """{decay as text: decay} of the further averages."""
+        return {str(decay): decay for decay in self.more_decays}
+
+    def __call__(
+        self,
+        ema: PyTree[Float[Array, "..."]],
+        generator: PyTree[Float[Array, "..."]],
+        step: Int[Array, ""] | int,
+        decay: float | None = None,
+    ) -> PyTree[Float[Array, "..."]]:
+        """The average after an update of the generator at `step`; `decay` is the first if None."""
+        limit = self.decay if decay is None else decay
+        if self.warmup:
+            n = jnp.float32(step - self.start)
+            limit = jnp.minimum(limit, (1.0 + n) / (10.0 + n))
+        decay = jnp.where(step >= self.start, limit, 0.0)
         return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, generator)
 
 
-def init_state(nets, tx):
-    """A TrainState at step 0, of fresh float32 buffers: donation never eats a caller's weights."""
+def init_state(nets: Mapping[str, PyTree], tx: Any, ema: EMA = EMA()) -> TrainState:
+    """A TrainState at step 0, in new float32 buffers: donation never deletes a caller's weights.
+
+    Args:
+        nets: {role: Denoiser}, trainable roles only.
+        tx: from `optimizer.per_role`.
+        ema: which averages the state holds.
+    """
     nets = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), nets)
-    ema = jax.tree.map(jnp.copy, nets["generator"])
-    return TrainState(jnp.zeros((), jnp.int32), nets, ema, tx.init(nets))
+
+    def average():
+        return jax.tree.map(jnp.copy, nets["generator"])
+
+    more = {name: average() for name in ema.more}
+    return TrainState(jnp.zeros((), jnp.int32), nets, average(), tx.init(nets), more)
 
 
-def merge(trainable, frozen):
-    """`bind` for full fine-tuning: the nets of a method are the trainable and the frozen ones."""
+def merge(trainable: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """`bind` for full fine-tuning: a method's networks are the trainable and the frozen ones."""
     return {**frozen, **trainable}
 
 
 def train_step(
-    state,
-    frozen,
-    batch,
-    key,
+    state: TrainState,
+    frozen: Mapping[str, PyTree],
+    batch: Mapping[str, PyTree[Shaped[Array, "B ..."]]],
+    key: Key[Array, ""],
     *,
-    method,
-    tx,
-    update_generator,
-    bind=merge,
-    ema=EMA(),
-    reuse_rollout=True,
-    accumulate=1,
-):
+    method: Any,
+    tx: Any,
+    update_generator: bool,
+    bind: Callable[[Any, Any], dict[str, Any]] = merge,
+    ema: EMA = EMA(),
+    reuse_rollout: bool = True,
+    accumulate: int = 1,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One step: gradients of all roles at the same weights, then one optimizer update.
 
-    Jit it with everything after `key` static, and donate the state. Compiled twice in a run: with
+    Jit it with everything after `key` static, and donate the state. A run compiles it twice: with
     and without the generator's update.
 
     Args:
         state: TrainState.
-        frozen: {role: Denoiser} that nothing changes ("teacher").
-        batch: {"cond", "uncond"} and what the method wants ("data"), leading axis B.
-        key: the run's root key; the step's own is folded from it and `state.step`.
+        frozen: {role: Denoiser} of the roles that are not trained ("teacher").
+        batch: {"cond", "uncond"} and what else the method needs ("data"), leading axis B.
+        key: the root key of the run; the key of the step is folded from it and `state.step`.
         method: a dataclass of `methods/`.
         tx: from `optimizer.per_role`.
-        update_generator: whether this is one of the generator's steps. The host derives it from the
-            step, so that weights, moments and average follow one clock.
+        update_generator: whether the generator is updated in this step. The host derives it from
+            the step, so that weights, moments and averages share one clock.
         bind: (trainable nets, frozen nets) -> the nets that the method sees.
-        ema: the generator's average.
-        reuse_rollout: on the generator's steps, train the critic on the generator's own rollout,
-            under stop_gradient; otherwise on a fresh one.
-        accumulate: parts into which the batch is split; equal results, less memory.
+        ema: the averages of the generator, those that `state` was initialised for.
+        reuse_rollout: in steps that update the generator, train the critic on the generator's
+            rollout, under stop_gradient; otherwise on a new one.
+        accumulate: number of parts into which the batch is split; equal results, less memory.
 
     Returns:
-        (TrainState, metrics): metrics are float32 scalars by name. An update whose loss or gradient
-        is not finite is skipped whole, weights, moments and average, and counted as
-        "<role>/skipped".
+        (TrainState, metrics): metrics are float32 scalars by name. For each role with a gradient:
+        "loss", "grad_norm" (before clipping), "update_norm", "weight_norm" (after the update),
+        "learning_rate" where `tx` knows it, and "skipped". Norms are global L2 norms. An update
+        with a loss or gradient that is not finite is skipped as a whole, weights, moments and
+        averages, and counted as "<role>/skipped".
 
     Raises:
         ValueError: `accumulate` does not divide the batch.
     """
     key = jax.random.fold_in(key, state.step)
     size = jax.tree.leaves(batch)[0].shape[0]
-    # All draws follow the index. Unpinned, every device would draw, and compute, the whole batch
-    # where neither the networks nor their conditions say otherwise.
+    # Random draws are sharded as the index is. Without this constraint every device would draw
+    # and compute the whole batch, unless the networks or their conditioning are sharded.
     batch = sharding.shard_batch({**batch, "index": jnp.arange(size)})
     one = partial(
         _gradients,
@@ -126,9 +173,10 @@ def train_step(
         update_generator=update_generator,
         reuse_rollout=reuse_rollout,
     )
-    grads, losses, metrics = (
+    grads, losses, observed = (
         one(batch) if accumulate == 1 else _accumulate(one, batch, size, accumulate)
     )
+    metrics = method.metrics(observed) if observed else {}
 
     norms = {role: optax.tree.norm(grad) for role, grad in grads.items()}
     update = {role: jnp.isfinite(losses[role]) & jnp.isfinite(norms[role]) for role in grads}
@@ -141,20 +189,33 @@ def train_step(
     if not update_generator:
         grads["generator"] = jax.tree.map(jnp.zeros_like, state.nets["generator"])
         update["generator"] = False
+    rates = tx.learning_rates(state.opt_state)
     updates, opt_state = tx.update(grads, state.opt_state, state.nets, update=update)
     nets = optax.apply_updates(state.nets, updates)
-    average = state.ema
+    for role in losses:
+        metrics |= {
+            f"{role}/update_norm": optax.tree.norm(updates[role]),
+            f"{role}/weight_norm": optax.tree.norm(nets[role]),
+        }
+        if role in rates:
+            metrics[f"{role}/learning_rate"] = rates[role]
+    average, more = state.ema, state.more_ema
     if update_generator:
-        moved = ema(state.ema, nets["generator"], state.step)
-        average = jax.tree.map(partial(jnp.where, update["generator"]), moved, state.ema)
-    return TrainState(state.step + 1, nets, average, opt_state), metrics
+
+        def averaged(old, decay):
+            new = ema(old, nets["generator"], state.step, decay)
+            return jax.tree.map(partial(jnp.where, update["generator"]), new, old)
+
+        average = averaged(state.ema, ema.decay)
+        more = {name: averaged(state.more_ema[name], decay) for name, decay in ema.more.items()}
+    return TrainState(state.step + 1, nets, average, opt_state, more), metrics
 
 
 def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator, reuse_rollout):
-    """Gradients and losses by role, and metrics, of one (part of a) batch."""
+    """Gradients and losses by role, and per-sample values, of a batch or of one of its parts."""
     keys = [jax.random.fold_in(key, tag) for tag in (GENERATOR, CRITIC, CRITIC_ROLLOUT)]
     nets = bind(trainable, frozen)
-    grads, losses, metrics, made = {}, {}, {}, None
+    grads, losses, observed, rollout = {}, {}, {}, None
 
     if update_generator:
 
@@ -162,45 +223,51 @@ def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator,
             bound = bind({**trainable, "generator": generator}, frozen)
             return method.generator_loss(bound["generator"], bound, batch, keys[GENERATOR])
 
-        (loss, (metrics, made)), grad = jax.value_and_grad(generator_loss, has_aux=True)(
+        (loss, (observed, rollout)), grad = jax.value_and_grad(generator_loss, has_aux=True)(
             trainable["generator"]
         )
         grads["generator"], losses["generator"] = grad, loss
 
     critics = {role: net for role, net in trainable.items() if role != "generator"}
     if critics:
-        if made is None or not reuse_rollout:
-            made = method.rollout(nets["generator"], nets, batch, keys[CRITIC_ROLLOUT])
+        if rollout is None or not reuse_rollout:
+            rollout = method.rollout(nets["generator"], nets, batch, keys[CRITIC_ROLLOUT])
 
         def critic_loss(critics):
             bound = bind({**trainable, **critics}, frozen)
-            seen = {role: bound[role] for role in critics}
-            return method.critic_loss(seen, bound, made, batch, keys[CRITIC])
+            trained = {role: bound[role] for role in critics}
+            return method.critic_loss(trained, bound, rollout, batch, keys[CRITIC])
 
-        (loss, critic_metrics), grad = jax.value_and_grad(critic_loss, has_aux=True)(critics)
-        metrics = metrics | critic_metrics
+        (loss, critic_observed), grad = jax.value_and_grad(critic_loss, has_aux=True)(critics)
+        observed = observed | critic_observed
         grads |= grad
         losses |= dict.fromkeys(critics, loss)
-    return grads, losses, metrics
+    return grads, losses, observed
 
 
 def _accumulate(one, batch, size, parts):
-    """Means of `one` over parts of the batch; a metric that a part lacks (NaN) does not count."""
+    """Mean gradients and losses over the parts of a batch, and the per-sample values of all parts.
+
+    Metrics are computed from the latter, once: a standard deviation over the batch is not the mean
+    of those over its parts.
+    """
     if size % parts:
         raise ValueError(f"accumulate={parts} does not divide the batch of {size}")
 
     def split(x):
-        # Strided parts: each device keeps its own samples, where contiguous ones would have to
-        # move.
+        # Strided parts: contiguous ones would move samples between devices.
         return jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0)
 
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:])
+
     def add(total, part):
-        grads, losses, metrics = one(part)
-        return jax.tree.map(jnp.add, total, (grads, losses)), metrics
+        grads, losses, observed = one(part)
+        return jax.tree.map(jnp.add, total, (grads, losses)), observed
 
     batches = jax.tree.map(split, batch)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches))[:2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, metrics = jax.lax.scan(add, zeros, batches)
+    total, observed = jax.lax.scan(add, zeros, batches)
     grads, losses = jax.tree.map(lambda x: x / parts, total)
-    return grads, losses, {name: jnp.nanmean(value) for name, value in metrics.items()}
+    return grads, losses, jax.tree.map(join, observed)

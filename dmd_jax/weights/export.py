@@ -1,7 +1,7 @@
 """Wan transformers written for other programs: diffusers, the Wan repository, Self-Forcing.
 
-Tensors go to disk one at a time, and a file or folder is there whole or not at all. Imports the
-tables of names and the formats beside it.
+Tensors are written one at a time. A failure leaves no file and no folder. Imports the tables and
+formats beside it.
 """
 
 import contextlib
@@ -19,24 +19,24 @@ from dmd_jax.weights.table import their_shapes, theirs
 
 SHARD = 5 * 10**9  # bytes; larger networks are written in several files
 STEM = "diffusion_pytorch_model"
-# The parts of a pipeline that are not taken from its base.
+# The parts of a pipeline that are never copied from its base.
 OWN = ("transformer", "transformer_2", "scheduler")
 
 
 def diffusers(path, net, *, scheduler, dtype=None, base=None):
-    """Writes a folder that a pipeline of diffusers is loaded from.
+    """Writes a folder from which diffusers loads a pipeline.
 
     Args:
         path: the folder; it must not exist, or be empty.
         net: a Wan.
         scheduler: the settings of its scheduler, with "_class_name" (`few_step`, `many_step`).
         dtype: of the tensors; None for that of the weights, the widest if they differ.
-        base: a folder of such a pipeline, of which VAE, text encoder and all else are copied. None
-            writes transformer and scheduler alone; the others are then for the caller to give to
-            `from_pretrained`.
+        base: the folder of such a pipeline, from which VAE, text encoder and other parts are
+            copied. None writes transformer and scheduler only; `from_pretrained` must then be given
+            the others.
 
     Raises:
-        ValueError: the folder holds something, or `base` is no whole pipeline.
+        ValueError: the folder is not empty, or `base` is no complete pipeline.
     """
     base_index = {} if base is None else index_of(base)
     with _whole(path) as folder:
@@ -59,16 +59,16 @@ def diffusers(path, net, *, scheduler, dtype=None, base=None):
 
 
 def original(path, net, *, dtype=None):
-    """Writes a folder as the Wan repository's: safetensors that ComfyUI and LightX2V read too, and
-    config.json. Arguments and errors are those of `diffusers`."""
+    """Writes a folder in the layout of the Wan repository, safetensors and config.json, which
+    ComfyUI and LightX2V read too. Arguments and errors are those of `diffusers`."""
     with _whole(path) as folder:
         _network(folder, net, "original", dtype)
 
 
 def self_forcing(path, net, *, dtype=None):
-    """Writes a file of torch as Self-Forcing's: {"generator_ema": {"model.<original name>": ...}}.
+    """Writes a file of torch as of Self-Forcing: {"generator_ema": {"model.<name>": ...}}.
 
-    Arguments are those of `diffusers`; a file that is there is replaced.
+    Arguments are those of `diffusers`; an existing file is replaced.
     """
     plan, arrays = _plan(net, "original", dtype)
     tree = {f"model.{name}": (name, *place) for name, place in plan.items()}
@@ -77,9 +77,9 @@ def self_forcing(path, net, *, dtype=None):
 
 
 def few_step(shift):
-    """Settings of the scheduler that samples as a student is trained: x0, fresh noise, next time.
+    """Settings of the scheduler for few-step students: predict x0, add fresh noise, repeat.
 
-    Its times go to `scheduler.set_timesteps(sigmas=times)`; it applies the shift.
+    Pass the times to `scheduler.set_timesteps(sigmas=times)`; it applies the shift.
     """
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -101,24 +101,24 @@ def many_step(shift):
 
 
 def index_of(base):
-    """The parsed model_index.json of a pipeline's folder.
+    """The parsed model_index.json of the folder of a pipeline.
 
     Raises:
-        ValueError: there is none, or a part that it names, the transformers aside, is not there.
+        ValueError: it is missing, or a part that it names is, other than OWN.
     """
     base = Path(base)
     try:
         index = json.loads((base / "model_index.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{base} is no folder of a diffusers pipeline: {error}") from error
-    parts = {name for name, told in index.items() if isinstance(told, list) and told[0]}
+    parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
     if absent := sorted(part for part in parts - set(OWN) if not (base / part).is_dir()):
         raise ValueError(f"{base} lacks {', '.join(absent)}: finish the download")
     return index
 
 
 def require_place(path, *, to_file=False):
-    """Raises ValueError where a folder, or a file of torch, of this name cannot be written."""
+    """Raises ValueError if a folder, or a file of torch, cannot be written at `path`."""
     path = Path(path)
     if to_file and path.suffix not in files.TORCH:
         raise ValueError(f"{path} must end in {' or '.join(files.TORCH)}, to be read again")
@@ -131,7 +131,7 @@ def require_place(path, *, to_file=False):
 
 
 def _network(folder, net, layout, dtype):
-    """Writes config.json and the tensors, in shards and with an index where they are many."""
+    """Writes config.json and the tensors; above SHARD bytes in shards with an index."""
     _write_json(folder / "config.json", wan.to_settings(net.config, layout))
     plan, arrays = _plan(net, layout, dtype)
     shards = _shards(plan)
@@ -149,7 +149,7 @@ def _network(folder, net, layout, dtype):
 
 
 def _plan(net, layout, dtype):
-    """({name: (shape, dtype)}, iterator of (name, array)) of a network's file, in one order."""
+    """({name: (shape, dtype)}, iterator of (name, array) in its order) of the file of a network."""
     rows = wan.table(net.config, layout)
     dtype = np.dtype(dtype or jnp.result_type(*jax.tree.leaves(net)))
     plan = {name: (shape, dtype) for name, shape in their_shapes(net, rows).items()}
@@ -157,7 +157,7 @@ def _plan(net, layout, dtype):
 
 
 def _shards(plan):
-    """`plan` in runs of at most SHARD bytes."""
+    """`plan` split into parts of at most SHARD bytes, or one tensor."""
     shards, room = [], 0
     for name, place in plan.items():
         if not shards or _bytes(place) > room:
@@ -180,7 +180,7 @@ def _write_json(path, value):
 
 @contextlib.contextmanager
 def _whole(path, **kind):
-    """A path beside `path` that takes its place in the end, or is removed."""
+    """A temporary path beside `path`; renamed to it at the end, or removed after an error."""
     path = Path(path)
     require_place(path, **kind)
     partial = path.with_name(path.name + ".partial")

@@ -1,8 +1,8 @@
-"""Files of others, opened without reading them: names, shapes and places of tensors.
+"""Checkpoint files of any format, opened without reading tensors.
 
-A safetensors file, a folder of shards and a file of torch all become one thing: a table that says
-where the bytes of each tensor lie. A tensor is mapped into memory when it is asked for, in the
-dtype it is stored in, and nothing is ever executed. Imports the reader of torch's files.
+A safetensors file, a folder of shards and a file of torch all become `Tensors`: the file, offset,
+dtype and shape of each tensor by its name. A tensor is memory-mapped when it is read, in its stored
+dtype. Nothing in a file is executed. Imports the parser of torch's files.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from dmd_jax.devices.disk import local_path
 from dmd_jax.weights import pickles
 
 DTYPES = {
@@ -33,7 +34,7 @@ DTYPES = {
 }
 TORCH = (".pth", ".pt", ".ckpt")
 INDEX = ".safetensors.index.json"
-# What training programs wrap a network in, and leave in the names of its tensors.
+# Prefixes that wrappers of training programs leave in the names of tensors.
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 PREFIXES = re.compile(r"^((model|module|diffusion_model)\.)+")
 
@@ -50,7 +51,7 @@ PART_FILES = {
     "text_encoder": "models_t5*.pth",
 }
 
-# What is not read, told by a name among its tensors (a regular expression), in words.
+# {a pattern of the tensors' names: the kind of file}, of files that are not read.
 STRANGERS = {
     r"lora_": "a LoRA, which is the change of a network: merge it into its network first",
     r"^double_blocks\.": "a Flux or Hunyuan transformer",
@@ -66,26 +67,26 @@ STRANGERS = {
 
 
 class Place(NamedTuple):
-    """Where one tensor lies."""
+    """Position, dtype and shape of one tensor in a file."""
 
     file: Path
     offset: int  # in bytes
     dtype: np.dtype
     shape: tuple[int, ...]
-    strides: tuple[int, ...] | None = None  # in elements, where it is not contiguous
+    strides: tuple[int, ...] | None = None  # in elements; None if contiguous
 
 
 class Tensors:
-    """What lies at a path: a table of tensors that are read one at a time.
+    """The tensors of a checkpoint, read one at a time.
 
     Attributes:
         path: the file or folder.
         shapes: {name: shape}.
         dtypes: {name: numpy dtype}.
         settings: the parsed config.json beside it; None if there is none.
-        metadata: of a safetensors file, its own strings; {} elsewhere.
+        metadata: the strings in the header of a single safetensors file; {} otherwise.
 
-    Nothing is held open, so there is nothing to close.
+    No file stays open.
     """
 
     def __init__(self, path, places, settings=None, metadata=None):
@@ -95,12 +96,26 @@ class Tensors:
         self.dtypes = {name: place.dtype for name, place in self._places.items()}
 
     def renamed(self, aliases):
-        """The same under other names, {old: new}; who is there under both is taken once."""
+        """The same tensors by other names, {old: new}.
+
+        Raises:
+            ValueError: the file holds a tensor by both names, and the two differ.
+        """
+        for old, new in aliases.items():
+            if {old, new} <= self.shapes.keys() and not self._same(old, new):
+                raise ValueError(
+                    f"{self.path} holds {old} and {new}, which must be equal, and differ"
+                )
         places = {aliases.get(name, name): place for name, place in self._places.items()}
         return Tensors(self.path, places, self.settings, self.metadata)
 
+    def _same(self, a, b):
+        """Whether two tensors are equal; of large ones, their shapes and last rows."""
+        a, b = self.read(a), self.read(b)
+        return a.shape == b.shape and np.array_equal(a[-1:], b[-1:])
+
     def read(self, name):
-        """The tensor of this name, as stored: a read-only view of the file."""
+        """The tensor of this name in its stored dtype: a read-only view of the file."""
         place = self._places[name]
         if 0 in place.shape:
             return np.empty(place.shape, place.dtype)
@@ -113,19 +128,18 @@ class Tensors:
 
 
 def open_tensors(path):
-    """Opens the checkpoint at `path`: reads headers, no tensor.
+    """Opens the checkpoint at `path`; reads headers only.
 
     Args:
         path: a .safetensors file; a .pth, .pt or .ckpt file of torch; or a folder with one of
             these or with shards.
 
     Returns:
-        Tensors. Their names are without what wrappers put before them ("model.", "module.", ...).
+        Tensors, their names without the prefixes of wrappers ("model.", "module.", ...).
 
     Raises:
-        FileNotFoundError: there is nothing, or the folder lacks a shard.
-        ValueError: a file is damaged, cut short, or holds more than tensors; the message says which
-            and what to do.
+        FileNotFoundError: the path does not exist, or the folder lacks a shard.
+        ValueError: a file is damaged, truncated, or holds more than tensors; it is named.
     """
     path = Path(path)
     if path.is_file():
@@ -151,7 +165,7 @@ def _open_file(file):
         found = _state_dict(pickles.read(file))
         if not found:
             raise ValueError(f"{file} holds no dict of tensors")
-        # config.json beside it is another's: Wan's repository keeps all its parts in one folder.
+        # A config.json beside it is not its own: Wan's repository has all parts in one folder.
         return Tensors(file, {name: Place(file, *stored) for name, stored in found.items()})
     places, metadata = _safetensors(file)
     return Tensors(file, places, _settings(file.parent), metadata)
@@ -183,7 +197,7 @@ def _contiguous(shape):
 
 
 def _files_of(folder):
-    """The files that hold the tensors of a folder."""
+    """The files of a folder that hold its tensors."""
     single = sorted(folder.glob("*.safetensors"))
     if indexed := _indexed(folder):
         return _shards(folder, sorted(set(indexed.values())))
@@ -204,7 +218,7 @@ def _files_of(folder):
 
 
 def _indexed(folder):
-    """{tensor: shard} of the index in a folder; {} where there is none."""
+    """{tensor: shard} of the index in a folder; {} if there is no index."""
     indices = sorted(folder.glob(f"*{INDEX}"))
     if not indices:
         return {}
@@ -226,9 +240,9 @@ def _shards(folder, names):
 
 
 def _half(folder):
-    """Says so where a download has begun and not ended."""
+    """Names unfinished downloads, for an error; '' if there are none."""
     begun = sorted(p.name for p in folder.rglob("*.incomplete"))
-    return f" (begun and not ended: {', '.join(begun)})" if begun else ""
+    return f" (unfinished downloads: {', '.join(begun)})" if begun else ""
 
 
 def _names(paths):
@@ -239,7 +253,7 @@ def _names(paths):
 
 
 def _safetensors(path):
-    """({name: Place}, metadata) of a safetensors file, each place proven to lie within it."""
+    """({name: Place}, metadata) of a safetensors file; every place is checked to lie in it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -266,7 +280,7 @@ def _place(path, start, entry):
     dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if begin < 0 or min(shape, default=1) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{entry} is no place of a tensor")
+        raise ValueError(f"{entry} is no valid entry of a tensor")
     return Place(path, start + begin, dtype, shape)
 
 
@@ -279,15 +293,15 @@ def _stranger_file(path, size):
 
 
 def write_safetensors(path, plan, arrays):
-    """Writes a safetensors file, one tensor after the other.
+    """Writes a safetensors file, one tensor at a time.
 
     Args:
         path: the file.
         plan: {name: (shape, dtype)}, in the order of the file.
-        arrays: an iterator of (name, array) in this order, from which as many are taken.
+        arrays: an iterator of (name, array) in this order; it may go on after the last of `plan`.
 
     Raises:
-        ValueError: an array is not the one that is planned.
+        ValueError: an array differs from `plan` in name, shape or dtype.
     """
     codes = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -310,7 +324,7 @@ def write_safetensors(path, plan, arrays):
 
 
 def _state_dict(tree):
-    """The dict of tensors in what torch had saved; of several networks, the averaged generator."""
+    """The dict of tensors in a tree of torch; of several networks, the averaged generator."""
     if not isinstance(tree, dict):
         return {}
     for name in ("generator_ema", "generator", "model", "state_dict", "module"):
@@ -329,14 +343,15 @@ def locate(path, part=None):
         path: a file, a folder (a part, a pipeline of diffusers, a download of Wan's repository), or
             the name of a model on the Hugging Face hub: "organisation/name", or with a sub-folder.
         part: "transformer", "transformer_2" (the low-noise expert of Wan 2.2), "vae" or
-            "text_encoder"; None is the transformer of a model and the only part of a part.
+            "text_encoder"; None is the transformer of a model, or `path` itself.
 
     Raises:
-        FileNotFoundError: nothing is there, the model has no such part, or the hub is not reached.
+        FileNotFoundError: the path does not exist, the model has no such part, or the download
+            failed.
     """
     if part is not None and part not in SUBFOLDERS:
         raise ValueError(f"part={part!r}: use one of {sorted(SUBFOLDERS)}")
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.exists():
         return _part_of(local, part)
     if name := hub_name(path):
@@ -344,8 +359,16 @@ def locate(path, part=None):
     raise FileNotFoundError(f"there is no file or folder at {str(path)!r}")
 
 
+def require_part(path, found, wanted):
+    """Raises ValueError where a file holds another part of a model than the one that is wanted."""
+    if wanted not in (None, found):
+        raise ValueError(
+            f"{path} looks like a {found}, and a {wanted} is wanted: name a file or folder with one"
+        )
+
+
 def hub_name(path):
-    """(name, sub-folder or None) where `path` could name a model on the hub; None elsewhere."""
+    """(name, sub-folder or None) if `path` has the form of a model on the hub; None if not."""
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", str(path))
     is_file = Path(path).suffix in (".safetensors", *TORCH)
     return None if found is None or is_file else found.groups()
@@ -367,16 +390,16 @@ def _part_of(root, part):
 
 
 def companion(path, folders):
-    """The root folder of a model, for what it holds beside its weights: a tokenizer, say.
+    """The root folder of a model, for its files that are not weights, such as a tokenizer.
 
     Args:
         path: a file or folder, or the name of a model on the Hugging Face hub.
-        folders: sub-folders, of which one at least is brought here from the hub.
+        folders: sub-folders to download from the hub, one of which must exist.
 
     Raises:
-        FileNotFoundError: nothing is there, or the hub is not reached.
+        FileNotFoundError: the path does not exist, or the download failed.
     """
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.exists():
         return local
     if not (name := hub_name(path)):
@@ -405,7 +428,7 @@ def _from_hub(name, subfolder, part):
 
 
 def _download(name, patterns, checked):
-    """`checked` of a model's folder: as the cache has it, or else, with these files, the hub."""
+    """`checked(folder)` of a model: of the cache if it is complete there, else downloaded."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -417,10 +440,10 @@ def _download(name, patterns, checked):
     try:
         return checked(Path(download(local_files_only=True)))
     except FileNotFoundError:
-        pass  # not, or not all, in the cache
+        pass  # not in the cache, or incomplete
     try:
         root = Path(download())
-    except Exception as error:  # its errors of networks have no common class
+    except Exception as error:  # the hub's errors have no common class
         raise FileNotFoundError(
             f"there is no file or folder at {name!r}, and it did not come from the Hugging Face "
             f"hub: {error}\nCheck the name and the network, or give the folder of a download made "
@@ -430,7 +453,7 @@ def _download(name, patterns, checked):
 
 
 def stranger(names):
-    """What the tensors of these names look like, in words; None if it is not recognised."""
+    """The kind of file that has tensors of these names, in words; None if not in STRANGERS."""
     for pattern, words in STRANGERS.items():
         if any(re.search(pattern, name) for name in names):
             return words

@@ -1,7 +1,7 @@
-"""Files of torch, read and written without torch, and without executing anything in them.
+"""Files of torch, read and written without torch, and without executing code in them.
 
-Such a file is a zip archive with a pickle (the tree of names) and one uncompressed entry for each
-tensor's bytes. The pickle is a program; this reader allows it containers and tensors, nothing else.
+Such a file is a zip archive with a pickle (the tree of names) and an uncompressed entry for the
+bytes of each tensor. A pickle is a program; this reader permits containers and tensors only.
 """
 
 import math
@@ -30,9 +30,9 @@ STORAGES = {
 
 
 class Stored(NamedTuple):
-    """Where a tensor's bytes lie in the file."""
+    """Position, dtype and shape of a tensor in the file."""
 
-    offset: int  # in bytes, from the file's beginning
+    offset: int  # in bytes, from the start of the file
     dtype: np.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements
@@ -45,7 +45,7 @@ class _Storage(NamedTuple):
 
 
 def _tensor(storage, start, shape, strides, *_):
-    """What stands for torch._utils._rebuild_tensor_v2."""
+    """Replaces torch._utils._rebuild_tensor_v2."""
     last = start + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if min((start, *shape, *strides)) < 0 or (0 not in shape and last >= storage.elements):
         raise ValueError(f"a tensor {shape} reaches beyond its {storage.elements} elements")
@@ -85,10 +85,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read(path):
-    """The tree that torch.save wrote to `path`, with a `Stored` for every tensor.
+    """The tree that torch.save wrote to `path`, with a `Stored` in place of each tensor.
 
     Raises:
-        ValueError: it is damaged, of a torch before 1.6, big-endian, or its pickle wants more than
+        ValueError: it is damaged, of a torch before 1.6, big-endian, or its pickle holds more than
             containers and tensors.
     """
     try:
@@ -107,17 +107,17 @@ def read(path):
         ) from None
     except OSError:
         raise
-    except Exception as error:  # whatever the bytes of strangers make an unpickler do
+    except Exception as error:  # damaged bytes may raise anything
         raise ValueError(f"{path} is not read as a file of torch: {error}") from None
 
 
 def write(path, tree, arrays):
-    """Writes what torch.load(path, weights_only=True) reads.
+    """Writes a file for torch.load(path, weights_only=True).
 
     Args:
         path: the file.
-        tree: nested dicts of str, with (name, shape, dtype) for every tensor.
-        arrays: an iterable of (name, numpy array), every name of `tree` once, in any order.
+        tree: nested dicts by str, with (name, shape, dtype) in place of each tensor.
+        arrays: an iterable of (name, numpy array), each name of `tree` once, in any order.
     """
     keys = {}
     program = b"\x80\x02" + _pickled(tree, keys) + b"."
@@ -137,7 +137,7 @@ def write(path, tree, arrays):
 
 
 def _pickled(tree, keys):
-    """The opcodes that build `tree`; `keys` takes the number of each tensor's entry."""
+    """The opcodes that build `tree`; adds {name: number of its entry} to `keys`."""
     if isinstance(tree, dict):
         items = b"".join(_plain(name) + _pickled(value, keys) for name, value in tree.items())
         return b"}(" + items + b"u"
@@ -148,10 +148,10 @@ def _pickled(tree, keys):
     place = b"(" + _plain("storage") + _global("torch", storage) + _plain(key) + _plain("cpu")
     place += _plain(math.prod(shape)) + b"tQ"
     hooks = _global("collections", "OrderedDict") + b")R"
-    made = (
+    arguments = (
         b"(" + place + _plain(0) + _plain(tuple(shape)) + _plain(strides) + b"\x89" + hooks + b"t"
     )
-    return _global("torch._utils", "_rebuild_tensor_v2") + made + b"R"
+    return _global("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
 
 
 def _plain(value):

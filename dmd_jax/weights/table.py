@@ -1,7 +1,7 @@
-"""How another program's tensors become ours, as data, and how a network is filled from them.
+"""Rows that map tensors of other programs to our weights, and the filling of a network by them.
 
-A family's tables are lists of `Row`s, one for every tensor that its file must hold. The same rows
-are read in both directions: einops patterns can be turned round. Imports `paths` alone.
+The table of a family is a list of `Row`s, one for each tensor of a file. The same rows serve both
+directions, because einops patterns can be reversed. Imports `devices.paths`.
 """
 
 import math
@@ -15,23 +15,23 @@ from einops import rearrange
 
 from dmd_jax.devices.paths import named_leaves, path_name
 
-ALIGNMENT = 64  # bytes; what XLA asks of host memory that it uses in place
-STRIP = 32  # rows of a matrix in a file
+ALIGNMENT = 64  # bytes; XLA uses host memory without a copy at such addresses
+STRIP = 32  # rows of a matrix that are copied at once
 
 
 class Row(NamedTuple):
-    """One weight of ours and its name and layout in another program's file."""
+    """One of our weights, and its name and layout in the file of another program."""
 
     ours: str  # path in our tree: "blocks/attention/query/kernel"
-    theirs: str  # name in the file; "{}" stands for the layer, and stacks ours along axis 0
-    pattern: str = ""  # einops, one layer's tensor of theirs -> ours: "o i -> i o"; "" for as it is
+    theirs: str  # name in the file; "{}" is the number of a layer: they are stacked along axis 0
+    pattern: str = ""  # einops, theirs -> ours, of one layer: "o i -> i o"; "" if equal
 
     def to_ours(self, tensor):
-        """One layer's tensor, from their layout to ours."""
+        """Converts the tensor of one layer from their layout to ours."""
         return rearrange(tensor, self.pattern) if self.pattern else tensor
 
     def to_theirs(self, tensor):
-        """One layer's tensor, from our layout to theirs."""
+        """Converts the tensor of one layer from our layout to theirs."""
         if not self.pattern:
             return tensor
         theirs, ours = self.pattern.split("->")
@@ -39,10 +39,10 @@ class Row(NamedTuple):
 
 
 def their_shapes(net, rows):
-    """{name: shape} of every tensor that a file of `net` holds, by the rows of its layout.
+    """{name: shape} of every tensor in a file of `net`, by the rows of its layout.
 
     Raises:
-        ValueError: the rows are not exactly the weights of `net`.
+        ValueError: the rows and the weights of `net` differ.
     """
     ours = {name: leaf.shape for name, leaf in named_leaves(net).items()}
     if odd := ours.keys() ^ {row.ours for row in rows}:
@@ -58,9 +58,9 @@ def their_shapes(net, rows):
 
 
 def theirs(net, rows):
-    """Yields (name, array) of every tensor of a file of `net`; one weight is on the host at a time.
+    """Yields (name, array) of every tensor in a file of `net`; copies one weight at a time.
 
-    The inverse of `fill`: bits are those of the weights.
+    The inverse of `fill`, bit for bit.
     """
     ours = named_leaves(net)
     for row in rows:
@@ -73,7 +73,7 @@ def theirs(net, rows):
 
 
 def differing(wanted, found):
-    """One line for every path whose shape differs between two {path: shape}; '' if none does."""
+    """One line for each path whose shape differs between two {path: shape}; '' if all agree."""
     lines = []
     for name in sorted(wanted.keys() | found.keys()):
         a, b = wanted.get(name, "nothing"), found.get(name, "nothing")
@@ -83,19 +83,20 @@ def differing(wanted, found):
 
 
 def fill(net, rows, read):
-    """`net` with all its weights taken from another program's tensors.
+    """Fills a network with the tensors of a file.
 
-    A weight is written into one buffer, of the size of a device's part of it, that becomes the
-    device's or is released once it is there; of the file, one tensor a thread is in memory.
+    Each shard of a weight is written into one buffer of its size. A CPU device uses this buffer
+    without a copy; others copy it, and it is released. Each thread reads one tensor of the file at
+    a time.
 
     Args:
-        net: a network, or its jax.ShapeDtypeStructs; every weight of it has a row.
-        rows: the `Row`s of its family and of the layout of the file.
+        net: a network, or its jax.ShapeDtypeStructs.
+        rows: the `Row`s of its family in the layout of the file, one for each weight.
         read: name -> numpy array.
 
     Returns:
-        The network, its weights in the dtypes of `net` and placed by the shardings of `net`, on
-        the default device where there are none. The values are rounded once at most.
+        The network, with the dtypes and shardings of `net`; a weight without a sharding goes to the
+        default device. Values are rounded at most once.
     """
     by_name = {row.ours: row for row in rows}
 
@@ -103,7 +104,7 @@ def fill(net, rows, read):
 
         def weight(path, leaf):
             part = partial(_part, by_name[path_name(path)], leaf, read, threads)
-            if leaf.sharding is None:  # free to go where it is used: to a mesh, for one
+            if leaf.sharding is None:  # not committed: a jitted function may move it to a mesh
                 return jax.device_put(part((slice(None),) * len(leaf.shape)))
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
@@ -111,7 +112,7 @@ def fill(net, rows, read):
 
 
 def _part(row, leaf, read, threads, index):
-    """The part `index` (a slice for each axis) of a weight, all its layers in one buffer."""
+    """The part `index` (a slice for each axis) of a weight, its layers stacked in one buffer."""
     held = [range(size)[where] for size, where in zip(leaf.shape, index, strict=True)]
     part = _aligned([len(axis) for axis in held], leaf.dtype)
     if "{}" in row.theirs:
@@ -126,7 +127,7 @@ def _part(row, leaf, read, threads, index):
 
 
 def _aligned(shape, dtype):
-    """An empty array at an address that a CPU device takes over as its own, without a copy."""
+    """An uninitialised array at an address that a CPU device uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
@@ -134,10 +135,10 @@ def _aligned(shape, dtype):
 
 
 def _copy(tensor, part):
-    """Copies in the order of the file, by strips that a cache holds while they are turned round."""
+    """Copies in the order of the file, by strips that fit the cache while they are transposed."""
     tensor, part = np.atleast_1d(tensor, part)
     first = np.argmax(tensor.strides)
     tensor, part = np.moveaxis(tensor, first, 0), np.moveaxis(part, first, 0)
     for i in range(0, len(part), STRIP):
-        # Rounded before it is turned: in one go, numpy converts one number at a time.
+        # Rounded before it is transposed: numpy does both at once number by number, slowly.
         part[i : i + STRIP] = tensor[i : i + STRIP].astype(part.dtype, copy=False)

@@ -1,4 +1,4 @@
-"""UMT5 encoders in the files of others: names, layouts and settings, as data.
+"""Tables of UMT5 encoders in files of other programs: names, layouts and settings.
 
 "diffusers" is transformers' UMT5EncoderModel, as the text_encoder folder of a diffusers pipeline
 holds it; "original" is the .pth file of the Wan repository. Imports the network and the row.
@@ -19,7 +19,7 @@ LINEAR = {
     "ffn/up": ("layer.1.DenseReluDense.wi_1", "ffn.fc1"),
     "ffn/down": ("layer.1.DenseReluDense.wo", "ffn.fc2"),
 }
-# Taken as they are.
+# Of the same layout as ours.
 PLAIN = {
     "attention/positions": (
         "layer.0.SelfAttention.relative_attention_bias",
@@ -32,13 +32,13 @@ BLOCK = ("encoder.block.{}", "blocks.{}")
 TOKENS = ("shared.weight", "token_embedding.weight")
 NORM = ("encoder.final_layer_norm.weight", "norm.weight")
 
-# Other names for a row's tensor: a file holds the one, the other or both of equal value.
+# {other name: name in the rows} of a tensor. A file has either, or both with equal values.
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 
 
 def table(config, layout):
     """The rows of an encoder of `config` in a file of `layout`, "diffusers" or "original"."""
-    del config  # all have the same rows
+    del config  # the rows are the same for all
     column = LAYOUTS.index(layout)
 
     def name(theirs):
@@ -55,7 +55,7 @@ def table(config, layout):
     ]
 
 
-# In config.json: what every UMT5 has and our network takes for granted, and what shapes do not say.
+# In config.json: settings that must have these values, and one that shapes do not determine.
 FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6}
 DISTANCE = "relative_attention_max_distance"
 
@@ -99,8 +99,8 @@ def config_of(shapes, layout, settings=None):
 
 
 def to_settings(config, layout):
-    """What config.json must say for the programs of `layout` to load such an encoder; the original
-    layout has none: {}."""
+    """The config.json with which the programs of `layout` load such an encoder; {} for the
+    original layout, which has none."""
     if layout == "original":
         return {}
     c = config

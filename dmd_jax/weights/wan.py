@@ -1,4 +1,4 @@
-"""Wan transformers in the files of others: names, layouts and settings, as data.
+"""Tables of Wan transformers in files of other programs: names, layouts and settings.
 
 "diffusers" is WanTransformer3DModel; "original" is the layout of the Wan repository, which
 Self-Forcing's checkpoints, ComfyUI and LightX2V share. Imports the network and the row.
@@ -88,7 +88,7 @@ def table(config, layout):
     return rows
 
 
-# In config.json: the number of heads, and what every Wan has and our network takes for granted.
+# In config.json: the number of heads, and settings that must have these values.
 HEADS = {"diffusers": "num_attention_heads", "original": "num_heads"}
 FIXED = {
     "diffusers": {
@@ -142,7 +142,7 @@ def config_of(shapes, layout, settings=None):
 
 
 def to_settings(config, layout):
-    """What config.json must say for the programs of `layout` to load such a network."""
+    """The config.json with which the programs of `layout` load such a network."""
     c = config
     if layout == "diffusers":
         return {

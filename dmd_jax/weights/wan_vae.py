@@ -1,4 +1,4 @@
-"""Wan's video autoencoders in the files of others: names, layouts and settings, as data.
+"""Tables of Wan's video autoencoders in files of other programs: names, layouts and settings.
 
 "diffusers" is AutoencoderKLWan; "original" is Wan2.1_VAE.pth and Wan2.2_VAE.pth. Imports the
 network and the row.
@@ -96,7 +96,7 @@ def _decoder_stages(config, layout):
 
 
 def _down(config, layout, stage, layer):
-    """Their name of a layer of an encoder's stage; the one after the blocks halves."""
+    """The name of a layer in a stage of the encoder; the layer after the blocks downsamples."""
     name = "down_blocks" if layout == "diffusers" else "downsamples"
     if not config.residual:
         return f"encoder.{name}.{stage * (config.blocks + 1) + layer}"
@@ -107,7 +107,7 @@ def _down(config, layout, stage, layer):
 
 
 def _up(config, layout, stage, layer):
-    """Their name of a layer of a decoder's stage; the one after the blocks doubles."""
+    """The name of a layer in a stage of the decoder; the layer after the blocks upsamples."""
     if layout == "original" and not config.residual:
         return f"decoder.upsamples.{stage * (config.blocks + 2) + layer}"
     if layout == "original":
@@ -156,14 +156,14 @@ def _resample(ours, theirs, temporal):
     )
 
 
-# In config.json: what every Wan has and our network takes for granted.
+# Settings in config.json that must have these values.
 FIXED = {"attn_scales": [], "dropout": 0.0}
-# The files of the original layout do not hold the statistics of the latents; their programs do.
+# Files of the original layout lack the statistics of the latents: their programs have them.
 STATISTICS = {len(config.mean): (config.mean, config.std) for config in (WAN_2_1, WAN_2_2)}
 
 
 def config_of(shapes, layout, settings=None):
-    """The WanVAEConfig of a file: its shapes say all but the statistics of the latents.
+    """The WanVAEConfig of a file, from its shapes; they lack the statistics of the latents.
 
     Args:
         shapes: {name: shape} of its tensors.
@@ -228,7 +228,7 @@ def _statistics(channels, settings):
 
 
 def to_settings(config, layout):
-    """What config.json must say for the programs of `layout` to load such a network.
+    """The config.json with which the programs of `layout` load such a network.
 
     Those of the original layout read none, and know its two published networks by name.
     """

@@ -191,6 +191,7 @@ import jax
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 import numpy as np
 from dmd_jax.devices import sharding
+from dmd_jax.devices.processes import from_first
 from dmd_jax.data import Batches
 
 
@@ -212,6 +213,8 @@ for axes in dict(data=4), dict(data=2, context=2), dict(data=1, context=4), dict
     assert cond.shape == whole.shape, cond.shape
     for shard in cond.addressable_shards:
         np.testing.assert_array_equal(shard.data, whole[shard.index])
+first = jax.process_index() == 0
+assert from_first(lambda: "on process 0" if first else 1 / 0) == "on process 0"
 print("the same batch on every mesh")
 """
 

@@ -118,8 +118,16 @@ def test_x0_is_float32_whatever_the_network_runs_in(data):
     np.testing.assert_allclose(denoiser(x_t, TIMES, None), wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 2), (4, 3), (1, 3, 1)])
+def test_an_output_of_another_shape_is_refused(shape, data):
+    """One channel of data, two of output (a mean and a variance): it would broadcast."""
+    denoiser = Denoiser(lambda x, t, cond: jnp.ones(shape))
+    with pytest.raises(ValueError, match=r"returned .* for x_t of \(4, 3, 1\)"):
+        denoiser(jnp.asarray(data[0][..., :1]), TIMES, None)
+
+
 class Counting:
-    """A denoiser x0 = (x + a + mean b) t that remembers the batch sizes it was called with."""
+    """A denoiser x0 = (x + a + mean b) t that stores the batch sizes of its calls."""
 
     def __init__(self):
         self.batches = []
@@ -210,7 +218,7 @@ def test_guidance_moves_no_activation_between_devices(axis):
     sent = compiled(interleaved)
     assert {name for name, _ in sent} == {"all-reduce"}
     assert {shape for _, shapes in sent for shape in shapes} <= weights
-    # The same reader sees what a doubling by concatenation would cost.
+    # The same check finds the transfers of a doubling by concatenation.
     assert {name for name, _ in compiled(concatenated)} - {"all-reduce"}
 
 

@@ -57,7 +57,7 @@ def test_edm_reproduces_the_table_of_the_published_run(index, sigma):
 
 def test_edm_ramp_has_its_ends_and_inverts():
     edm = EDM()
-    np.testing.assert_allclose(edm.sigma([0.0, 1.0]), [0.002, 80.0], rtol=16 * ULP)
+    np.testing.assert_allclose(edm.sigma(np.array([0.0, 1.0])), [0.002, 80.0], rtol=16 * ULP)
     sigma = np.asarray(edm.sigma(TIMES), np.float64)
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     np.testing.assert_allclose((sigma ** (1 / 7) - low) / (high - low), TIMES, atol=8 * ULP)

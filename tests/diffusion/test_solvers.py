@@ -1,5 +1,6 @@
 """UniPC: diffusers' trajectories, the exact map of a Gaussian, one call a step, refusals."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,8 +11,9 @@ from foreign import relative_error
 from toys import exact, tiny_mlp
 
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching, step_times
+from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching, Schedule, step_times
 from dmd_jax.diffusion.solvers import unipc
+from dmd_jax.rollouts.backward_simulation import backward_simulation
 from dmd_jax.rollouts.ode import ode
 
 STORED = Path(__file__).with_name("unipc_reference.npz")
@@ -34,13 +36,13 @@ def wan_times(steps):
     return tuple(0.999 * t for t in step_times(steps))
 
 
-def made(times, shift):
+def unipc_sample(times, shift):
     denoiser = Denoiser(tiny_mlp(2))
     run = jax.jit(lambda x: unipc(denoiser, x, None, times=times, schedule=FLOW, shift=shift))
     return run(NOISE)
 
 
-def diffusers_makes(times, shift):
+def diffusers_sample(times, shift):
     """The same trajectory by diffusers' UniPCMultistepScheduler, on the same network."""
     import torch
 
@@ -64,12 +66,12 @@ def diffusers_makes(times, shift):
 @pytest.mark.parametrize("times", [step_times, published_times, wan_times])
 def test_equals_diffusers_over_whole_trajectories(times, steps, shift):
     times = times(steps)
-    assert relative_error(made(times, shift), diffusers_makes(times, shift)) < ROUNDING
+    assert relative_error(unipc_sample(times, shift), diffusers_sample(times, shift)) < ROUNDING
 
 
 def store():
-    """Makes the stored numbers: PYTHONPATH=.:tests python -c "...test_solvers.store()"."""
-    results = {f"{n}/{s}": diffusers_makes(published_times(n), s) for n, s in STORED_CASES}
+    """Writes the stored numbers: PYTHONPATH=.:tests python -c "...test_solvers.store()"."""
+    results = {f"{n}/{s}": diffusers_sample(published_times(n), s) for n, s in STORED_CASES}
     np.savez_compressed(STORED, **results)
 
 
@@ -77,7 +79,7 @@ def store():
 def test_equals_the_stored_numbers_of_diffusers(steps, shift):
     with np.load(STORED) as stored:
         wanted = stored[f"{steps}/{shift}"]
-    assert relative_error(made(published_times(steps), shift), wanted) < ROUNDING
+    assert relative_error(unipc_sample(published_times(steps), shift), wanted) < ROUNDING
 
 
 @pytest.mark.parametrize("schedule, order", [(FLOW, 2), (EDM(), 3)])
@@ -89,7 +91,7 @@ def test_converges_to_the_exact_map_of_a_gaussian_at_a_higher_order_than_euler(s
         return np.hypot(schedule.alpha(t) * std, schedule.sigma(t))
 
     start = schedule.sigma(1.0) * NOISE - schedule.alpha(1.0) * mean
-    wanted = schedule.alpha(0.0) * mean + width(0.0) / width(1.0) * start
+    wanted = mean + std / width(1.0) * start
     teacher = exact([[mean, mean]], std, schedule)
 
     def error(solver, steps):
@@ -110,8 +112,19 @@ def test_one_step_is_the_prediction_at_the_first_time(schedule):
     one = unipc(teacher, NOISE, None, times=(1.0,), schedule=schedule)
     euler = ode(teacher, NOISE, None, times=(1.0,), schedule=schedule)
     np.testing.assert_allclose(one, euler, rtol=1e-5, atol=1e-5)
-    if schedule == FLOW:
-        np.testing.assert_array_equal(one, x0)
+    np.testing.assert_array_equal(one, x0)
+
+
+@pytest.mark.parametrize("schedule", [FLOW, EDM(), VP()])
+@pytest.mark.parametrize("solver", [ode, unipc])
+def test_samples_are_clean_under_every_schedule(solver, schedule):
+    """EDM's sigma is not 0 at t = 0: a last step to t = 0 would leave noise in the sample."""
+
+    def denoiser(x, t, cond):
+        return jnp.full_like(x, 0.3)
+
+    sample = solver(denoiser, NOISE, None, times=step_times(3), schedule=schedule)
+    np.testing.assert_array_equal(sample, np.float32(0.3))
 
 
 def test_each_step_calls_the_network_once_at_its_time_and_with_its_condition():
@@ -130,8 +143,8 @@ def test_each_step_calls_the_network_once_at_its_time_and_with_its_condition():
     assert all(len(set(t)) == 1 and c == cond.tolist() for t, c in seen)
 
 
-def test_a_schedule_in_jax_alone_will_do():
-    class Straight:
+def test_a_schedule_may_return_jax_arrays_only():
+    class Straight(Schedule):
         def alpha(self, t):
             return jnp.subtract(1, t)
 
@@ -147,17 +160,20 @@ def test_a_schedule_in_jax_alone_will_do():
 
 
 def test_is_float32_whatever_the_network_runs_in():
-    made = unipc(
+    sample = unipc(
         lambda x, t, cond: x.astype(jnp.bfloat16) / 2,
         NOISE.astype(jnp.bfloat16),
         None,
         times=step_times(3),
         schedule=FLOW,
     )
-    assert made.dtype == jnp.float32 and made.shape == NOISE.shape
+    assert sample.dtype == jnp.float32 and sample.shape == NOISE.shape
 
 
 @pytest.mark.parametrize("times", [(), (1.0, 1.0), (0.5, 0.75), (1.5, 0.5), (1.0, 0.0)])
-def test_times_that_do_not_descend_are_refused(times):
+@pytest.mark.parametrize(
+    "solver", [unipc, ode, partial(backward_simulation, key=jax.random.key(0))]
+)
+def test_times_that_do_not_descend_are_refused(solver, times):
     with pytest.raises(ValueError, match="must descend"):
-        unipc(lambda x, t, cond: x, NOISE, None, times=times, schedule=FLOW)
+        solver(lambda x, t, cond: x, NOISE, None, times=times, schedule=FLOW)

@@ -41,7 +41,7 @@ def test_gradient_is_the_difference_over_each_samples_teacher_error():
 
 
 def test_a_teacher_closer_to_x0_makes_a_larger_gradient():
-    # The other way round than some documents have it: the error is divided by.
+    # Some documents state the opposite; but the teacher's error is the divisor.
     near = X0 + 0.1 * (REAL - X0)
     fake = FAKE - REAL
     far = dmd_gradient(X0, REAL, REAL + fake)
@@ -159,6 +159,23 @@ def test_denoising_loss_by_hand():
     assert low.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: dmd_gradient(X0, REAL[:1], FAKE),
+        lambda: dmd_gradient(X0, REAL, FAKE[..., :1]),
+        lambda: dmd_loss(X0, (FAKE - REAL)[:, :1]),
+        lambda: dmd_loss(X0, FAKE - REAL, FRAMES[:1]),
+        lambda: dmd_loss(X0, FAKE - REAL, np.float32(FRAMES)),
+        lambda: denoising_loss(REAL, FAKE[0]),
+    ],
+    ids=range(6),
+)
+def test_the_declared_shapes_find_what_would_broadcast_silently(call):
+    with pytest.raises(TypeError, match="Type-check error"):
+        call()
+
+
 # From here on the scores are exact: data N(m, s^2), generator N(b, a^2), both in one dimension.
 SCHEDULES = [FlowMatching(), EDM(), VP()]
 T = 0.4
@@ -201,7 +218,7 @@ def test_the_generator_of_equal_width_is_pulled_to_the_teachers_mean(schedule):
     real, fake = (exact([[m]], TEACHER_STD, schedule) for m in (TEACHER_MEAN, SHIFT))
     t = jnp.full(7, T)
     grad = dmd_gradient(x_t, real(x_t, t, None), fake(x_t, t, None), normalize=False)
-    # The same for every x_t; negative where the generator lies to the left, as descent adds it.
+    # The same for every x_t; negative if the generator's mean is the lower one: descent raises it.
     width = sigma**2 / (alpha**2 * TEACHER_STD**2 + sigma**2)
     np.testing.assert_allclose(grad, width * (SHIFT - TEACHER_MEAN), rtol=1e-4)
     assert np.all(np.asarray(grad) < 0)
@@ -229,8 +246,8 @@ def test_the_loss_descends_the_diffused_kl(schedule):
         x0 = generator(z, jnp.ones(4), None)
         t = jnp.full(4, T)
         x_t = schedule.add_noise(x0, eps, t)
-        real, believed = teacher(x_t, t, None), fake(x_t, t, None)
-        return dmd_loss(x0, dmd_gradient(x0, real, believed, normalize=False))
+        real, predicted = teacher(x_t, t, None), fake(x_t, t, None)
+        return dmd_loss(x0, dmd_gradient(x0, real, predicted, normalize=False))
 
     grad = jax.grad(loss)(affine(SCALE, SHIFT, schedule)).net
     wanted = [(sigma / alpha) ** 2 * g for g in jax.grad(kl, (0, 1))(SCALE, SHIFT)]

@@ -64,7 +64,7 @@ def test_exact_scores_bring_a_gaussian_generator_to_the_teachers_mean_and_width(
 
 
 def learn_mixture(method, means, std, hidden, steps):
-    """4,000 samples of a student that learnt a mixture, its critic an MLP as it is."""
+    """4,000 samples of an MLP that `method` trained on a mixture, with another MLP as critic."""
     means = np.asarray(means, np.float32)
     spec = AdamW(1e-2, b1=0.5, b2=0.99, decay="cosine")
     tx = per_role({role: spec.transform(steps) for role in ("generator", "fake_score")})

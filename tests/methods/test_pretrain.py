@@ -14,7 +14,7 @@ KEY = jax.random.key(4)
 
 
 class Spy:
-    """A network that answers 0.3 and remembers what it was asked."""
+    """A network that returns 0.3 everywhere and stores its arguments."""
 
     def __call__(self, x, t, cond):
         self.x, self.t, self.cond = x, t, cond
@@ -40,11 +40,11 @@ def batch(n):
 def test_loss_is_the_mean_squared_error_of_what_the_network_predicts(prediction, schedule):
     spy, data = Spy(), batch(8)
     method = Pretrain((2,), dropout=0.0, clip=(0.1, 0.9))
-    loss, (metrics, made) = method.generator_loss(
+    loss, (metrics, rollout) = method.generator_loss(
         Denoiser(spy, schedule, prediction), {}, data, KEY
     )
-    assert metrics == {} and made is None
-    # The spy's input and time give back the noise, and with it the target.
+    assert metrics == {} and rollout is None
+    # The noise, and with it the target, follow from the network's input and time.
     t, x_t = spy.t, spy.x
     if isinstance(prediction, EDMPreconditioned):
         sigma = jnp.exp(4 * t)

@@ -67,13 +67,13 @@ def forced_sees(mask, query, key):
 
 
 def plain(mask, length):
-    """The mask, token by token: bool [length, length]."""
+    """The mask by the functions above, token by token: bool [length, length]."""
     sees = causal_sees if isinstance(mask, BlockCausal) else forced_sees
     return np.array([[sees(mask, i, j) for j in range(length)] for i in range(length)])
 
 
 def dense(q, k, v, *, mask=None, visible=None):
-    """Attention as it is written, in float32 or float64."""
+    """Attention by its formula, in float32 or float64, with all scores in memory."""
     scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / np.sqrt(q.shape[-1])
     if visible is not None:
         scores = jnp.where(visible, scores, -jnp.inf)
@@ -346,7 +346,7 @@ def test_the_kernel_of_a_tpu_hides_what_is_not_visible():
     ids=str,
 )
 def test_what_cudnn_is_given_computes_the_same(mask, queries, keys, seen, monkeypatch):
-    """By XLA in the place of cuDNN, at lengths that cuDNN takes."""
+    """XLA stands in for cuDNN, at lengths that cuDNN supports."""
     xla = jax.nn.dot_product_attention
 
     def instead(q, k, v, *, implementation, **kw):
@@ -376,7 +376,7 @@ MESHES = [
 
 
 def placed(args, mesh):
-    """Arrays split as `attention` says that it splits them."""
+    """Arrays split over the mesh as the docstring of `attention` says."""
     spec = sharding.P(sharding.BATCH, "context", "tensor")
     return tuple(jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)) for x in args)
 

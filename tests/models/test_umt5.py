@@ -1,4 +1,4 @@
-"""UMT5: equal to transformers, padding that nothing sees, devices, refusals."""
+"""UMT5: equal to transformers, padding is masked, devices, refusals."""
 
 import dataclasses
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_equals_transformers(seed):
 @pytest.mark.torch
 @pytest.mark.parametrize("buckets, distance", [(32, 128), (32, 20), (8, 128), (64, 100)])
 def test_buckets_are_those_of_transformers_at_every_distance(buckets, distance):
-    """A power of two away lies on an edge between buckets, where rounding decides."""
+    """A distance of a power of two is on an edge between buckets, where rounding decides."""
     config = dataclasses.replace(SMALL, buckets=buckets, max_distance=distance)
     attention = transformers_encoder(config).encoder.block[0].layer[0].SelfAttention
     import torch

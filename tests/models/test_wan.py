@@ -183,7 +183,7 @@ def next_block(net, x, timestep, text, causal, cache, start):
 
 
 def block_by_block(net, x, timestep, text, causal, spare=0):
-    """The velocity of a video, a cached block at a time; every block is its own context."""
+    """The velocity of a video, one cached block after another; the cache has the noisy blocks."""
     frames = x.shape[1]
     slots = frames if causal.window is None else causal.window + causal.sink
     cache = net.empty_cache(x.shape[0], slots + spare, *x.shape[2:4])
@@ -223,7 +223,7 @@ def test_no_frame_sees_a_later_block():
 
 @pytest.mark.parametrize("causal", CAUSAL, ids=str)
 def test_teacher_forcing_equals_a_cache_of_clean_blocks(causal):
-    """All blocks at once against [clean | noisy], and each after the cache of the clean ones."""
+    """[clean | noisy] at once, against each noisy block after a cache of the clean blocks."""
     net = network(SMALL)
     frames = 7 if causal.first_alone or causal.frames_per_block == 1 else 6
     x, timestep, text = inputs(SMALL, frames=frames, height=2, width=4, per_frame=True)
@@ -242,7 +242,7 @@ def test_teacher_forcing_equals_a_cache_of_clean_blocks(causal):
 
 
 def test_a_rollout_far_beyond_the_window_compiles_once_and_sees_the_same_world():
-    """Beyond window and reach, an answer depends on what a block sees, not on its number."""
+    """Beyond window and reach, the output depends on the visible frames, not on their numbers."""
     config = dataclasses.replace(SMALL, reach=6)
     net, causal = network(config), Causal(frames_per_block=1, window=3, sink=1)
     x, timestep, text = inputs(config, frames=1, height=2, width=4)
@@ -259,16 +259,25 @@ def test_a_rollout_far_beyond_the_window_compiles_once_and_sees_the_same_world()
         out, cache = step(cache, jnp.int32(frame))
         made.append(np.asarray(out))
     assert len(traces) == 1 and jax.tree.map(jnp.shape, cache) == shapes
-    # The same block again and again: once all that a block sees, layers deep, is alike, it is at
-    # rest, as it could not be if positions grew.
+    # The input is the same block at every call. Once all visible frames are equal in all layers,
+    # the output is constant, which it would not be if positions grew.
     assert foreign.relative_error(made[-1], made[-9]) < ROUNDING
     assert foreign.relative_error(made[4], made[0]) > 1e-3
 
 
 def test_without_a_window_a_sink_changes_nothing():
-    """Even where the video is longer than those that the weights know."""
+    """Also for a video longer than those that the weights were trained on."""
     net, causal = network(dataclasses.replace(SMALL, reach=3)), Causal(frames_per_block=1, sink=1)
     x, timestep, text = inputs(SMALL, frames=6, height=2, width=4, per_frame=True)
+    whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
+    made = block_by_block(net, x, timestep, text, causal)
+    assert foreign.relative_error(made, whole) < ROUNDING
+
+
+def test_a_sink_and_a_window_longer_than_the_trained_videos_have_positions_of_their_own():
+    net = network(dataclasses.replace(SMALL, reach=3))
+    causal = Causal(frames_per_block=1, window=4, sink=1)
+    x, timestep, text = inputs(SMALL, frames=5, height=2, width=4, per_frame=True)
     whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
     made = block_by_block(net, x, timestep, text, causal)
     assert foreign.relative_error(made, whole) < ROUNDING
@@ -331,6 +340,17 @@ def test_eight_devices_give_what_one_gives():
         made = jax.jit(with_gradient)(placed, *sharding.global_batch((x, timestep, text)))
     for a, b in zip(made, wanted, strict=True):
         assert foreign.relative_error(a, b) < ROUNDING
+
+
+def test_a_cached_rollout_on_eight_devices_is_that_of_one():
+    """With a batch that data does not divide, and blocks that are split over context."""
+    net, causal = network(SMALL), Causal(frames_per_block=1, window=2, sink=1)
+    given = inputs(SMALL, frames=4, height=2, width=6, batch=3, per_frame=True)
+    wanted = block_by_block(net, *given, causal)
+    mesh = sharding.make_mesh(data=2, context=2, tensor=2)
+    placed = jax.device_put(net, sharding.infer(net, SHARDING_RULES, mesh))
+    with jax.set_mesh(mesh):
+        assert foreign.relative_error(block_by_block(placed, *given, causal), wanted) < ROUNDING
 
 
 def test_a_denoiser_takes_it_as_it_is():

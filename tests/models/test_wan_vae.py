@@ -36,7 +36,7 @@ ROUNDING = 2e-5
 
 
 def weight(name, shape):
-    """As of `foreign.weight`, but for the last layer: few pixels shall be clipped."""
+    """As `foreign.weight`, but smaller in the last layer, so that few pixels are clipped."""
     return foreign.weight(name, shape) * (0.2 if name.startswith("decoder.conv_out") else 1)
 
 
@@ -49,7 +49,7 @@ def network(config):
 
 
 def inputs(config, frames=5, height=3, width=2, batch=2):
-    """(video, latents) of so many frames of the video, and of height x width latent pixels."""
+    """(video, latents): `frames` of the video, height and width in latent pixels."""
     factor = config.space_factor
     video = np.tanh(foreign.tensor("video", (batch, frames, height * factor, width * factor, 3)))
     latent_frames = (frames - 1) // config.time_factor + 1
@@ -158,7 +158,7 @@ def street():
 @pytest.mark.torch
 @pytest.mark.parametrize("config", [wan_vae.TINY, wan_vae.TINY_2_2], ids=["2.1", "2.2"])
 def test_a_real_video_there_and_back_equals_diffusers_frame_by_frame(config, street):
-    """With each side's own latents in between."""
+    """Each side decodes its own latents."""
     vae, (encode, decode) = network(config), diffusers_network(config)
     latents, wanted_latents = jax.jit(WanVAE.encode)(vae, street), encode(street)
     video, wanted = jax.jit(WanVAE.decode)(vae, latents), decode(wanted_latents)
@@ -238,7 +238,7 @@ def test_a_longer_video_takes_no_more_memory():
 
 
 def test_81_frames_of_480_by_832_fit_into_16_gigabytes():
-    """As the compiler for the CPU has it: one step of streamed decoding, and the whole encoding."""
+    """By the estimate of the CPU's compiler: one step of streamed decoding, and encoding."""
     vae = jax.eval_shape(lambda: WanVAE(wan_vae.WAN_2_1, rngs=nnx.Rngs(0)))
     video = jax.ShapeDtypeStruct((1, 81, 480, 832, 3), "float32")
     latent = jax.ShapeDtypeStruct((1, 1, 60, 104, 16), "float32")

@@ -7,6 +7,7 @@ from dmd_jax.pipelines.clips import captioned, require_clips
 from dmd_jax.pipelines.video import save_video
 
 pytest.importorskip("av")
+pytestmark = pytest.mark.wan
 SIZE = dict(frames=5, height=32, width=48, fps=16)
 
 
@@ -45,7 +46,7 @@ def test_a_folder_without_videos_or_captions_is_refused(tmp_path):
     with pytest.raises(ValueError) as refused:
         captioned(tmp_path)
     for name in "bcd":
-        assert f"write what it shows into {tmp_path}/{name}.txt" in str(refused.value)
+        assert f"write its caption into {tmp_path}/{name}.txt" in str(refused.value)
     assert "a.txt" not in str(refused.value)
 
 

@@ -15,6 +15,7 @@ from dmd_jax.pipelines import text
 from dmd_jax.pipelines.text import Tokenizer, clean, encode
 
 pytest.importorskip("ftfy")
+pytestmark = pytest.mark.wan
 CORPUS = [
     "a cat and a dog play with a ball in the rain",
     "the red fox jumps over the lazy dog, slowly",

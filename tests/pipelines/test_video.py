@@ -9,6 +9,8 @@ from PIL import Image
 from dmd_jax.pipelines import video
 from dmd_jax.pipelines.video import contact_sheet, read_image, read_video, save_image, save_video
 
+pytestmark = pytest.mark.wan
+
 
 def soft_frames(count=12, height=48, width=64):
     """A smooth colourful pattern that moves: uint8 [T, H, W, 3]."""

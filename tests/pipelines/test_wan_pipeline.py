@@ -15,11 +15,11 @@ from flax import nnx
 
 from dmd_jax import sample, weights
 from dmd_jax.data import moving_digits, to_uint8
-from dmd_jax.devices import randomness
+from dmd_jax.devices import randomness, sharding
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import step_times
 from dmd_jax.models.wan import Conditions, Wan, WanConfig
-from dmd_jax.pipelines import wan
+from dmd_jax.pipelines import sampling, wan
 from dmd_jax.pipelines.video import save_image
 
 SIZE = {"num_frames": 5, "height": 32, "width": 48, "dtype": "float32"}
@@ -75,7 +75,7 @@ def test_program_writes_every_video_and_one_sheet(program, digits, prompts, tmp_
         (["--prompts=nowhere.txt"], "no file of prompts at 'nowhere.txt'"),
         (["--prompts={prompts}", "--out=a.npz"], "--out=a.npz: the ending says the format, .mp4"),
         (["--prompts={prompts}", "--guidance=2"], "guidance is in its weights already"),
-        (["--prompts={prompts}", "--mesh=fsdp"], "--mesh=fsdp: say it as data=2,fsdp=4"),
+        (["--prompts={prompts}", "--mesh=fsdp"], "--mesh=fsdp: write it as data=2,fsdp=4"),
         (["--prompts={prompts}", "--mesh=fsdp=3"], "does not fit"),
         (["--prompts={prompts}", "steps=1"], "unknown argument 'steps=1'; options start with --"),
         (["--prompts={prompts}/a"], "Not a directory"),
@@ -88,7 +88,7 @@ def test_program_writes_every_video_and_one_sheet(program, digits, prompts, tmp_
 def test_program_refuses_with_one_message_before_it_samples(
     program, digits, prompts, args, message, monkeypatch
 ):
-    monkeypatch.setattr(sample, "draw", None)
+    monkeypatch.setattr(sampling, "draw", None)
     monkeypatch.setitem(sys.modules, "av", None)
     prompts.with_suffix(".txt.png").mkdir()
     said = program(f"--checkpoint={digits}", *(arg.format(prompts=prompts) for arg in args))
@@ -352,7 +352,7 @@ def test_what_does_not_go_together_is_refused_before_the_text_encoder_is_read(
     monkeypatch.setattr(wan, "embed", None)
     for given, complaint in (
         ([f"--checkpoint={image_to_video}"], "an image-to-video network: give it --images"),
-        ([f"--checkpoint={pair}"], "holds a pair of transformers: say when each is asked"),
+        ([f"--checkpoint={pair}"], "holds a pair of transformers: give the time that divides them"),
         ([f"--checkpoint={folder}", "--boundary=0.8"], "has no transformer_2"),
     ):
         assert complaint in program(*given, f"--prompts={prompts}", "--out=a.gif", "--frames=5")
@@ -373,3 +373,37 @@ def test_program_makes_videos_of_a_diffusers_pipeline(program, folder, tmp_path)
     assert read_video(tmp_path / "a.mp4").shape == (5, 32, 48, 3)
     said = program(*where, "--frames=6", "--height=32", "--width=48")
     assert "6 frames of 32x48: this VAE takes 4 k + 1 frames" in said
+
+
+@pytest.mark.parametrize("flag", ["checkpoint", "prompts", "out", "pipeline"])
+def test_addresses_are_refused_wherever_a_path_is_taken(program, digits, prompts, tmp_path, flag):
+    weights.save(tmp_path / "a.safetensors", weights.denoiser(digits))
+    given = {"checkpoint": tmp_path / "a.safetensors", "prompts": prompts, "out": "a.gif"}
+    given |= {flag: "gs://bucket/a.gif"}
+    said = program(*(f"--{name}={value}" for name, value in given.items()))
+    assert "gs://bucket/a.gif: only local paths are read and written; mount the bucket" in said
+
+
+def test_videos_of_prompts_are_drawn_by_a_function(digits):
+    """Checked when it is called, drawn when a video is taken; noise belongs to the index."""
+    prompts = ["three moves left", "four moves up and right", "two"]
+    with pytest.raises(ValueError, match="solves no ODE"):
+        sampling.sample_videos(digits, prompts, solver="unipc")
+    with pytest.raises(ValueError, match="a network of images: it takes no prompts"):
+        sampling.sample_videos("mnist_teacher", prompts)
+    one, two = (list(sampling.sample_videos(digits, prompts, batch=n)) for n in (1, 2))
+    shape = (moving_digits.FRAMES, moving_digits.SIZE, moving_digits.SIZE, 3)
+    assert [video.shape for video in one] == [shape] * 3 and one[0].dtype == np.uint8
+    for a, b in zip(one, two, strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_on_a_mesh_the_denoiser_is_loaded_in_parts(digits):
+    whole = sampling.load_denoiser(digits)
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=4)):
+        spread = sampling.load_denoiser(digits)
+        parts = {len(x.sharding.device_set) for x in jax.tree.leaves(spread)}
+        assert parts == {8}
+        assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(spread))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_array_equal(a, jax.device_get(b))

@@ -1,6 +1,5 @@
 """Feature networks from files: the shipped one, one of the user's own, and what is refused."""
 
-import hashlib
 import re
 
 import jax
@@ -9,11 +8,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dmd_jax.data import arrays, load
+from dmd_jax.data import Images, arrays, load
 from dmd_jax.quality import metrics
 from dmd_jax.quality.classifier import Classifier, ClassifierConfig
 from dmd_jax.quality.features import BATCH, SHIPPED, load_features, save_classifier
 from dmd_jax.weights import ASSETS
+
+OWN = {"data": "own", "classes": list("abcde")}
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def saved(tmp_path):
     """(path, classifier) of a small network for colour images."""
     config = ClassifierConfig(3, 5, features=8)
     classifier = jax.jit(lambda: Classifier(config, rngs=nnx.Rngs(0)))()
-    save_classifier(tmp_path / "own.safetensors", "FD-OWN8", classifier)
+    save_classifier(tmp_path / "own.safetensors", "FD-OWN8", classifier, **OWN)
     return tmp_path / "own.safetensors", classifier
 
 
@@ -36,7 +37,31 @@ def test_a_saved_classifier_comes_back_with_its_name_and_the_same_outputs(saved)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(logits, expected_logits)
     assert features.name == "FD-OWN8"
-    assert features.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (features.data, features.classes) == ("own", ("a", "b", "c", "d", "e"))
+
+
+def test_the_fingerprint_is_of_the_weights_and_not_of_the_header(saved):
+    path, classifier = saved
+    first = load_features(path).fingerprint
+    save_classifier(path, "FD-OTHER8", classifier, data="other", classes=[])
+    assert load_features(path).fingerprint == first
+    classifier = jax.tree.map(lambda x: x + 1, classifier)
+    save_classifier(path, "FD-OWN8", classifier, **OWN)
+    assert load_features(path).fingerprint != first
+
+
+def images_of(name, shape, classes):
+    return Images([], name=name, split="test", data_dir=None, image_shape=shape, classes=classes)
+
+
+def test_a_classifier_of_digits_does_not_judge_other_things_of_the_same_size():
+    features = load_features()
+    features.require_fit(images_of("mnist", (28, 28, 1), [str(i) for i in range(10)]))
+    fashion = images_of("fashion_mnist", (28, 28, 1), ["T-shirt", "Trouser", *"abcdefgh"])
+    with pytest.raises(ValueError, match=r"classifier of '0', '1', '2', ... \(10\).*'T-shirt'"):
+        features.require_fit(fashion)
+    with pytest.raises(ValueError, match=r"takes images of 1 channels, but .*'cifar10' has 3"):
+        features.require_fit(images_of("cifar10", (32, 32, 3), list("abcdefghij")))
 
 
 def test_the_last_incomplete_batch_is_like_any_other(saved):
@@ -69,7 +94,7 @@ def test_files_that_hold_no_metric_network_are_refused(saved, tmp_path):
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(saved):
     path, classifier = saved
     object.__setattr__(classifier, "config", ClassifierConfig(3, 6, features=8))
-    save_classifier(path, "FD-OWN8", classifier)
+    save_classifier(path, "FD-OWN8", classifier, **OWN)
     with pytest.raises(ValueError, match=r"head/kernel: expected \(8, 6\), found \(8, 5\)"):
         load_features(path)
 

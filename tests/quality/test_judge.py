@@ -115,6 +115,19 @@ def test_a_network_without_logits_gives_no_accuracy():
     assert "accuracy" not in judge.floor(300)
 
 
+def test_a_classifier_of_other_data_gives_no_accuracy():
+    features = Features("FD", "", 9, look, data="squares")
+    same, other = (Judge(features, test=TEST, train=TRAIN, data=n) for n in ("squares", "circles"))
+    assert "accuracy" in same.floor(300) and "accuracy" not in other.floor(300)
+    assert "accuracy" not in other(*draw(300, seed=3))
+
+
+def test_examples_are_the_first_test_images_of_their_classes(judge):
+    labels = np.array([2, 0, 2, 1])
+    rows = [2, 0, 5, 1]  # the classes take turns
+    np.testing.assert_array_equal(judge.examples(labels), TEST[0][rows])
+
+
 def test_the_fingerprint_changes_with_the_network_and_with_either_split(judge):
     other = Features(FEATURES.name, "another fingerprint", 9, look)
     labels = TRAIN[1].copy()

@@ -1,5 +1,7 @@
 """The quality metrics against closed forms and scipy's own algorithms."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -190,3 +192,26 @@ def test_blocks_of_rows_change_no_result(monkeypatch):
 def test_features_of_different_lengths_are_refused_with_both_shapes(metric):
     with pytest.raises(ValueError, match=r"\(20, 3\) and \(20, 4\)"):
         metric(normal(20, 3), normal(20, 4))
+
+
+def test_nearest_distance_converts_its_references_block_by_block():
+    rng = np.random.default_rng(0)
+    references = rng.integers(0, 256, (20_000, 256), np.uint8)
+    samples = references[[3, 19_999]] ^ np.uint8([[0], [1]])
+    tracemalloc.start()
+    found = metrics.nearest_distance(samples, references)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.tolist() == [0.0, 1.0]
+    assert peak < references.nbytes * 2  # float64 of all of them would be eight times as much
+
+
+def test_parts_that_are_known_already_change_no_number():
+    real, fake = np.random.default_rng(0).normal(size=(2, 50, 4))
+    within = metrics.mean_kernel(real)
+    assert metrics.kernel_distance(real, fake, within_a=within) == metrics.kernel_distance(
+        real, fake
+    )
+    radii = metrics.neighbour_radii(real)
+    known = metrics.precision_recall(real, fake, real_radii=radii)
+    assert known == metrics.precision_recall(real, fake)

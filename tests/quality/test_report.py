@@ -41,6 +41,19 @@ def test_markdown_shows_a_missing_number_as_a_dash_and_zero_as_zero():
     assert line == "| real images | – | – | 0.229 | -0.05 | 0.850 | 0.000 | – | 1.00 | 44.0 |"
 
 
+def test_legend_names_the_reference_and_tells_inception_from_other_networks():
+    own, fid = (report.markdown(ROWS, name, "1,000 images") for name in ("FD-TEST8", "FID"))
+    assert "FD-TEST8: Fréchet distance to 1,000 images, in the features of a network for" in own
+    assert "not comparable" in own and "not comparable" not in fid
+
+
+def test_a_page_ends_with_what_the_run_cost():
+    page = report.page("A title", "the table\n", {"forward passes": "1.2 million"})
+    assert page == (
+        "# A title\n\n![samples](report.png)\n\nthe table\n\n- forward passes: 1.2 million\n"
+    )
+
+
 def test_grid_places_images_in_reading_order_on_a_light_ground():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 3, 1), np.uint8)
     whole = report.grid(images, 3)

@@ -1,4 +1,4 @@
-"""How samples are made: exit steps, fresh noise, one gradient, one compilation, the ODE's limit."""
+"""Backward simulation (exit steps, fresh noise, one gradient, one compilation) and the ODE."""
 
 import itertools
 
@@ -48,11 +48,11 @@ def counted():
         traced.append(exit_step)
 
         def loss(generator):
-            made = simulate(generator, shift=5.0, exit_step=exit_step)
-            return jnp.sum(jnp.sin(made.x0)), made
+            rollout = simulate(generator, shift=5.0, exit_step=exit_step)
+            return jnp.sum(jnp.sin(rollout.x0)), rollout
 
-        (_, made), grad = jax.value_and_grad(loss, has_aux=True)(generator)
-        return made, grad
+        (_, rollout), grad = jax.value_and_grad(loss, has_aux=True)(generator)
+        return rollout, grad
 
     return run, traced
 
@@ -60,9 +60,9 @@ def counted():
 @pytest.mark.parametrize("exit_step", range(4))
 def test_rollout_is_the_plain_loop_and_its_gradient_that_of_the_last_call(exit_step, counted):
     generator = Denoiser(tiny_mlp(0))
-    made, grad = counted[0](generator, exit_step)
+    rollout, grad = counted[0](generator, exit_step)
     x, t = by_hand(generator, exit_step, schedule=FLOW, shift=5.0)
-    np.testing.assert_allclose(made.x0, generator(x, t, None), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rollout.x0, generator(x, t, None), rtol=1e-4, atol=1e-5)
     wanted = jax.grad(lambda g: jnp.sum(jnp.sin(g(x, t, None))))(generator)
     assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 
@@ -78,16 +78,16 @@ def test_one_compilation_serves_every_exit_step(counted):
 def test_every_schedule_renoises_to_its_own_levels(schedule):
     generator = affine(0.3, 0.1, schedule)
     x, t = by_hand(generator, 2, schedule=schedule, shift=1.0)
-    made = jax.jit(lambda g: simulate(g, schedule=schedule, exit_step=2))(generator)
-    np.testing.assert_allclose(made.x0, generator(x, t, None), rtol=1e-5, atol=1e-5)
+    rollout = jax.jit(lambda g: simulate(g, schedule=schedule, exit_step=2))(generator)
+    np.testing.assert_allclose(rollout.x0, generator(x, t, None), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_each_exit_step_reports_its_interval_before_the_shift(shift):
     # Self-Forcing's (1000, 750), (750, 500), (500, 250), (250, 0), which it does not warp either.
     run = jax.jit(lambda step: simulate(affine(1.0, 0.0), shift=shift, exit_step=step))
-    made = [run(step) for step in range(4)]
-    assert [(float(m.t_from), float(m.t_to)) for m in made] == [
+    rollout = [run(step) for step in range(4)]
+    assert [(float(m.t_from), float(m.t_to)) for m in rollout] == [
         (1.0, 0.75),
         (0.75, 0.5),
         (0.5, 0.25),
@@ -97,12 +97,12 @@ def test_each_exit_step_reports_its_interval_before_the_shift(shift):
 
 def test_exit_steps_are_uniform_and_shared_by_the_batch():
     keys = jax.random.split(KEY, 4000)
-    seen = jax.jit(jax.vmap(lambda key: simulate(lambda x, t, c: jnp.stack([t, t], 1), key=key)))
-    made = seen(keys)
+    run = jax.jit(jax.vmap(lambda key: simulate(lambda x, t, c: jnp.stack([t, t], 1), key=key)))
+    rollout = run(keys)
     np.testing.assert_array_equal(
-        made.x0, np.broadcast_to(made.t_from[:, None, None], (4000, 6, 2))
+        rollout.x0, np.broadcast_to(rollout.t_from[:, None, None], (4000, 6, 2))
     )
-    counts = np.array([np.sum(made.t_from == t) for t in TIMES])
+    counts = np.array([np.sum(rollout.t_from == t) for t in TIMES])
     assert counts.sum() == 4000
     assert np.sum((counts - 1000) ** 2 / 1000) < 16.3  # chi-squared, 3 degrees, one in a thousand
 
@@ -114,7 +114,7 @@ def test_a_share_of_rollouts_runs_to_the_last_step():
         run = jax.vmap(lambda key: simulate(affine(1.0, 0.0), key=key, last_step_share=share).t_to)
         return np.mean(np.asarray(jax.jit(run)(keys)) == 0.0)
 
-    # With probability 0.6 for sure, and with 0.4 one of four.
+    # Forced with probability 0.6; otherwise one of four.
     assert last(0.6) == pytest.approx(0.7, abs=4 * np.sqrt(0.21 / 4000))
     assert last(1.0) == 1.0  # the last_step_only of Self-Forcing
 
@@ -136,20 +136,26 @@ def test_a_stride_makes_a_student_of_fewer_steps(stride, times):
 
 
 def test_noise_between_steps_is_fresh_and_of_the_right_level():
-    # A generator that says 2 until its last call, where it shows its input: 2 alpha + sigma eps.
+    # A generator that returns 2, and in its last call its input, which is 2 alpha + sigma eps.
     noise = jnp.asarray(np.random.default_rng(1).standard_normal((4096, 2)), jnp.float32)
 
     @jax.jit
     def run(step):
         last = jnp.asarray(TIMES)[step]
         generator = lambda x, t, _: jnp.where(t[:, None] == last, x, 2.0)  # noqa: E731
-        made = simulate(generator, noise, exit_step=step)
-        return (made.x0 - 2.0 * (1 - last)) / last
+        rollout = simulate(generator, noise, exit_step=step)
+        return (rollout.x0 - 2.0 * (1 - last)) / last
 
     eps = [noise, *(run(step) for step in (1, 2, 3))]
     eps = np.stack([np.ravel(e) for e in eps])
     assert np.abs(eps.mean(1)).max() < 4 / np.sqrt(8192)
     np.testing.assert_allclose(np.cov(eps), np.eye(4), atol=5 / np.sqrt(8192))
+
+
+@pytest.mark.parametrize("stride, exit_step", [(1, 4), (1, -1), (2, 2)])
+def test_an_exit_step_that_is_not_a_call_is_refused(stride, exit_step):
+    with pytest.raises(ValueError, match=rf"exit_step={exit_step} must be in \[0, {4 // stride}\)"):
+        simulate(affine(1.0, 0.0), stride=stride, exit_step=exit_step)
 
 
 def test_no_gradient_reaches_the_noise_or_the_earlier_calls():
@@ -170,8 +176,8 @@ def test_samples_do_not_depend_on_how_the_batch_is_split():
     run = jax.jit(lambda noise, index: simulate(generator, noise, index=index, exit_step=3))
     whole = run(NOISE, jnp.arange(6)).x0
     for part in (jnp.array([0, 2, 4]), jnp.array([5])):
-        made = run(NOISE[part], part)
-        np.testing.assert_allclose(made.x0, whole[part], rtol=1e-5, atol=1e-5)
+        rollout = run(NOISE[part], part)
+        np.testing.assert_allclose(rollout.x0, whole[part], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule, scale", [(FlowMatching(), 1.0), (EDM(), 80.0)])
@@ -182,10 +188,10 @@ def test_one_step_scales_the_noise_to_the_schedules_end(schedule, scale):
         seen.update(x=x, t=t, cond=cond)
         return x
 
-    made = one_step(generator, NOISE, "cond", schedule=schedule)
+    rollout = one_step(generator, NOISE, "cond", schedule=schedule)
     np.testing.assert_allclose(seen["x"], scale * NOISE, rtol=1e-5)
     np.testing.assert_array_equal(seen["t"], 1.0)
-    assert (made.t_from, made.t_to, made.cond, made.mask) == (1.0, 0.0, "cond", None)
+    assert (rollout.t_from, rollout.t_to, rollout.cond, rollout.mask) == (1.0, 0.0, "cond", None)
 
 
 def test_backward_simulation_of_one_step_is_one_step():
@@ -217,7 +223,7 @@ def test_ode_of_a_gaussian_converges_to_its_exact_map(schedule):
         return np.hypot(schedule.alpha(t) * std, schedule.sigma(t))
 
     start = schedule.sigma(1.0) * NOISE - schedule.alpha(1.0) * mean
-    wanted = schedule.alpha(0.0) * mean + width(0.0) / width(1.0) * start
+    wanted = mean + std / width(1.0) * start
     teacher = exact([[mean, mean]], std, schedule)
 
     def error(steps):

@@ -5,16 +5,38 @@ from typing import ClassVar
 
 import ml_collections
 import pytest
-from ml_collections import config_dict
+from absl import flags
+from ml_collections import config_dict, config_flags
 
 from dmd_jax.methods.dmd import DMD
-from dmd_jax.training.configuration import complete, construct, differences, flatten
+from dmd_jax.training.configuration import (
+    complete,
+    construct,
+    defaults,
+    differences,
+    expand_home,
+    flatten,
+)
 from dmd_jax.training.optimizer import AdamW
 
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
     size: int = 3
+
+
+class Shape:
+    """The base class of Round and Square."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Round(Shape):
+    radius: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Square(Shape):
+    side: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +49,8 @@ class Outer:
     flag: bool = False
     name: str = "plain"
     limit: float | None = None
+    path: str | None = None
+    form: Shape | None = None
     inner: Inner | None = None
 
     def __post_init__(self):
@@ -63,8 +87,53 @@ def test_a_default_of_none_can_be_overridden_by_its_own_type_only():
     part = described()
     part.limit = 0.5
     assert construct(part, "config.part", shape=(1,)).limit == 0.5
+    part.limit = "half"
+    with pytest.raises(ValueError, match=r"config\.part\.limit is 'half'"):
+        construct(part, "config.part", shape=(1,))
     with pytest.raises(TypeError):
-        part.limit = "half"
+        part.path = 0.5
+
+
+@pytest.mark.parametrize(
+    "flag, name, value",
+    [
+        ("--config.part.limit=None", "limit", None),
+        ("--config.part.limit=2.5", "limit", 2.5),
+        ("--config.part.limit=3", "limit", 3),
+        ("--config.part.path=7", "path", "7"),
+        ("--config.part.form=Square", "form", Square()),
+        ("--config.part.form=None", "form", None),
+    ],
+)
+def test_a_flag_sets_a_field_that_may_be_none(flag, name, value):
+    config = complete(ml_collections.ConfigDict({"part": {"cls": Outer, "limit": 1.0}}))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", flag])
+    values(["", flag])
+    part = construct(values.config.part, "config.part", shape=(1,))
+    assert getattr(part, name) == value
+
+
+def test_an_unknown_class_is_refused_as_a_value_of_another_type():
+    with pytest.raises(ValueError, match=r"config\.part\.form is 'Oval'"):
+        made(form="Oval")
+
+
+def test_a_section_without_a_class_is_refused_by_its_path():
+    with pytest.raises(ValueError, match=r"config\.log names no class; write config\.log = dict"):
+        construct(ml_collections.ConfigDict({"every": 5}), "config.log")
+
+
+def test_a_tilde_is_the_home_directory_at_every_depth(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = ml_collections.ConfigDict({"a": {"path": "~/x", "other": "a~b"}, "n": 1})
+    config.data_dir = config_dict.placeholder(str)
+    config.data_dir = "~"
+    expand_home(config.lock())
+    assert config.to_dict() == {
+        **{"a": {"path": "/home/me/x", "other": "a~b"}, "n": 1},
+        "data_dir": "/home/me",
+    }
 
 
 def test_objects_are_made_from_values_defaults_and_what_the_program_gives():
@@ -125,6 +194,18 @@ def test_differences_are_listed_with_both_values():
         "  gone: the run here has 2, this command nothing",
         "  new: the run here has nothing, this command 3",
         "  seed: the run here has 0, this command 1",
+    ]
+
+
+def test_a_field_that_a_stored_config_lacks_has_its_default():
+    config = complete(ml_collections.ConfigDict({"role": {"optimizer": {"cls": AdamW}}}))
+    stored = flatten(config)
+    del stored["role.optimizer.end_value"]  # stored before this field existed
+    assert differences(defaults(config) | stored, flatten(config)) == ""
+    with config.unlocked():
+        config.role.optimizer.end_value = 1e-6
+    assert differences(defaults(config) | stored, flatten(config)).splitlines() == [
+        "  role.optimizer.end_value: the run here has 0.0, this command 1e-06"
     ]
 
 

@@ -2,34 +2,29 @@
 
 import json
 import os
+import shutil
 import signal
+import tarfile
+from concurrent.futures import Future
+from pathlib import Path
 
 import jax
 import numpy as np
 import programs
 import pytest
 import toys
-from jax.experimental.compilation_cache import compilation_cache
 
 from dmd_jax import weights
-from dmd_jax.quality import evaluation, features
+from dmd_jax.devices.disk import exclusive
+from dmd_jax.quality import evaluator, features
+from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
-from dmd_jax.training import checkpoint, health, loop
+from dmd_jax.training import checkpoint, health, loop, preemption
+from dmd_jax.training.cost import cost
 from dmd_jax.training.run import Run
 from dmd_jax.training.run import build as resolve
 
 STEPS = programs.SHORT["steps"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilation(cache):
-    """Every run of this file compiles the same two steps: the first one pays."""
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +62,14 @@ def records(workdir):
 
 def signal_at(step, monkeypatch):
     """SIGTERM reaches this process while it takes that step."""
-    requested = checkpoint.Preemption.requested
+    requested = preemption.Preemption.requested
 
     def ask(self, now):
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return requested(self, now)
 
-    monkeypatch.setattr(checkpoint.Preemption, "requested", ask)
+    monkeypatch.setattr(preemption.Preemption, "requested", ask)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +95,9 @@ def test_a_run_leaves_what_its_docstring_says(straight):
     assert report == workdir / "report.md"
     left = {str(path.relative_to(workdir)) for path in workdir.glob("*")}
     assert left == {
-        *("config.json", "metrics.jsonl", "checkpoints", "best", "images"),
+        *("config.json", "lock", "metrics.jsonl", "checkpoints", "best", "images"),
         *("generator.safetensors", "best.safetensors", "teacher.rows.json"),
-        *("report.md", "report.png", "report.json"),
+        *("report.md", "report.png", "report.json", "evaluation.json"),
     }
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"8", "12"}
     assert {path.name for path in (workdir / "images").iterdir()} == {"student_0000008.png"}
@@ -111,7 +106,7 @@ def test_a_run_leaves_what_its_docstring_says(straight):
 def test_the_resolved_config_is_kept_in_full(straight, teacher):
     kept = json.loads((straight[0] / "config.json").read_text())
     assert kept["teacher.weights"] == str(teacher)
-    assert kept["method.cls"] == "dmd_jax.methods.dmd.DMD"
+    assert kept["method.cls"] == "DMD"
     assert kept["generator.optimizer.eps"] == 1e-8  # a default that no config names
 
 
@@ -139,6 +134,12 @@ def test_the_report_stands_everything_beside_the_floor(straight):
     assert text.startswith("# DMD on mnist5k, 12 steps") and text.count("| student |") == 2
 
 
+def test_the_report_says_the_work_of_the_run(build, straight):
+    text = straight[1].read_text()
+    for name, words in cost(build()).lines().items():
+        assert f"- {name}: {words}\n" in text
+
+
 def test_the_export_is_the_average_and_samples_as_the_run_was_judged(build, straight):
     workdir, run = straight[0], build()
     exported = weights.denoiser(workdir / "generator.safetensors")
@@ -146,7 +147,7 @@ def test_the_export_is_the_average_and_samples_as_the_run_was_judged(build, stra
     toys.assert_same(jax.tree.leaves(exported), jax.tree.leaves(state.ema))
     moved = jax.tree.map(np.array_equal, state.ema, state.nets["generator"])
     assert not any(jax.tree.leaves(moved))  # the average is not the generator
-    assert samplers.sampler_for(workdir / "generator.safetensors") == run.samplers()[0]
+    assert samplers.sampler_for(workdir / "generator.safetensors") == run.evaluator.samplers[0]
     notes = weights.notes(workdir / "generator.safetensors")
     assert notes == {"step": 12, "method": "dmd", "times": list(run.method.times), "shift": 1.0}
     assert weights.notes(workdir / "best.safetensors")["step"] == 8
@@ -155,7 +156,7 @@ def test_the_export_is_the_average_and_samples_as_the_run_was_judged(build, stra
 def test_a_finished_run_says_so_and_reprints_its_report(build, straight, monkeypatch, capsys):
     workdir, report = straight
     monkeypatch.setattr(loop, "compile_steps", None)
-    assert start(build(**{"log.every": 4}), workdir) == report
+    assert start(build(**{"log.every": 4, "evaluate.every": 5}), workdir) == report
     assert report.read_text() in capsys.readouterr().out
 
 
@@ -178,9 +179,77 @@ def test_another_teacher_at_the_same_path_is_another_config(build, data_dir, no_
         start(build(**overrides), tmp_path / "run")
 
 
-def test_fewer_steps_than_were_taken_are_refused(build, straight):
+def test_fewer_steps_than_were_taken_are_refused_and_leave_no_trace(build, straight):
+    kept = (straight[0] / "config.json").read_text()
     with pytest.raises(ValueError, match=r"config\.steps=4, .* has taken 12: ask for as many"):
         start(build(steps=4), straight[0])
+    assert (straight[0] / "config.json").read_text() == kept
+
+
+def test_a_run_that_saved_nothing_does_not_claim_its_directory(build, tmp_path, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_loop", kill)
+    for seed in (0, 1):  # two configs
+        with pytest.raises(KeyboardInterrupt):
+            start(build(seed=seed), tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["seed"] == seed
+
+
+def test_a_run_that_dies_before_it_is_accepted_writes_no_config(build, tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("the weights cannot be read")
+
+    monkeypatch.setattr(Run, "start", fail)
+    with pytest.raises(OSError, match="cannot be read"):
+        start(build(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_directory_in_use_is_refused_before_anything_is_computed(build, straight, monkeypatch):
+    monkeypatch.setattr(loop, "compile_steps", None)
+    in_use = rf"{straight[0]} is in use by process {os.getpid()}"
+    with exclusive(straight[0]), pytest.raises(ValueError, match=in_use):
+        start(build(steps=20), straight[0])
+
+
+def test_a_run_of_an_earlier_version_goes_on_to_its_end(data_dir, no_report, tmp_path, monkeypatch):
+    """Five steps of the commit before the rooms were folders, stopped inside a log window."""
+    with tarfile.open(Path(__file__).with_name("earlier_run.tar.xz")) as archive:
+        archive.extractall(tmp_path / "run", filter="data")
+    (tmp_path / "run" / "teacher.safetensors").rename(tmp_path / "teacher.safetensors")
+    monkeypatch.chdir(tmp_path)  # the stored path of the teacher is relative
+    values = {"steps": 8, "log.every": 2, "checkpoint.every": 5, "evaluate.every": 100}
+    config = programs.config("teacher.safetensors", data_dir, **values)
+    run = resolve(config, jax.devices()[:1])
+    start(run, tmp_path / "run")
+    assert [line["step"] for line in records(tmp_path / "run")] == [2, 4, 6, 8]
+    state, _ = final(run, tmp_path / "run", 8)
+    assert state.step == 8
+    assert (tmp_path / "run" / "generator.safetensors").exists()
+
+
+class Endless(Future):
+    """A compilation that never ends; a signal arrives while it is waited for."""
+
+    def result(self, timeout=None):
+        signal.raise_signal(signal.SIGTERM)
+        raise TimeoutError
+
+
+@pytest.mark.parametrize("kind, saved", [(True, []), (False, ["1"])], ids=["first", "second"])
+def test_a_signal_during_a_compilation_saves_and_leaves(kind, saved, build, tmp_path, monkeypatch):
+    """The first step updates the generator; the second, which does not, is compiled later."""
+    compile_steps = loop.compile_steps
+    monkeypatch.setattr(loop, "compile_steps", lambda run: compile_steps(run) | {kind: Endless()})
+    assert start(build(), tmp_path) is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == saved
+
+
+def test_the_last_log_window_is_recorded_though_it_is_incomplete(build, no_report, tmp_path):
+    start(build(**{"steps": 5, "log.every": 3, "evaluate.every": 100}), tmp_path)
+    assert [line["step"] for line in records(tmp_path)] == [3, 5]
 
 
 def test_sigterm_saves_at_once_and_the_next_start_ends_bit_identical(
@@ -204,10 +273,69 @@ def test_a_signal_at_a_step_that_is_judged_costs_no_judgement(
     build, straight, no_report, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.Preemption, "requested", lambda self, step: step == 8)
+        patched.setattr(preemption.Preemption, "requested", lambda self, step: step == 8)
         assert start(build(), tmp_path / "run") is None
     start(build(), tmp_path / "run")
     assert_same_run(build, tmp_path / "run", straight)
+
+
+def test_a_failure_while_judging_costs_the_judgement_and_not_the_run(
+    build, no_report, tmp_path, monkeypatch, caplog
+):
+    def fail(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(Evaluator, "preview", fail)
+    start(build(), tmp_path / "run")
+    assert "step 8 could not be judged, the run goes on: RuntimeError: RESOURCE" in caplog.text
+    assert (tmp_path / "run" / "generator.safetensors").exists()
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_a_failure_of_the_report_costs_the_report_and_the_same_command_tries_it_again(
+    build, tmp_path, monkeypatch, caplog
+):
+    def fail(*_, **__):
+        raise ValueError("no images")
+
+    few = {"steps": 1, "evaluate.every": 100}
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluator, "report", fail)
+        assert start(build(**few), tmp_path / "run") is None
+    assert "its report failed: ValueError: no images" in caplog.text
+    assert (tmp_path / "run" / "generator.safetensors").exists()
+    monkeypatch.setattr(Evaluator, "report", lambda *_, **__: "a report")
+    assert start(build(**few), tmp_path / "run") == tmp_path / "run" / "report.md"
+
+
+def test_a_run_killed_while_judging_has_saved_its_steps_and_judges_when_it_goes_on(
+    build, straight, no_report, tmp_path, monkeypatch
+):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluator, "preview", kill)
+        with pytest.raises(KeyboardInterrupt):
+            start(build(), tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"4", "8"}
+    start(build(), tmp_path / "run")
+    assert_same_run(build, tmp_path / "run", straight)
+
+
+def test_a_finished_run_is_judged_again_where_its_evaluation_has_changed(
+    build, straight, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight[0], workdir)
+    monkeypatch.setattr(loop, "compile_steps", None)
+    start(build(**{"evaluate.num": 80, "evaluate.steps": (1,)}), workdir)
+    rows = json.loads((workdir / "report.json").read_text())
+    assert [(row["name"], row["steps"]) for row in rows] == [
+        ("real images", 0),
+        ("teacher", 3),
+        ("student", 1),
+    ]
 
 
 def test_a_damaged_newest_checkpoint_falls_back_says_so_and_ends_bit_identical(
@@ -215,7 +343,7 @@ def test_a_damaged_newest_checkpoint_falls_back_says_so_and_ends_bit_identical(
 ):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.Preemption, "requested", lambda self, step: step == 10)
+        patched.setattr(preemption.Preemption, "requested", lambda self, step: step == 10)
         start(build(), workdir)
     for path in (workdir / "checkpoints" / "10" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
@@ -231,7 +359,7 @@ def test_a_longer_run_goes_on_and_one_killed_before_its_report_reports_later(
     build, straight, no_report, tmp_path, monkeypatch
 ):
     workdir, steps = tmp_path / "run", {"checkpoint.every": 2, "evaluate.every": 100}
-    monkeypatch.setattr(loop, "_report", lambda *_: (workdir / evaluation.REPORT).write_text("old"))
+    monkeypatch.setattr(loop, "_report", lambda *_: (workdir / evaluator.REPORT).write_text("old"))
     start(build(steps=2, **steps), workdir)
 
     def kill(*_):
@@ -243,7 +371,7 @@ def test_a_longer_run_goes_on_and_one_killed_before_its_report_reports_later(
     monkeypatch.setattr(loop, "_report", lambda *_: "new")
     monkeypatch.setattr(loop, "compile_steps", None)  # all steps are taken
     start(build(steps=4, **steps), workdir)
-    assert not (workdir / evaluation.REPORT).exists()  # the old report is not this run's
+    assert not (workdir / evaluator.REPORT).exists()  # the old report is not this run's
 
 
 def test_a_teacher_that_says_nothing_finite_stops_the_run_at_its_last_good_checkpoint(
@@ -278,7 +406,7 @@ def test_pretraining_runs_to_its_report(data_dir, tmp_path, capsys):
     trained = tmp_path / "run" / "generator.safetensors"
     assert samplers.sampler_for(trained) == samplers.ManyStep(50)
     assert "times" not in weights.notes(trained)
-    assert "| teacher | 2 | 4 |" in capsys.readouterr().out
+    assert "| generator | 2 | 4 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
@@ -309,12 +437,12 @@ def test_devices_change_a_run_by_rounding_only(mesh, build, no_report, tmp_path)
 @pytest.mark.parametrize("number", ["samples", "num"])
 def test_numbers_of_samples_that_cannot_be_judged_are_refused_before_anything_starts(build, number):
     for value in (60, 101):  # the metric network has 64 features; there are 10 classes
-        with pytest.raises(ValueError, match=rf"evaluate\.{number}={value} must be a multiple"):
+        with pytest.raises(ValueError, match=rf"config\.evaluate: {number}={value} must be"):
             build(**{f"evaluate.{number}": value})
 
 
 def test_images_are_not_judged_where_the_data_are_no_images(data_dir):
     config = programs.load_config("configs/dmd.py", "wan_tiny")
     config.evaluate.features = features.SHIPPED
-    with pytest.raises(ValueError, match=r"config\.evaluate\.features='mnist_metric' judges"):
+    with pytest.raises(ValueError, match=r"config\.evaluate: features='mnist_metric' judges"):
         resolve(config, jax.devices()[:1], files=False)

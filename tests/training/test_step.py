@@ -12,6 +12,7 @@ import pytest
 from toys import affine, assert_close, assert_same, collectives, exact, tiny_mlp
 
 from dmd_jax.devices import sharding
+from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.pretrain import Pretrain
@@ -20,7 +21,10 @@ from dmd_jax.training.optimizer import AdamW, per_role
 from dmd_jax.training.step import EMA, TrainState, init_state, merge, train_step
 
 ROLES = ("generator", "fake_score")
-TX = per_role({role: AdamW(0.1, weight_decay=0.1).transform(100) for role in ROLES})
+SPEC = AdamW(0.1, weight_decay=0.1, decay="linear")
+TX = per_role(
+    {role: SPEC.transform(100) for role in ROLES}, {role: SPEC.schedule(100) for role in ROLES}
+)
 KEY = jax.random.key(11)
 STATIC = ("method", "tx", "bind", "update_generator", "ema", "reuse_rollout", "accumulate")
 step = jax.jit(train_step, static_argnames=STATIC)
@@ -41,12 +45,15 @@ class Toy:
     def generator_loss(self, generator, nets, batch, key):
         made = self.rollout(generator, nets, batch, key)
         loss = self.loss(generator, batch["a"], batch["generator"])
-        return loss, ({"rollout": jnp.sum(made.x0)}, made)
+        return loss, ({"rollout": made.x0}, made)
 
     def critic_loss(self, critics, nets, rollout, batch, key):
         loss = self.loss(critics["fake_score"], batch["a"], batch["fake_score"])
-        metrics = {"seen": jnp.sum(rollout.x0), "scale": nets["generator"].net.scale}
-        return loss, metrics
+        scale = jnp.broadcast_to(nets["generator"].net.scale, batch["index"].shape)
+        return loss, {"seen": rollout.x0, "scale": scale}
+
+    def metrics(self, observed):
+        return {name: jnp.mean(values) for name, values in observed.items()}
 
 
 TOY = Toy()
@@ -144,6 +151,69 @@ def test_average_follows_its_formula_from_its_start_and_moves_with_the_generator
     assert abs(average - now) > 1e-3
 
 
+def test_warmup_limits_the_decay_to_the_published_ramp_from_the_start_on():
+    ema, average = EMA(decay=0.5, start=3, warmup=True), {"x": jnp.float32(1.0)}
+    new = {"x": jnp.float32(0.0)}  # what stays of the average is the decay
+    decays = [float(ema(average, new, jnp.int32(step))["x"]) for step in range(30)]
+    wanted = [0.0] * 3 + [min(0.5, (1 + n) / (10 + n)) for n in range(27)]
+    np.testing.assert_allclose(decays, wanted, rtol=1e-6)
+    assert decays[-1] == 0.5
+
+
+def test_each_of_several_averages_follows_its_own_decay():
+    ema = EMA(decay=0.9, more_decays=(0.5, 0.999))
+    nets = {"generator": affine(0.5, 0.1), "fake_score": affine(-0.5, 0.2)}
+    several = init_state(nets, TX, ema)
+    assert list(several.more_ema) == ["0.5", "0.999"]
+    alone = {str(d): init_state(nets, TX) for d in (0.9, 0.5, 0.999)}
+    poisoned = BATCH | {"generator": jnp.full(4, jnp.nan)}
+    for batch, flag in [(BATCH, True), (BATCH, False), (poisoned, True), (BATCH, True)]:
+        several, _ = toy_step(several, {}, batch, update_generator=flag, ema=ema)
+        for name, state in alone.items():
+            spec = EMA(decay=float(name))
+            alone[name], _ = toy_step(state, {}, batch, update_generator=flag, ema=spec)
+    assert_same(several.ema, alone["0.9"].ema)
+    assert_same(several.more_ema, {name: alone[name].ema for name in ("0.5", "0.999")})
+    assert several.more_ema["0.5"].net.scale != several.more_ema["0.999"].net.scale
+
+
+@pytest.mark.parametrize(
+    "fields", [{"decay": 1.0}, {"start": -1}, {"more_decays": (1.5,)}, {"more_decays": (0.99,)}]
+)
+def test_an_average_that_makes_no_sense_is_refused(fields):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\)|repeats a decay"):
+        EMA(**fields)
+
+
+def test_a_state_with_one_average_has_the_paths_of_stored_checkpoints():
+    role = "opt_state/inner_states/{0}/inner_state/"
+    inner = role + "inner_state/1/"
+    moments = [inner + f"0/{m}/{{0}}/net/{w}" for m in ("mu", "nu") for w in ("scale", "shift")]
+    paths = [role + "step", inner + "0/count", inner + "2/count", *moments]
+    paths.extend(f"nets/{{0}}/net/{w}" for w in ("scale", "shift"))
+    wanted = {path.format(name) for path in paths for name in ROLES}
+    assert set(named_leaves(toy_state())) == wanted | {"step", "ema/net/scale", "ema/net/shift"}
+
+
+def test_rates_and_norms_are_those_of_the_update():
+    state, _ = toy_step(toy_state(), {}, BATCH, update_generator=True)
+    state, skipped = toy_step(
+        state, {}, BATCH | {"generator": jnp.full(4, jnp.nan)}, update_generator=True
+    )
+    assert skipped["generator/update_norm"] == 0.0
+    after, metrics = toy_step(state, {}, BATCH, update_generator=True)
+
+    def vector(net):
+        return np.array([net.net.scale, net.net.shift])
+
+    for role, updates in [("generator", 1), ("fake_score", 2)]:
+        before, now = vector(state.nets[role]), vector(after.nets[role])
+        # A skipped update does not advance the schedule of its role.
+        assert_close(metrics[f"{role}/learning_rate"], 0.1 * (1 - updates / 100), rtol=1e-5)
+        assert_close(metrics[f"{role}/update_norm"], np.linalg.norm(now - before), rtol=1e-5)
+        assert_close(metrics[f"{role}/weight_norm"], np.linalg.norm(now), rtol=1e-6)
+
+
 def test_state_is_fresh_float32_buffers():
     nets = {role: Denoiser(tiny_mlp(0)) for role in ROLES}
     nets["fake_score"] = nets["generator"]  # both start as the teacher, in its bfloat16
@@ -235,12 +305,10 @@ def distill(state, *, frozen=FROZEN, data=DISTILL, **settings):
 
 def test_accumulation_equals_the_whole_batch():
     state, metrics = distill(distill_state())
-    for parts in (2, 4):
+    for parts in (2, 4, 8):
         other, seen = distill(distill_state(), accumulate=parts)
-        assert_close(other, state, rtol=1e-5, atol=1e-6)
-        for role in ROLES:
-            for name in ("loss", "grad_norm"):
-                assert_close(seen[f"{role}/{name}"], metrics[f"{role}/{name}"], rtol=1e-5)
+        assert_close((other, seen), (state, metrics), rtol=1e-5, atol=1e-6)
+    assert metrics["samples/diversity"] > 0.1  # that of single samples is 0
 
 
 def test_accumulation_that_does_not_divide_the_batch_is_refused():
@@ -302,9 +370,8 @@ def test_pretraining_needs_no_critic():
         state, {}, data, KEY, method=Pretrain((2,)), tx=tx, update_generator=True, accumulate=2
     )
     assert isinstance(after, TrainState) and set(metrics) == {
-        "generator/loss",
-        "generator/grad_norm",
-        "generator/skipped",
+        f"generator/{name}"
+        for name in ("loss", "grad_norm", "skipped", "update_norm", "weight_norm")
     }
     assert jnp.any(
         after.nets["generator"].net.last.bias[...] != state.nets["generator"].net.last.bias[...]

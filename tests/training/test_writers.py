@@ -185,6 +185,64 @@ with Writer({str(tmp_path)!r}) as writer:
     assert list(text.tensor_proto.string_val) == [b"**bold**"]
 
 
+# Weights & Biases
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_X_SERVICE_WAIT", "300")  # seconds, on a busy machine
+    grid = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    for step in (5, 10):
+        with Writer(tmp_path, tensorboard=False, wandb="digits", config={"seed": 77}) as writer:
+            writer.scalars(step, {"generator/loss": 0.25, "gap/0": math.nan})
+            writer.images(step, "grid", grid)
+            writer.texts(step, "report", "**bold** <b>")
+    assert wandb.run is None  # both are finished
+    wandb.teardown()  # its service writes the last of its files when it ends
+    identity = (tmp_path / "wandb_id.txt").read_text()
+    parts = sorted((tmp_path / "wandb").glob(f"offline-run-*-{identity}"))
+    assert len(parts) == 2
+    for part in parts:
+        record = (part / f"run-{identity}.wandb").read_bytes()
+        for text in (b"digits", b"seed", b"generator/loss", b"0.25"):
+            assert text in record
+        (picture,) = part.rglob("grid*.png")
+        np.testing.assert_array_equal(np.asarray(Image.open(picture)), grid)
+        (page,) = part.rglob("report*.html")
+        assert "**bold** &lt;b&gt;" in page.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_weights_and_biases_refuses_is_one_error_that_says_what_to_do(
+    tmp_path, monkeypatch
+):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        ValueError, match=r"config.log.wandb='digits' cannot be started: No API key"
+    ):
+        Writer(tmp_path, tensorboard=False, wandb="digits")
+
+
+def test_a_board_that_breaks_takes_no_other_with_it(tmp_path, monkeypatch, caplog):
+    broken, sound = Board(), Board()
+    broken.write_scalars = lambda step, values: 1 / 0
+    monkeypatch.setattr(writers, "open_wandb", lambda *_: broken)
+    monkeypatch.setattr(writers, "open_tensorboard", lambda directory: sound)
+    with caplog.at_level(logging.WARNING), Writer(tmp_path, wandb="digits") as writer:
+        for step in (1, 2):
+            writer.scalars(step, {"loss": 1.0})
+    assert sound.calls == [(1, "loss"), (2, "loss"), "closed"] and broken.calls == []
+    assert len(caplog.records) == 1 and "Weights & Biases is off from step 1 on" in caplog.text
+
+
 # Progress
 
 
@@ -206,6 +264,18 @@ def test_progress_shows_place_losses_rates_and_time_left(monkeypatch):
         "  3:10 left"
     )
     assert third.endswith("3.33 steps/s  426.7 samples/s  6:00 left")
+
+
+def test_progress_counts_the_frames_of_samples_that_have_some(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    progress = Progress(10, 4, frames_per_sample=21, file=out)
+    progress.report(1, {})
+    now[0] += 2
+    rates = progress.report(2, {})
+    assert rates == {"steps_per_second": 0.5, "samples_per_second": 2, "frames_per_second": 42}
+    assert "0.5 steps/s  2 samples/s  42 frames/s  0:16 left" in out.getvalue()
 
 
 def test_progress_counts_hours(monkeypatch):

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
+from dmd_jax import weights
 from dmd_jax.models import umt5
 from dmd_jax.models.umt5 import UMT5
 from dmd_jax.weights import umt5 as names
-from dmd_jax.weights.table import fill, their_shapes
+from dmd_jax.weights.table import fill, their_shapes, theirs
 
 PRESETS = {"xxl": umt5.XXL, "tiny": umt5.TINY}
 ALIAS, NAME = "encoder.embed_tokens.weight", "shared.weight"
@@ -82,6 +84,34 @@ def test_the_tokens_may_have_either_name_or_both():
     for found in (both, other):
         assert names.config_of(found, "diffusers") == umt5.TINY
     assert names.ALIASES[ALIAS] in {row.theirs for row in names.table(umt5.TINY, "diffusers")}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module._orig_mod."])
+@pytest.mark.parametrize("held", [(NAME,), (ALIAS,), (NAME, ALIAS)], ids=len)
+def test_a_file_with_either_name_or_both_is_loaded(tmp_path, held, prefix):
+    """transformers ties the two, and writes both where its caller does not share tensors."""
+    given = {
+        name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + len(name)
+        for name, shape in shapes(umt5.TINY, "diffusers").items()
+    }
+    tokens = given.pop(NAME)
+    given |= {name: tokens.copy() for name in held}
+    path = tmp_path / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in given.items()}, path)
+    net = weights.load(path, part="text_encoder")
+    np.testing.assert_array_equal(net.tokens[...], tokens)
+    rows = names.table(umt5.TINY, "diffusers")
+    np.testing.assert_array_equal(dict(theirs(net, rows))[names.NORM[0]], given[names.NORM[0]])
+
+
+def test_two_names_with_tensors_that_differ_are_refused(tmp_path):
+    given = {
+        name: np.zeros(shape, np.float32) for name, shape in shapes(umt5.TINY, "diffusers").items()
+    }
+    given[ALIAS] = given[NAME] + 1
+    save_file(given, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"{ALIAS} and {NAME}, which must be equal"):
+        weights.load(tmp_path / "a.safetensors")
 
 
 def test_other_networks_are_refused():

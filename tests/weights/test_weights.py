@@ -1,6 +1,7 @@
 """Our own files: what is written comes back bit for bit, and what is not ours is refused."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,20 +13,21 @@ from safetensors.numpy import load_file, save_file
 from dmd_jax import weights
 from dmd_jax.diffusion.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon
 from dmd_jax.diffusion.schedule import EDM, VP
-from dmd_jax.models.dit import SHARDING_RULES
+from dmd_jax.models.dit import SHARDING_RULES, DiTConfig
+from dmd_jax.weights import ours
 
 
 def header(path):
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        return json.loads(json.loads(file.read(size))["__metadata__"][weights.HEADER])
+        return json.loads(json.loads(file.read(size))["__metadata__"][ours.HEADER])
 
 
 def rewritten(path, out, *, change=lambda tensors, header: None):
     """A copy of a file whose tensors and header `change` has edited in place."""
     tensors, head = load_file(path), header(path)
     change(tensors, head)
-    save_file(tensors, out, {weights.HEADER: json.dumps(head)})
+    save_file(tensors, out, {ours.HEADER: json.dumps(head)})
     return out
 
 
@@ -76,7 +78,7 @@ def test_an_override_of_a_wrong_value_is_refused_with_what_is_allowed(teacher):
 
 
 def test_a_shipped_file_is_found_by_its_name():
-    assert weights.find("mnist_teacher") == weights.ASSETS / "mnist_teacher.safetensors"
+    assert weights.find("mnist_teacher") == ours.ASSETS / "mnist_teacher.safetensors"
 
 
 def test_no_file_is_an_error_that_names_what_is_shipped(tmp_path):
@@ -140,7 +142,7 @@ def test_a_failed_save_leaves_the_file_that_was_there(tmp_path, monkeypatch):
         partial.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "save_file", fail)
+    monkeypatch.setattr(ours, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         programs.save_tiny(path, seed=1)
     assert path.read_bytes() == before
@@ -160,3 +162,18 @@ def test_a_fresh_network_depends_on_its_seed_alone():
     toys.assert_same(one, again)
     assert not np.array_equal(one.label.embedding[...], other.label.embedding[...])
     assert weights.sharding_rules(one) == SHARDING_RULES
+
+
+def test_a_file_written_before_the_library_had_rooms_still_loads():
+    """Weight number i, in the order of their paths, counts from i in eighths."""
+    path = Path(__file__).with_name("student_before_rooms.safetensors")
+    loaded = weights.denoiser(path)
+    config = DiTConfig(image_size=4, channels=1, num_classes=2, patch=2, dim=8, depth=1, heads=2)
+    assert loaded.net.config == config
+    assert (loaded.schedule, loaded.prediction) == (EDM(), EDMPreconditioned(sigma_data=0.7))
+    notes = {"times": [1.0, 0.5], "shift": 2.0, "method": "dmd", "step": 3}
+    assert weights.notes(path) == notes
+    assert weights.shapes(loaded.net) == weights.shapes(weights.build(config))
+    for i, weight in enumerate(jax.tree.leaves(loaded)):
+        wanted = np.arange(weight.size).reshape(weight.shape) / 8 + i
+        np.testing.assert_array_equal(weight, wanted.astype(np.float32))

@@ -58,6 +58,11 @@ class Causal:
                 "and would mask part of a frame's own block: make it at least as large"
             )
 
+    @property
+    def most_visible(self):
+        """Frames that a frame attends to at most; None without a window."""
+        return None if self.window is None else self.window + self.sink
+
 
 class Mask:
     """Which keys a query may attend to. Queries that may attend to the same keys form a group.

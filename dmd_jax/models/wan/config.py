@@ -20,8 +20,9 @@ class WanConfig:
         text_dim: width of the text embeddings.
         image_dim: width of the image features that are attended beside the text; 0 for none.
         freq_dim: sinusoids of the time embedding, an even number.
-        reach: latent frames of the videos that the weights were trained on. In a rollout from a
-            cache, the sink gets a position at most so many frames before the end.
+        reach: latent frames of the videos that the weights were trained on. In a longer video from
+            a cache, positions stay within so many frames (see `kv_cache.Ring.positions`), or
+            within window + sink if these are more.
         dtype: compute dtype of the layers, "float32" or "bfloat16"; norms, modulation, rotary
             embedding and softmax are float32 in both.
         remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything, any

@@ -159,7 +159,6 @@ class Wan(nnx.Module):
             )
         if frames > slots:
             raise ValueError(f"{frames} frames do not fit a cache of {slots} frames")
-        kv_cache.ring(causal, slots)  # refuses one that is too small for the window
 
     def _tokens(self, x, frames):
         """[B, F, H, W, C] -> [B, L, D]."""
@@ -194,8 +193,9 @@ class Wan(nnx.Module):
 
     def _continue(self, tokens, embedding, conditions, grid, causal, cache, start):
         """The layers over one block and a cache: (tokens, a KVCache of the block's frames)."""
+        ring = kv_cache.ring(causal, cache.slots)
         frames = start + jnp.arange(grid.frames)
-        attend = over_cache(self.config, grid, causal, cache.frames, frames)
+        attend = over_cache(self.config, grid, causal, ring, cache.frames, frames)
         tokens, own = self._layers(tokens, embedding, conditions, attend, cache[:2])
         return tokens, kv_cache.KVCache(*own, frames)
 

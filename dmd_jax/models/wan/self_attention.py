@@ -52,7 +52,7 @@ def over_sequence(config, grid, causal, teacher_forcing):
     return attend
 
 
-def over_cache(config, grid, causal, cached_frames, own_frames):
+def over_cache(config, grid, causal, ring, cached_frames, own_frames):
     """The frames of one block, which attend to themselves and to the earlier frames of a cache.
 
     Frames of the cache from the block's own first frame on are masked: an earlier call for the same
@@ -63,19 +63,20 @@ def over_cache(config, grid, causal, cached_frames, own_frames):
     Args:
         config: WanConfig.
         causal: Causal.
+        ring: kv_cache.Ring.
         cached_frames: int32 [slots], of the KVCache.
         own_frames: int32 [F], numbers of the block's frames in the video.
     """
     start, end = own_frames[0], own_frames[-1] + 1
-    length = kv_cache.num_positions(causal, cached_frames.shape[0], config.reach)
+    length = max(config.reach, causal.most_visible or ring.slots)
 
     def rotation(frames):
-        positions = kv_cache.positions(causal, frames, end, length, config.reach)
+        positions = ring.positions(frames, end, length)
         return rotations(config.rope_dims, positions, grid.height, grid.width, length)
 
     own_rotation, cached_rotation = rotation(own_frames), rotation(cached_frames)
     mask = BlockCausal(causal)  # over frames: their numbers are the indices
-    # Numbers are traced, so not checked: a window ends with the frames that there are.
+    # Traced numbers are not checked: frames that are not a block of `causal` still see each other.
     block_end = jnp.maximum(mask.group(start), end)
     earlier = (cached_frames != kv_cache.EMPTY) & (cached_frames < start)
     allowed = jnp.concatenate(

@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dmd_jax import data
-from dmd_jax.data import mnist5k, source
+from dmd_jax.data import images as source_file
+from dmd_jax.data import mnist5k
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -87,7 +88,7 @@ def test_rows_outside_are_refused(data_dir, row):
 def test_a_source_too_large_for_memory_reads_the_same(data_dir, monkeypatch):
     rows = [5, 999, 5]
     kept = data.load("mnist5k", "test", data_dir).take(rows)
-    monkeypatch.setattr(source, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(source_file, "IN_MEMORY_BYTES", 0)
     for expected, read in zip(kept, data.load("mnist5k", "test", data_dir).take(rows), strict=True):
         np.testing.assert_array_equal(read, expected)
 
@@ -108,6 +109,29 @@ def test_a_name_of_the_catalogue_takes_the_same_path(tmp_path, monkeypatch):
     images, labels = data.arrays(cifar)
     read = {int(label): tuple(image[0, 0]) for image, label in zip(images, labels, strict=True)}
     assert read == colours
+
+
+def test_preparing_is_said_in_one_line_and_reading_in_none(tmp_path, capfd):
+    data.load("mnist5k", "train", str(tmp_path))
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err == f"preparing data set 'mnist5k' in {tmp_path}/mnist5k/1.0.0\n"
+    data.load("mnist5k", "train", str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_of_a_large_split_a_limited_number_is_read_at_even_distances(data_dir):
+    test = data.load("mnist5k", "test", data_dir)
+    images, labels = data.arrays(test, limit=300)
+    expected = test.take(np.arange(300) * 1000 // 300)
+    np.testing.assert_array_equal(images, expected[0])
+    np.testing.assert_array_equal(labels, expected[1])
+    assert len(data.arrays(test, limit=2000)[0]) == 1000
+
+
+def test_the_classes_are_named_as_the_data_set_names_them(data_dir):
+    test = data.load("mnist5k", "test", data_dir)
+    assert test.classes == tuple("0123456789") and test.num_classes == 10
 
 
 def test_a_prepared_data_set_is_only_read(data_dir, monkeypatch):

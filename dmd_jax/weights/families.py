@@ -1,0 +1,99 @@
+"""The tables that resolve names in files: network families, schedules and predictions.
+
+An export holds a family's name and plain numbers. They are looked up here; nothing that is read
+from a file is imported or executed. Imports the families, the denoiser and the mesh.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dmd_jax.devices import sharding
+from dmd_jax.devices.paths import named_leaves
+from dmd_jax.diffusion.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
+from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching
+from dmd_jax.models import dit, wan
+
+# name: (config, network, sharding rules)
+FAMILIES = {
+    "dit": (dit.DiTConfig, dit.DiT, dit.SHARDING_RULES),
+    "wan": (wan.WanConfig, wan.Wan, wan.SHARDING_RULES),
+}
+SCHEDULES = {"flow_matching": FlowMatching, "edm": EDM, "vp": VP}
+PREDICTIONS = {
+    "velocity": Velocity,
+    "epsilon": Epsilon,
+    "x0": X0,
+    "edm_preconditioned": EDMPreconditioned,
+}
+
+
+def build(config: Any, *, seed: int = 0) -> nnx.Module:
+    """A randomly initialised network of the family of `config`.
+
+    Raises:
+        ValueError: no family in FAMILIES has such a config.
+    """
+    _, network, _ = FAMILIES[family_of(config)]
+    return network(config, rngs=nnx.Rngs(seed))
+
+
+def abstract_net(network: type[nnx.Module], config: Any) -> nnx.Module:
+    """`network(config)` with jax.ShapeDtypeStructs for weights."""
+    return jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+
+
+def family_of(config: Any) -> str:
+    """The name of the family whose config this is; ValueError if there is none."""
+    return _name(FAMILIES, lambda entry: isinstance(config, entry[0]), config)
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of a tree of weights."""
+    return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
+
+
+def sharding_rules(net: nnx.Module) -> tuple:
+    """The sharding rules of the family of `net`."""
+    return FAMILIES[family_of(net.config)][2]
+
+
+def shardings(tree: Any, denoisers: Iterable[Denoiser], mesh: jax.sharding.Mesh) -> Any:
+    """The shardings of weights on a mesh, by the rules of their families.
+
+    Args:
+        tree: a tree of weights, or of states whose paths end as those of weights; arrays or
+            jax.ShapeDtypeStructs.
+        denoisers: one of each family that `tree` holds weights of.
+        mesh: the mesh of `sharding.make_mesh`.
+
+    Returns:
+        A tree of NamedSharding like `tree`.
+
+    Raises:
+        ValueError: of `sharding.infer`.
+    """
+    rules = [rule for denoiser in denoisers for rule in sharding_rules(denoiser.net)]
+    return sharding.infer(tree, tuple(dict.fromkeys(rules)), mesh)
+
+
+def to_plain(table: dict[str, type], value: Any) -> dict[str, Any]:
+    """A schedule or prediction as JSON: its name in `table`, and its fields."""
+    name = _name(table, lambda cls: type(value) is cls, value)
+    return {"name": name, **dataclasses.asdict(value)}
+
+
+def from_plain(table: dict[str, type], plain: dict[str, Any]) -> Any:
+    """The inverse of `to_plain`; KeyError or TypeError where the table has no such value."""
+    plain = dict(plain)
+    return table[plain.pop("name")](**plain)
+
+
+def _name(table, fits, value):
+    for name, entry in table.items():
+        if fits(entry):
+            return name
+    raise ValueError(f"{value!r} has no name in {sorted(table)}: add it to the table in weights/")

@@ -1,0 +1,146 @@
+"""Loads networks: the file is opened and recognised, compared by headers, then read.
+
+Imports the files, our own and those of others, and the tables that fill a network.
+"""
+
+import dataclasses
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from dmd_jax.devices.disk import local_path
+from dmd_jax.diffusion.denoiser import Denoiser, Velocity
+from dmd_jax.diffusion.schedule import FlowMatching
+from dmd_jax.weights import files, foreign, ours
+from dmd_jax.weights.families import shapes
+from dmd_jax.weights.table import Row, differing, fill, their_shapes
+
+
+def notes(path: str | PathLike) -> dict[str, Any]:
+    """The notes that `save` wrote into the file at `path`; {} in files of other programs."""
+    header = ours.read_header(files.open_tensors(locate(path, "transformer")))
+    return header["notes"] if header else {}
+
+
+def abstract(path: str | PathLike, *, part: str = "transformer", **overrides: Any) -> Denoiser:
+    """The Denoiser at `path` with jax.ShapeDtypeStructs for weights; reads headers only.
+
+    Arguments and errors are those of `denoiser`. The weights are float32 in our own files, and in
+    the stored dtype in those of others.
+    """
+    return _denoiser(_source(path, part, overrides).module)
+
+
+def denoiser(
+    path: str | PathLike, *, part: str = "transformer", shardings: Any = None, **overrides: Any
+) -> Denoiser:
+    """The Denoiser at `path`.
+
+    Args:
+        path: a file that `save` wrote, or the name of a shipped one; or a Wan transformer of
+            another program: a file, a folder, or a name on the Hugging Face hub (`files.locate`).
+        part: of Wan 2.2's pair, "transformer" for high noise or "transformer_2" for low.
+        shardings: a tree like `abstract(path)` of jax.sharding.Sharding; None for one device.
+        **overrides: fields of the network's config that say how it runs (dtype, remat, unroll).
+
+    Raises:
+        FileNotFoundError: there is no such file, or a part of it is missing.
+        ValueError: it is damaged, holds something else, or its tensors differ from its header or
+            from those of its family; every differing path is named with both shapes.
+    """
+    source = _source(path, part, overrides)
+    result = _denoiser(source.module)
+    return dataclasses.replace(result, net=_filled(source, result.net, shardings))
+
+
+def load(
+    path: str | PathLike, dtype: Any = None, *, part: str | None = None, shardings: Any = None
+) -> nnx.Module:
+    """The network at `path`, of this library or of another program.
+
+    Args:
+        path: a file, a folder, or a name on the Hugging Face hub (`files.locate`).
+        dtype: of the weights; None for the stored one of each.
+        part: of a model of several parts: "transformer", "transformer_2", "vae" or
+            "text_encoder"; None is the only part, or the transformer.
+        shardings: a tree like `abstract_part` of jax.sharding.Sharding; None for one device.
+
+    Returns:
+        A module: `models.wan.Wan`, or the network of another entry of `foreign.PARTS`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `denoiser`.
+    """
+    source = _source(path, part, {})
+    return _filled(source, _in_dtype(_net(source.module), dtype), shardings)
+
+
+def abstract_part(
+    path: str | PathLike, dtype: Any = None, *, part: str | None = None
+) -> nnx.Module:
+    """What `load` returns, with jax.ShapeDtypeStructs for weights; reads headers only."""
+    return _in_dtype(_net(_source(path, part, {}).module), dtype)
+
+
+def locate(path: str | PathLike, part: str | None) -> Path:
+    """The file or folder of a part of the model at `path`, or the shipped file of that name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    known = local_path(path).exists() or files.hub_name(path)
+    return files.locate(path, part) if known else ours.find(path)
+
+
+class _Source(NamedTuple):
+    """A checkpoint whose headers were read and agree with its network."""
+
+    module: Any  # abstract: a Denoiser in our own files, a network in those of others
+    rows: list[Row]
+    tensors: files.Tensors  # by the names of the rows
+
+
+def _source(path, part, overrides):
+    tensors = files.open_tensors(locate(path, part))
+    header = ours.read_header(tensors)
+    if header is None:
+        module, rows, tensors = foreign.resolve(tensors, part, overrides)
+    else:
+        files.require_part(tensors.path, "transformer", part)
+        module = ours.abstract_denoiser(tensors.path, header, overrides)
+        rows = [Row(name, name) for name in shapes(module.net)]
+    if lines := differing(their_shapes(_net(module), rows), tensors.shapes):
+        reason = files.stranger(tensors.shapes) or "damaged, or of another version"
+        raise ValueError(
+            f"{tensors.path} does not hold the network of its header and names; it may be "
+            f"{reason}:\n{lines}"
+        )
+    return _Source(module, rows, tensors)
+
+
+def _net(module):
+    return module.net if isinstance(module, Denoiser) else module
+
+
+def _denoiser(module):
+    if isinstance(module, Denoiser):
+        return module
+    return Denoiser(module, FlowMatching(), Velocity(time_scale=1000))
+
+
+def _in_dtype(net, dtype):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), net)
+
+
+def _filled(source, net, shardings):
+    """The abstract `net` with its weights, in its dtypes."""
+    if shardings is not None:
+        net = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            net,
+            _net(shardings),
+        )
+    return fill(net, source.rows, source.tensors.read)

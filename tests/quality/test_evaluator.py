@@ -1,0 +1,160 @@
+"""Judging a run: what cannot be judged is refused before it, and the best is selected on train."""
+
+import dataclasses
+import io
+
+import jax
+import numpy as np
+import programs
+import pytest
+
+from dmd_jax import data
+from dmd_jax.data import Images
+from dmd_jax.quality import evaluation, metrics
+from dmd_jax.quality.evaluation import Evaluation, Progress
+from dmd_jax.quality.evaluator import Evaluator, Measured, Preview
+from dmd_jax.quality.features import load_features
+from dmd_jax.rollouts.samplers import FewStep
+from dmd_jax.training.configuration import differences
+from dmd_jax.training.run import build
+
+SPEC = Evaluation(every=1, samples=80, num=100, steps=(1,))
+
+
+def evaluator(data_dir, source=None, **changes):
+    source = data.load("mnist5k", "train", data_dir) if source is None else source
+    return Evaluator(dataclasses.replace(SPEC, **changes), source, [FewStep((1.0,))], [], 8)
+
+
+def images(name, shape, classes, data_dir=None):
+    return Images(
+        [], name=name, split="train", data_dir=data_dir, image_shape=shape, classes=classes
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"every": 0}, "every=0 must be 1 or more"),
+        ({"num": 0}, "num=0 must be 1 or more"),
+        ({"samples": -1}, "samples=-1 must be 1 or more"),
+        ({"steps": ()}, r"steps=\(\) must name one"),
+        ({"steps": (4, 0)}, r"steps=\(4, 0\): 0 must be 1 or more"),
+        ({"teacher_steps": (0,)}, r"teacher_steps=\(0,\): 0 must be 1 or more"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SPEC, **changes)
+
+
+def test_data_that_the_feature_network_cannot_judge_are_refused(data_dir):
+    colour = images("cifar10", (32, 32, 3), [str(i) for i in range(10)])
+    with pytest.raises(ValueError, match=r"takes images of 1 channels, but .*'cifar10' has 3"):
+        evaluator(data_dir, colour).check()
+    fashion = images("fashion_mnist", (28, 28, 1), ["T-shirt", *"abcdefghi"])
+    with pytest.raises(ValueError, match="is a classifier of '0', '1', '2'"):
+        evaluator(data_dir, fashion).check()
+    evaluator(data_dir, fashion, features="").check()
+
+
+def test_a_split_that_is_not_there_or_too_small_is_refused(data_dir):
+    with pytest.raises(ValueError, match=r"split='validation': .* has \['train', 'test'\]"):
+        evaluator(data_dir, split="validation").check()
+    with pytest.raises(ValueError, match=r"'test\[:50\]' of 'mnist5k' has 50 images, and 65"):
+        evaluator(data_dir, split="test[:50]").check()
+    with pytest.raises(ValueError, match="has 4000 images, and 5000 are needed"):
+        evaluator(data_dir, num=5000).check()
+    evaluator(data_dir, split="train[90%:]").check()
+
+
+@pytest.mark.parametrize(
+    "path, changes, message",
+    [
+        ("configs/dmd.py", {"evaluate.split": "dev"}, r"config\.evaluate: .*split='dev'"),
+        ("configs/dmd.py", {"data.split": "dev"}, r"config\.data: cannot read split 'dev'"),
+        ("configs/dmd.py", {"evaluate.guidance": 2.0}, r"guidance is 2\.0, but guidance is in the"),
+        ("configs/dmd.py", {"evaluate.teacher_steps": ()}, r"teacher_steps is \(\): name"),
+        ("configs/pretrain.py", {"evaluate.teacher_steps": (4,)}, "this run has no teacher"),
+    ],
+)
+def test_what_a_run_cannot_judge_is_refused_before_it(path, changes, message, teacher, data_dir):
+    config = programs.load_config(path)
+    values = {"data.data_dir": data_dir} | changes
+    if "teacher" in config:
+        values["teacher.weights"] = str(teacher)
+    config.update_from_flattened_dict(values)
+    with pytest.raises(ValueError, match=message):
+        build(config, jax.devices()[:1])
+
+
+def test_a_run_learns_from_one_split_and_is_reported_on_another(teacher, data_dir):
+    splits = {"data.split": "train[:50%]", "evaluate.split": "train[50%:]"}
+    run = build(programs.config(teacher, data_dir, **splits), jax.devices()[:1])
+    assert len(run.source) == 2000
+    assert run.evaluator.settings.split == "train[50%:]"
+
+
+def test_a_run_of_a_config_that_named_neither_split_nor_class_goes_on():
+    stored = {"data.name": "mnist5k", "evaluate.num": 2000}
+    now = {**stored, "data.split": "train", "evaluate.cls": "Evaluation"}
+    assert differences(stored, now) == ""
+    assert "data.split" in differences(stored, now | {"data.split": "test"})
+
+
+def test_the_best_is_selected_against_the_training_images(data_dir):
+    judge = evaluator(data_dir)
+    picture, score = judge.preview(programs.tiny())
+    labels = np.arange(80, dtype=np.int32) % 10
+    drawn = evaluation.draw_images(programs.tiny(), judge.samplers[0], labels, seed=0)
+    extract = load_features().extract
+    train, fake = (extract(x)[0] for x in (data.arrays(judge.source)[0], drawn))
+    expected = metrics.frechet_distance(train, fake)
+    assert score.numbers["fd"] == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_array_equal(picture[:28, :28], drawn[0])
+
+
+def test_scores_of_other_samples_or_images_have_another_judge(data_dir):
+    net = programs.tiny()
+    first = evaluator(data_dir).preview(net)[1].judge
+    assert evaluator(data_dir, num=200, split="train[90%:]").preview(net)[1].judge == first
+    half = data.load("mnist5k", "train[:50%]", data_dir)
+    assert evaluator(data_dir, half).preview(net)[1].judge != first
+    assert evaluator(data_dir, samples=90).preview(net)[1].judge != first
+
+
+def members(*protocols):
+    """The names that protocols ask for."""
+    names = {name for p in protocols for base in p.__mro__ for name in vars(base)}
+    names |= {name for p in protocols for base in p.__mro__ for name in annotations(base)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def annotations(cls):
+    return vars(cls).get("__annotations__", {})
+
+
+def test_sources_have_what_training_and_reports_read(data_dir):
+    for source, protocols in (
+        (data.load("mnist5k", "test", data_dir), (data.Source, Preview)),
+        (data.Prompts("embeddings", (1, 2, 2, 4)), (data.Source, Preview)),
+        (data.MovingDigits(), (data.Source, Measured)),
+    ):
+        assert members(*protocols) <= set(dir(source))
+    assert {"examples", "columns", "measure"} <= members(data.Source, Measured)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_updated_in_place_on_a_terminal_and_one_line_elsewhere():
+    for file, expected in (
+        (Terminal(), "\rx: 0 of 4\rx: 3 of 4\rx: 4 of 4\rx: 4 of 4\n"),
+        (io.StringIO(), "x: 4 of 4\n"),
+    ):
+        with Progress("x", 4, file=file) as progress:
+            progress.advance(3)
+            progress.advance(1)
+        assert file.getvalue() == expected

@@ -1,0 +1,57 @@
+"""What a run costs: passes of its step, in FLOPs."""
+
+import jax
+import programs
+import pytest
+
+from dmd_jax.training.cost import Cost, batch_shape, cost, si
+from dmd_jax.training.run import build, describe
+
+
+@pytest.fixture(scope="module")
+def run(teacher, data_dir):
+    return build(programs.config(teacher, data_dir), jax.devices()[:1])
+
+
+def test_a_step_costs_its_forward_and_backward_passes(run):
+    """Rollout, guided teacher, fake score, and a forward and backward pass of three each.
+
+    No gradient reaches a network's input: the backward pass takes one product less in the layers
+    that read the pixels and the time.
+    """
+    worked_out, c = cost(run), run.nets["generator"].net.config
+    tokens = (c.image_size // c.patch) ** 2
+    saved = 2 * run.config.batch_size * c.dim * (tokens * c.patch**2 * c.channels + 256)
+    rollout = run.method.expected_exit_step + 1
+    with_update, without = rollout + 2 + 2 + 1 + 3, rollout + 3
+    assert worked_out.step[True] == round(with_update * worked_out.forward - 2 * saved)
+    assert worked_out.step[False] == round(without * worked_out.forward - saved)
+
+
+def test_a_run_costs_its_steps_of_both_kinds(run):
+    worked_out, config = cost(run), run.config
+    learns = -(-config.steps // config.generator_every)
+    assert worked_out.steps == {True: learns, False: config.steps - learns}
+    total = learns * worked_out.step[True] + (config.steps - learns) * worked_out.step[False]
+    assert worked_out.run == total
+
+
+def test_the_batch_of_a_cost_is_the_batch_of_training(run):
+    wanted = jax.tree.map(lambda x: (x.shape, x.dtype), next(run.batches(0)))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), batch_shape(run)) == wanted
+
+
+def test_the_description_of_a_run_says_its_work(run):
+    assert describe(run).splitlines()[-3:] == [
+        f"{name}: {text}" for name, text in cost(run).lines().items()
+    ]
+    lines = Cost({True: 12_638_000_000}, 1_282_670_000, {True: 800}, 32).lines()
+    assert lines["FLOPs of a step"] == "12.6 G with the generator's update"
+    assert lines["FLOPs of the run"] == "10.1 T in 800 steps"
+
+
+@pytest.mark.parametrize(
+    "value, said", [(0, "0 "), (999, "999 "), (1_234, "1.23 k"), (5.49e20, "549 E")]
+)
+def test_numbers_have_three_digits_and_a_prefix(value, said):
+    assert si(value) == said
