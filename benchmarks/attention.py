@@ -5,7 +5,7 @@
 
 Float32, batch 1, 6 heads of 64, in turn in one process, medians over the rounds: the forward pass,
 and the forward and backward pass together. Masks are those of a video of frames of 256 tokens. The
-last table is of memory, as the compiler reports it, beside what the scores alone would take.
+last table is of memory, as the compiler reports it, and the size of the scores alone.
 """
 
 import functools

@@ -74,8 +74,8 @@ def write(folder):
 
 def copy(folder, dtype):
     files = sorted(folder.glob("transformer/*.safetensors"))
-    held = [np.fromfile(file, ml_dtypes.bfloat16).astype(dtype, copy=False) for file in files]
-    return held, held
+    arrays = [np.fromfile(file, ml_dtypes.bfloat16).astype(dtype, copy=False) for file in files]
+    return arrays, arrays
 
 
 def ours(folder, dtype, shardings=None):
@@ -155,12 +155,12 @@ def forward(folder, who, dtype):
 
 def compare(folder):
     """Prints |a - b| / |b|, where b is diffusers in float32."""
-    made = {(who, dtype): None for dtype in DTYPES[::-1] for who in ("diffusers", "ours")}
-    for who, dtype in made:
+    outputs = {(who, dtype): None for dtype in DTYPES[::-1] for who in ("diffusers", "ours")}
+    for who, dtype in outputs:
         run(folder, "forward", who, dtype)
-        made[who, dtype] = np.load(folder / f"{who}_{dtype}.npy").astype(np.float64)
-    wanted = made.pop(("diffusers", "float32"))
-    for (who, dtype), found in made.items():
+        outputs[who, dtype] = np.load(folder / f"{who}_{dtype}.npy").astype(np.float64)
+    wanted = outputs.pop(("diffusers", "float32"))
+    for (who, dtype), found in outputs.items():
         error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         print(f"{who}, {dtype}: relative error {error:.2e} of diffusers in float32")
 

@@ -9,7 +9,7 @@ from dmd_jax.devices import sharding
 
 
 def matmul_peak():
-    """Best float32 matmul rate seen, FLOP/s: of all devices of the mesh in force, or of one."""
+    """Best measured float32 matmul rate, FLOP/s: of all devices of the current mesh, or of one."""
     best, parts = 0.0, sharding.even_batch(1)
 
     def ones(n):

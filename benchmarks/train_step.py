@@ -60,8 +60,8 @@ def measure(run):
         state[0], metrics = steps[kind].result()(state[0], frozen, batch, root)
         jax.block_until_ready(metrics)
 
-    calls = {f"step {UPDATES[kind]}": partial(ours, kind) for kind in steps}
-    work |= {f"step {UPDATES[kind]}": total.step[kind] for kind in steps}
+    calls = {f"whole step {UPDATES[kind]}": partial(ours, kind) for kind in steps}
+    work |= {f"whole step {UPDATES[kind]}": total.step[kind] for kind in steps}
     for name, rival in rivals.items():
         for kind in steps:
             calls[f"{name}, {UPDATES[kind]}"] = partial(rival, update_generator=kind)
@@ -76,19 +76,19 @@ def measure(run):
 
 
 def parts(run, batch):
-    """{name: function of the networks} that a step is made of."""
+    """{name: function of the networks}: the parts of a step."""
     method, size = run.method, run.config.batch_size
     batch = batch | {"index": jnp.arange(size)}
     cond, uncond, key = batch["cond"], batch["uncond"], jax.random.key(0)
     x, t = jnp.zeros((size, *method.sample_shape)), jnp.full(size, 0.5)
-    made = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), cond)
+    rollout = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), cond)
     longest = samplers.FewStep(method.times, method.shift)
 
     def generator_loss(net):
         return jnp.sum(net(x, t, cond))
 
     def critic_loss(nets, net):
-        return method.critic_loss({"fake_score": net}, nets, made, batch, key)[0]
+        return method.critic_loss({"fake_score": net}, nets, rollout, batch, key)[0]
 
     return {
         "rollout to the last call, no gradient": lambda nets: longest(
@@ -106,7 +106,7 @@ def parts(run, batch):
 
 
 def torch_steps(run, nets):
-    """{name: step in PyTorch}, once its network is seen to be ours."""
+    """{name: step in PyTorch}, after a check that its network equals ours."""
     from torch_step import TorchStep, require_same
 
     require_same(run, nets["teacher"])

@@ -61,10 +61,10 @@ def ours(state, x, text):
         return apply(jax.grad(loss)(state[0]), state)
 
     def critic(state, nets):
-        made = method.rollout(nets["generator"], nets, batch, key)
+        samples = method.rollout(nets["generator"], nets, batch, key)
 
         def loss(net):
-            return method.critic_loss({"fake_score": net}, nets, made, batch, key)[0]
+            return method.critic_loss({"fake_score": net}, nets, samples, batch, key)[0]
 
         return apply(jax.grad(loss)(state[0]), state)
 
@@ -78,13 +78,13 @@ def ours(state, x, text):
 
 def stepper(update, denoiser, tx, nets):
     """A callable that takes one step, and keeps the state for the next one."""
-    held = {}
+    buffers = {}
 
     def step():
-        if not held:  # buffers of its own, since a step eats them
+        if not buffers:  # buffers of its own, since a step eats them
             fresh = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), denoiser)
-            held["state"] = fresh, tx.init(fresh)
-        held["state"] = jax.block_until_ready(update(held["state"], nets))
+            buffers["state"] = fresh, tx.init(fresh)
+        buffers["state"] = jax.block_until_ready(update(buffers["state"], nets))
 
     return step
 
@@ -125,27 +125,27 @@ def theirs(x, text):
             return nets["generator"](x, torch.full((len(x),), 500.0), text, return_dict=False)[0]
 
     def generator():
-        made, t = x0(nets["generator"], torch.randn_like(x), 1.0, text), 0.5
+        samples, t = x0(nets["generator"], torch.randn_like(x), 1.0, text), 0.5
         with torch.no_grad():
-            x_t = (1 - t) * made + t * torch.randn_like(made)
+            x_t = (1 - t) * samples + t * torch.randn_like(samples)
             fake = x0(nets["fake_score"], x_t, t, text)
             cond = x0(nets["teacher"], x_t, t, text)
             uncond = x0(nets["teacher"], x_t, t, torch.zeros_like(text))
             real = uncond + GUIDANCE * (cond - uncond)
-            grad = (fake - real) / (made - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-        loss = 0.5 * torch.nn.functional.mse_loss(made, (made - grad).detach())
+            grad = (fake - real) / (samples - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+        loss = 0.5 * torch.nn.functional.mse_loss(samples, (samples - grad).detach())
         adams["generator"].zero_grad()
         loss.backward()
         adams["generator"].step()
 
     def critic():
         with torch.no_grad():
-            made, t = x0(nets["generator"], torch.randn_like(x), 1.0, text), 0.5
-            eps = torch.randn_like(made)
-            x_t = (1 - t) * made + t * eps
+            samples, t = x0(nets["generator"], torch.randn_like(x), 1.0, text), 0.5
+            eps = torch.randn_like(samples)
+            x_t = (1 - t) * samples + t * eps
         time = torch.full((len(x),), 1000.0 * t)
         raw = nets["fake_score"](x_t, time, text, return_dict=False)[0]
-        loss = torch.nn.functional.mse_loss(raw, eps - made)
+        loss = torch.nn.functional.mse_loss(raw, eps - samples)
         adams["fake_score"].zero_grad()
         loss.backward()
         adams["fake_score"].step()

@@ -6,7 +6,7 @@ On two CPU cores this takes about half an hour; dmd_jax/assets/mnist_teacher.md 
 
 It also trains on square images of any data set in the TFDS catalogue: --config.data.name=cifar10,
 with --config.generator.model.patch=4 and a wider model for its richer images. The shipped metric
-knows digits alone: train one with `python -m dmd_jax.metric_network --data=cifar10` and give its
+is for digits only. Train one with `python -m dmd_jax.metric_network --data=cifar10` and give its
 file as --config.evaluate.features, or give '' for a run that is not judged.
 
 The two networks of `configs/dmd.py:wan_tiny`, on videos of moving digits with their captions, take

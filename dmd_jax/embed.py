@@ -13,6 +13,7 @@ import sys
 import absl.logging
 from absl import app, flags
 
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.pipelines.precompute import embed_prompts
 
 FLAGS = flags.FLAGS
@@ -49,6 +50,7 @@ def main(argv):
     if not FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
+    use_float32_products("float32")  # the text encoder, whatever its weights are stored in
     try:
         result = embed_prompts(
             FLAGS.prompts,

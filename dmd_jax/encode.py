@@ -5,9 +5,9 @@
     python -m dmd_jax.encode --videos=clips --checkpoint=Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
         --embeddings=embeddings --out=latents
 
-The folder holds videos, each beside a text file of the same name with its caption; the beginning of
-each is encoded. The result is read by `dmd_jax.data.Prompts`. Started again after an interruption,
-it resumes.
+The folder has videos, and for each a text file of the same name with its caption. The first frames
+of each video are encoded. `dmd_jax.data.Prompts` reads the result. A second start after an
+interruption resumes.
 """
 
 import functools
@@ -15,6 +15,7 @@ import sys
 
 from absl import app, flags
 
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.pipelines.precompute import encode_videos
 
 FLAGS = flags.FLAGS
@@ -45,6 +46,7 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    use_float32_products("float32")  # the VAE
     try:
         result = encode_videos(
             FLAGS.videos,

@@ -1,4 +1,4 @@
-"""Quality of a checkpoint of images in numbers, beside real images.
+"""Quality of a checkpoint of images in numbers, compared with real images.
 
 python -m dmd_jax.evaluate --checkpoint=runs/dmd/generator.safetensors
 python -m dmd_jax.evaluate --checkpoint=mnist_teacher --steps=50,16,8,4 --guidance=2 --store
@@ -7,14 +7,14 @@ python -m dmd_jax.evaluate --checkpoint=mnist_teacher --steps=50,16,8,4 --guidan
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 import absl.logging
 from absl import app, flags
 
 from dmd_jax import data, weights
 from dmd_jax.devices import cores
-from dmd_jax.devices.disk import check_writable
+from dmd_jax.devices.disk import check_writable, local_path
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.quality import report
 from dmd_jax.quality.evaluation import data_judge, real_row, teacher_rows
 from dmd_jax.quality.features import SHIPPED, load_features
@@ -26,7 +26,7 @@ FLAGS = flags.FLAGS
 def define_flags():
     flags.DEFINE_string("checkpoint", None, "A safetensors file, or the name of a shipped one.")
     flags.DEFINE_list("steps", None, "Numbers of steps to judge; default: that of the checkpoint.")
-    flags.DEFINE_list("guidance", None, "Guidance weights of a teacher, each judged; 1 is none.")
+    flags.DEFINE_list("guidance", None, "Guidance weights of a teacher to judge; 1 disables it.")
     flags.DEFINE_float("shift", None, "Time shift; default: that of the checkpoint.")
     flags.DEFINE_integer("num", 2_000, "Samples to judge.")
     flags.DEFINE_string("data", "mnist5k", "The TFDS data set to judge against.")
@@ -34,7 +34,7 @@ def define_flags():
     flags.DEFINE_string("data_dir", None, "Directory of prepared data sets; default: that of TFDS.")
     flags.DEFINE_string("features", SHIPPED, "The feature network: a file, or a shipped name.")
     flags.DEFINE_string("out", None, "Also write the rows here, as JSON.")
-    flags.DEFINE_bool("store", False, "Store a teacher's rows beside its file, for later runs.")
+    flags.DEFINE_bool("store", False, "Store a teacher's rows in its folder, for later reports.")
     flags.mark_flag_as_required("checkpoint")
 
 
@@ -43,15 +43,16 @@ def main(argv):
         absl.logging.set_verbosity(absl.logging.WARNING)
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    use_float32_products("float32")  # the networks of images and of features
     try:
         with cores.shared(samplers.BATCH):
             judge_checkpoint()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
 def judge_checkpoint():
-    """Prints the table of --checkpoint, and writes it where the flags say so."""
+    """Prints the table of --checkpoint, and writes it to the files that flags name."""
     path = weights.find(FLAGS.checkpoint)
     ways = [
         dataclasses.replace(
@@ -64,18 +65,19 @@ def judge_checkpoint():
     source = data.load(FLAGS.data, FLAGS.split, FLAGS.data_dir)
     source.require_fit(f"--checkpoint={path}", weights.abstract(path).net.config)
     load_features(FLAGS.features).require_fit(source)
-    if FLAGS.out:
-        check_writable(Path(FLAGS.out).parent)
+    out = local_path(FLAGS.out) if FLAGS.out else None
+    if out:
+        check_writable(out.parent)
     if FLAGS.store:
         check_writable(path.parent)
     judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features, split=FLAGS.split)
     real = real_row(judge, FLAGS.num)  # before any sampling: refuses a --num that does not fit
-    beside = path.with_suffix(".rows.json") if FLAGS.store else None
-    table = teacher_rows(path, ways, judge, FLAGS.num, recompute=True, store=beside)
+    store = path.with_suffix(".rows.json") if FLAGS.store else None
+    table = teacher_rows(path, ways, judge, FLAGS.num, recompute=True, store=store)
     table = [real, *table]
     print(report.markdown(table, judge.name, judge.reference))
-    if FLAGS.out:
-        Path(FLAGS.out).write_text(json.dumps(table, indent=1) + "\n")
+    if out:
+        out.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def _numbers(flag, kind):

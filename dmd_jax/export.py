@@ -59,7 +59,9 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
 
 
 def define_flags():
-    flags.DEFINE_string("checkpoint", None, "A checkpoint: ours, or a Wan transformer of others.")
+    flags.DEFINE_string(
+        "checkpoint", None, "A checkpoint of this library, or a Wan transformer of another program."
+    )
     flags.DEFINE_enum("to", None, TARGETS, "The program to write for.")
     flags.DEFINE_string("out", None, "The folder, or the file of Self-Forcing.")
     flags.DEFINE_string("base", None, "A diffusers pipeline whose other parts are copied.")

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 import dmd_jax
 from dmd_jax.devices import cores
 from dmd_jax.devices.disk import first_line
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.training import checkpoint, health, loop, profiling
 from dmd_jax.training.configuration import expand_home
 from dmd_jax.training.run import build, describe
@@ -73,13 +74,13 @@ def workdir():
 
 
 def refuse(error):
-    """Ends the program with one clear message; --verbosity=1 shows the traceback."""
+    """Ends the program with one message; --verbosity=1 shows the traceback."""
     absl.logging.debug("refused", exc_info=error if isinstance(error, Exception) else None)
     sys.exit(f"error: {error}")
 
 
 def refusing(call, *args, **kwargs):
-    """Returns call(*args, **kwargs); an error that the user can mend ends the program."""
+    """Returns call(*args, **kwargs); an error that the user can correct ends the program."""
     try:
         return call(*args, **kwargs)
     except REFUSALS as error:
@@ -90,21 +91,14 @@ def refusing(call, *args, **kwargs):
         refuse(f"the memory of the device is too small ({first_line(error)}). {MEMORY}")
 
 
-def use_float32_products(config):
-    """Makes "float32" mean float32, where all networks compute in it.
-
-    By default a GPU rounds the operands of a float32 matrix product to TF32, a TPU to bfloat16. The
-    products of bfloat16 operands are exact in float32, so the setting has nothing to add to them. A
-    run with bfloat16 networks does without it, because it also reaches into attention kernels.
-    """
+def compute_dtypes(config):
+    """The dtypes in which the networks of a run compute."""
     sections = [section for section in config.values() if isinstance(section, ConfigDict)]
-    computes = [section.compute for section in sections if "compute" in section]
-    if all(compute.get("dtype", "float32") == "float32" for compute in computes):
-        jax.config.update("jax_default_matmul_precision", "float32")
+    return [section.compute.get("dtype", "float32") for section in sections if "compute" in section]
 
 
 def split_cores(config):
-    """Divides the CPU into devices, as many as the mesh states or as can share the batch."""
+    """Divides the CPU into devices: the number that the mesh states, or that divides the batch."""
     batch = config.get("batch_size", 1) // max(config.get("accumulate", 1), 1)
     axes = {"data": -1} | dict(config.get("mesh", {}))
     cores.split_cores(batch, mesh=tuple(axes.values()))
@@ -122,7 +116,7 @@ def join():
 
 
 def main(argv):
-    # Our own progress, and only warnings of other libraries.
+    # Show the progress of this library, but only warnings of others.
     if not FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
@@ -134,7 +128,7 @@ def main(argv):
         )
     config = FLAGS.config
     expand_home(config)
-    use_float32_products(config)
+    use_float32_products(*compute_dtypes(config))
     split_cores(config)
     if FLAGS.distributed:
         join()
@@ -151,11 +145,11 @@ def main(argv):
 
 def start():
     """Parses the command line, config and overrides included, and runs."""
-    if "--version" in sys.argv[1:]:  # wherever it is called, a config program or not
+    if "--version" in sys.argv[1:]:  # before flags are parsed, which needs a config program
         print(f"dmd_jax {dmd_jax.__version__}")
         sys.exit()
     try:
-        # The default config and its overrides are read here already, and may be refused.
+        # Defining the flags already reads the config and its overrides, which may raise.
         define_flags()
         app.define_help_flags()
         argv = app.parse_flags_with_usage(sys.argv)
@@ -172,9 +166,9 @@ def start():
 
 
 def leave(end):
-    """Exits without waiting for compilations that nobody needs; everything is saved and closed.
+    """Exits without waiting for a compilation in the background. The run is saved by then.
 
-    Python's own exit is not safe while the compiler runs in a thread, which uses what it destroys.
+    A normal exit would destroy objects that the compiler's thread still uses.
     """
     interrupted = isinstance(end, KeyboardInterrupt)
     code = 128 + signal.SIGINT if interrupted else end.code

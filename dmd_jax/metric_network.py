@@ -6,44 +6,55 @@ It learns from the train split alone. The test split is read once, after the las
 accuracy in the card. `--data` names another data set.
 """
 
-import argparse
 import shlex
 import sys
-from pathlib import Path
+
+from absl import app, flags
 
 from dmd_jax.data import load
-from dmd_jax.devices.disk import check_writable
+from dmd_jax.devices.disk import check_writable, local_path
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.quality import metric_network
 
+FLAGS = flags.FLAGS
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="*.safetensors; the card is beside")
-    parser.add_argument("--data", default="mnist5k", help="data set, as for dmd_jax.data.load")
-    parser.add_argument("--data_dir", help="directory of prepared data sets; default: that of TFDS")
-    parser.add_argument("--name", help="name of the distance (default: FD-DATA-FEATURES)")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
 
+def define_flags():
+    flags.DEFINE_string("out", None, "The file, *.safetensors; the card is written beside it.")
+    flags.DEFINE_string("data", "mnist5k", "The TFDS data set to learn from.")
+    flags.DEFINE_string("data_dir", None, "Directory of prepared data sets; default: that of TFDS.")
+    flags.DEFINE_string("name", None, "Name of the distance; FD-DATA-FEATURES if not given.")
+    flags.DEFINE_integer("steps", 4000, "Steps of the optimizer.", lower_bound=1)
+    flags.DEFINE_integer("batch", 50, "Images per step.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the weights, the batches and the augmentation.")
+    flags.mark_flag_as_required("out")
+
+
+def main(argv):
+    if argv[1:]:
+        sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    use_float32_products("float32")
     try:  # what would otherwise fail after the training
-        check_writable(args.out.parent)
-        train, test = (load(args.data, split, args.data_dir) for split in ("train", "test"))
-    except ValueError as error:
-        parser.error(str(error))
+        out = local_path(FLAGS.out)
+        if out.suffix != ".safetensors":
+            raise ValueError(f"--out={out}: the ending must be .safetensors")
+        check_writable(out.parent)
+        train, test = (load(FLAGS.data, split, FLAGS.data_dir) for split in ("train", "test"))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     card = metric_network.write(
-        args.out,
+        out,
         train,
         test,
-        name=args.name,
+        name=FLAGS.name,
         command=shlex.join(["python", "-m", "dmd_jax.metric_network", *sys.argv[1:]]),
-        steps=args.steps,
-        batch=args.batch,
-        seed=args.seed,
+        steps=FLAGS.steps,
+        batch=FLAGS.batch,
+        seed=FLAGS.seed,
     )
     print(card)
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    app.run(main)

@@ -27,6 +27,7 @@ from absl import app, flags
 
 from dmd_jax.devices import cores, sharding
 from dmd_jax.devices.disk import check_writable, local_path
+from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.models.wan import WanConfig
 from dmd_jax.pipelines import sampling, video
 from dmd_jax.pipelines.prompts import read_prompts
@@ -41,13 +42,13 @@ def define_flags():
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "A file of this library, the name of a shipped one, or a Wan transformer of others: a "
+        "A file of this library, the name of a shipped one, or another program's Wan: a "
         "file, a folder, a name on the Hugging Face hub.",
     )
     flags.DEFINE_integer(
         "steps", None, "Network steps; a student's own, or 50 of a teacher.", lower_bound=1
     )
-    flags.DEFINE_float("guidance", None, "Weight of a teacher's guidance; 1 is none.")
+    flags.DEFINE_float("guidance", None, "Weight of a teacher's guidance; 1 disables it.")
     flags.DEFINE_float("shift", None, "Time shift; a student's own, or 1.")
     flags.DEFINE_enum(
         "solver", None, sorted(SOLVERS), "ODE solver of a teacher; euler if not given."
@@ -88,6 +89,7 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    use_float32_products(FLAGS.dtype)
     try:
         with devices():
             sample()
@@ -96,16 +98,19 @@ def main(argv):
 
 
 def devices():
-    """A context with --mesh in force, or with the cores of a CPU."""
-    if FLAGS.mesh:
-        return jax.set_mesh(mesh(FLAGS.mesh))
-    return cores.shared(FLAGS.batch if FLAGS.prompts else min(FLAGS.num, BATCH))
+    """A context that sets the mesh of --mesh, or one of the CPU's cores."""
+    batch = FLAGS.batch if FLAGS.prompts else min(FLAGS.num, BATCH)
+    return jax.set_mesh(mesh(FLAGS.mesh, batch)) if FLAGS.mesh else cores.shared(batch)
 
 
-def mesh(axes):
-    """The mesh of ["data=2", "fsdp=4"]; data takes the devices that the others leave."""
+def mesh(axes, batch):
+    """The mesh of ["data=2", "fsdp=4"]; data takes the devices that the others leave.
+
+    A CPU is divided into as many devices as it needs, or as can share `batch` samples.
+    """
     try:
         sizes = {name: int(size) for name, size in (axis.split("=") for axis in axes)}
+        cores.split_cores(batch, even=False, mesh=tuple(({"data": -1} | sizes).values()))
         return sharding.make_mesh(**sizes)
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -77,13 +77,13 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_judge(data_dir):
-    """The judge of the embedded digits, whose features of the test images are made once."""
+    """The judge of the embedded digits, whose features of the test images are computed once."""
     return evaluation.data_judge("mnist5k", data_dir, features.SHIPPED)
 
 
 @pytest.fixture
 def command_line(monkeypatch):
-    """Sets sys.argv; the flags that a program then defines are forgotten after it."""
+    """Sets sys.argv; what a program then defines and sets for its process is reset after it."""
     app.define_help_flags()  # absl does so once in a process
     known = set(flags.FLAGS)
 
@@ -98,6 +98,7 @@ def command_line(monkeypatch):
 
     yield give
     forget()
+    jax.config.update("jax_default_matmul_precision", None)
 
 
 @pytest.fixture

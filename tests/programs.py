@@ -63,9 +63,9 @@ def short(teacher, data_dir, **overrides):
 
 def config(teacher, data_dir, path="configs/dmd.py", variant="", **overrides):
     """The config of a tiny run."""
-    made = load_config(path, variant)
-    made.update_from_flattened_dict(short(teacher, data_dir, **overrides))
-    return made
+    built = load_config(path, variant)
+    built.update_from_flattened_dict(short(teacher, data_dir, **overrides))
+    return built
 
 
 def flags(workdir, values):

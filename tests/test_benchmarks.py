@@ -10,7 +10,7 @@ def test_the_parts_of_a_train_step_are_timed(teacher, data_dir, tmp_path):
     _, *overrides = programs.flags(tmp_path, values)
     config = [flag for flag in overrides if not flag.startswith("--workdir")]
     script = "benchmarks/train_step.py", "--config=configs/dmd.py", "--rounds=1"
-    made = programs.python(*script, *config)
-    assert made.returncode == 0, made.stderr
+    result = programs.python(*script, *config)
+    assert result.returncode == 0, result.stderr
     for part in ("teacher, guided", "critic, forward and backward", "whole step without"):
-        assert f"{part} " in made.stdout
+        assert f"{part} " in result.stdout

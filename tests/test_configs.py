@@ -20,7 +20,7 @@ def found():
             yield path.name, variant
 
 
-def made(name, variant, teacher, data_dir):
+def short_config(name, variant, teacher, data_dir):
     """The config, with the tiny teacher in the place of the shipped one of digits."""
     config = programs.load_config(f"configs/{name}", variant)
     if config.data.get("cls") is MovingDigits:
@@ -37,10 +37,10 @@ def made(name, variant, teacher, data_dir):
 def batch_shape(run):
     """The batch of a run, in shapes."""
     size, model = run.config.batch_size, run.nets["generator"].net.config
-    told = jax.ShapeDtypeStruct((size,), jnp.int32)
+    condition = jax.ShapeDtypeStruct((size,), jnp.int32)
     if hasattr(model, "text_dim"):
-        told = jax.ShapeDtypeStruct((size, 512, model.text_dim), jnp.bfloat16)
-    batch = {"cond": told, "uncond": told}
+        condition = jax.ShapeDtypeStruct((size, 512, model.text_dim), jnp.bfloat16)
+    batch = {"cond": condition, "uncond": condition}
     if run.method.uses_data:
         batch["data"] = jax.ShapeDtypeStruct((size, *run.source.sample_shape), jnp.float32)
     return batch
@@ -48,7 +48,7 @@ def batch_shape(run):
 
 @pytest.mark.parametrize("name, variant", list(found()))
 def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, data_dir):
-    config = made(name, variant, teacher, data_dir)
+    config = short_config(name, variant, teacher, data_dir)
     # The weights and prompts of a pod's recipe are not here: as in a dry run.
     run = build(config, files=config.data.get("cls") is not Prompts)
     config, state = run.config, run.state_shape()
@@ -80,9 +80,9 @@ def test_config_says_the_command_that_runs_it(name, variant):
 
 
 def test_the_pods_recipe_says_what_each_role_takes_without_its_weights(teacher, data_dir):
-    config = made("dmd.py", "wan_t2v_1_3b", teacher, data_dir)
-    said = describe(build(config, files=False))
-    assert "teacher     14,288,491,584  bfloat16   27253.1 MiB" in said
-    assert "generator    1,418,996,800   float32    5413.0 MiB" in said
+    config = short_config("dmd.py", "wan_t2v_1_3b", teacher, data_dir)
+    output = describe(build(config, files=False))
+    assert "teacher     14,288,491,584  bfloat16   27253.1 MiB" in output
+    assert "generator    1,418,996,800   float32    5413.0 MiB" in output
     with pytest.raises(FileNotFoundError, match="there are no embeddings at 'embeddings'"):
         build(config)

@@ -305,8 +305,6 @@ def test_every_command_of_a_page_has_flags_that_exist(
 ):
     monkeypatch.chdir(ROOT)
     program = importlib.import_module(name)
-    if not hasattr(program, "define_flags"):
-        pytest.skip(f"{name} parses its flags with argparse")
     command_line(*arguments)
     program.define_flags()
     app.parse_flags_with_usage(["program", *arguments])

@@ -77,12 +77,12 @@ def test_program_embeds_every_prompt_and_the_negative_one(
     assert program(negative=NEGATIVE, batch=4) is None
     assert encoder == [(str(folder), "bfloat16", "text_encoder")]
     assert "6 prompts and the negative one, [96, 64] each" in capsys.readouterr().out
-    made = Embeddings(tmp_path / "out")
-    assert made.prompts == [prompt.strip() for prompt in PROMPTS] and made.shape == (96, 64)
+    result = Embeddings(tmp_path / "out")
+    assert result.prompts == [prompt.strip() for prompt in PROMPTS] and result.shape == (96, 64)
     ids, mask = Tokenizer(folder, 96)([*PROMPTS, NEGATIVE])
     half = jax.tree.map(lambda x: x.astype("bfloat16"), net)
     wanted = np.asarray(text.encode(half, ids, mask))
-    found = np.stack([*made.rows(range(6)), made.negative]).astype(np.float32)
+    found = np.stack([*result.rows(range(6)), result.negative]).astype(np.float32)
     # Stored in bfloat16, which rounds by 2^-9.
     np.testing.assert_allclose(found, wanted, rtol=2**-8, atol=1e-4)
     assert not found[~mask].any() and found[mask].any(axis=1).all()
@@ -125,8 +125,8 @@ def test_the_embeddings_of_another_encoder_are_not_continued(program, encoder, m
     assert program() is None
     other = UMT5(umt5.TINY, rngs=nnx.Rngs(1))
     monkeypatch.setattr(weights, "load", lambda *_, **__: other)
-    said = program()
-    assert said.startswith("error: ") and "holds embeddings with source 'text encoder" in said
+    output = program()
+    assert output.startswith("error: ") and "holds embeddings with source 'text encoder" in output
 
 
 def test_the_tokenizer_may_be_elsewhere(program, encoder, folder, tmp_path):
@@ -145,8 +145,8 @@ def test_refusals_come_before_the_checkpoint_is_read(program, encoder, monkeypat
         (dict(checkpoint=tmp_path / "nowhere"), "there is no file or folder at"),
         (dict(out=tmp_path / "empty.txt" / "out"), "cannot be written to"),
     ):
-        said = program(**given)
-        assert said.startswith("error: ") and complaint in said
+        output = program(**given)
+        assert output.startswith("error: ") and complaint in output
     monkeypatch.setitem(sys.modules, "ftfy", None)
     assert "prompts need ftfy: pip install" in program()
     assert not encoder

@@ -87,17 +87,17 @@ def test_training_reads_what_the_vae_makes_of_each_file(
     program, checkpoint, clips, tmp_path, capsys
 ):
     assert program() is None
-    said = capsys.readouterr().out
-    assert "video 4 of 4" in said and f"4 latents, {list(SHAPE)} each" in said
+    output = capsys.readouterr().out
+    assert "video 4 of 4" in output and f"4 latents, {list(SHAPE)} each" in output
     data = Prompts(str(tmp_path / "embeddings"), SHAPE, str(tmp_path / "latents"))
     data.open()
     assert len(data) == 4
-    made = data.examples(range(4))
+    result = data.examples(range(4))
     for row, (name, prompt) in enumerate([("a", 0), ("b", 1), ("d", 2), ("sub/c", 0)]):
         video = read_video(clips / f"{name}.mp4", frames=5, height=16, width=32)
         wanted = checkpoint[1](to_float(video)[None])[0]
-        np.testing.assert_allclose(made["data"][row], wanted, rtol=2**-10, atol=1e-4)  # float16
-        assert np.all(made["cond"][row, :2] == prompt)
+        np.testing.assert_allclose(result["data"][row], wanted, rtol=2**-10, atol=1e-4)  # float16
+        assert np.all(result["cond"][row, :2] == prompt)
     assert Batches(data, 2, seed=0)[0]["data"].shape == (2, *SHAPE)
 
 
@@ -119,8 +119,8 @@ def test_a_stopped_run_goes_on_and_a_finished_one_reads_nothing(
     read.clear()
     assert program() is None and read == ["d.mp4", "c.mp4"]
     assert program() is None and read == ["d.mp4", "c.mp4"]
-    said = program(fps=8, frames=1)
-    assert "latents with shape" in said
+    output = program(fps=8, frames=1)
+    assert "latents with shape" in output
     save_video(clips / "d.mp4", np.zeros((9, 20, 40, 3), np.uint8))
     assert "has latents with source = " in program()
 
@@ -143,8 +143,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
         (dict(height=32), "b.mp4 has 7 frames of 20x40"),
         (dict(out=tmp_path / "file"), "cannot be written to"),
     ):
-        said = program(**given)
-        assert said.startswith("error: ") and complaint in said, said
+        output = program(**given)
+        assert output.startswith("error: ") and complaint in output, output
     (clips / "d.txt").unlink()
     assert f"write its caption into {clips}/d.txt" in program()
     (clips / "d.txt").write_text("rain")

@@ -20,11 +20,11 @@ class Count:
     name, fingerprint = "FD-NONE", "a metric and its data"
 
     def __init__(self):
-        self.seen = []
+        self.recorded = []
 
     def __call__(self, images, labels):
-        self.seen.append((images, labels))
-        return {"fd": float(len(self.seen))}
+        self.recorded.append((images, labels))
+        return {"fd": float(len(self.recorded))}
 
 
 @pytest.fixture
@@ -44,23 +44,23 @@ def test_a_row_says_what_was_judged_and_at_what_cost(judge):
         cost = {"steps": 2, "calls": 2 * number, "fd": float(number)}
         assert row == {"name": sampler.name, **cost}
         assert images.shape == (20, 28, 28, 1)
-        np.testing.assert_array_equal(np.bincount(judge.seen[-1][1]), [2] * 10)
+        np.testing.assert_array_equal(np.bincount(judge.recorded[-1][1]), [2] * 10)
 
 
 def test_stored_rows_of_the_same_teacher_and_metric_are_used_again(judge, file, tmp_path):
     store = tmp_path / "kept.json"
     first = evaluation.teacher_rows(file, SAMPLERS, judge, 10, store=store)
     assert evaluation.teacher_rows(file, SAMPLERS, judge, 10, store=store) == first
-    assert len(judge.seen) == len(SAMPLERS)
+    assert len(judge.recorded) == len(SAMPLERS)
 
 
 def test_rows_beside_the_teacher_are_found_and_those_of_a_run_are_not_written_there(judge, file):
-    beside = file.with_suffix(".rows.json")
+    store_path = file.with_suffix(".rows.json")
     evaluation.teacher_rows(file, SAMPLERS, judge, 10)
-    assert not beside.exists()
-    first = evaluation.teacher_rows(file, SAMPLERS, judge, 10, store=beside)
+    assert not store_path.exists()
+    first = evaluation.teacher_rows(file, SAMPLERS, judge, 10, store=store_path)
     assert evaluation.teacher_rows(file, SAMPLERS, judge, 10, store=file.parent / "other") == first
-    assert len(judge.seen) == 2 * len(SAMPLERS)
+    assert len(judge.recorded) == 2 * len(SAMPLERS)
 
 
 def other_metric(judge, **_):
@@ -93,7 +93,7 @@ def test_rows_are_computed_anew_where_anything_differs(judge, file, tmp_path, ch
     if change is not None:
         change(judge=judge, file=file, store=store)
     again = evaluation.teacher_rows(file, judge=judge, **asked | arguments)
-    assert len(judge.seen) == 2 * len(SAMPLERS)
+    assert len(judge.recorded) == 2 * len(SAMPLERS)
     stored = json.loads(store.read_text()).values()
     assert all(row in stored for row in again)
 
@@ -102,7 +102,7 @@ def test_a_sampler_that_was_judged_before_is_not_judged_again(judge, file, tmp_p
     asked = {"judge": judge, "num": 10, "store": tmp_path / "kept.json"}
     first = evaluation.teacher_rows(file, SAMPLERS, **asked)
     more = evaluation.teacher_rows(file, [ManyStep(3, 1.5), *SAMPLERS], **asked)
-    assert more[1:] == first and len(judge.seen) == len(SAMPLERS) + 1
+    assert more[1:] == first and len(judge.recorded) == len(SAMPLERS) + 1
 
 
 def test_shipped_rows_are_those_that_the_shipped_configs_ask_for(real_judge, monkeypatch):
@@ -168,8 +168,8 @@ def test_program_refuses_with_one_message_before_it_samples(
     student = tmp_path / "student.safetensors"
     weights.save(student, programs.tiny(), times=(1.0,), shift=1.0)
     monkeypatch.setattr(evaluation, "draw_images", None)
-    said = program(*(arg.format(file=file, small=small, student=student) for arg in args))
-    assert str(said).startswith("error: ") and message in said
+    output = program(*(arg.format(file=file, small=small, student=student) for arg in args))
+    assert str(output).startswith("error: ") and message in output
 
 
 def test_rows_that_could_not_be_kept_are_not_computed(program, file, monkeypatch):
@@ -178,5 +178,5 @@ def test_rows_that_could_not_be_kept_are_not_computed(program, file, monkeypatch
 
     monkeypatch.setattr(evaluate, "check_writable", refuse)
     monkeypatch.setattr(evaluation, "draw_images", None)
-    said = program(f"--checkpoint={file}", "--store")
-    assert said == f"error: {file.parent} cannot be written to"
+    output = program(f"--checkpoint={file}", "--store")
+    assert output == f"error: {file.parent} cannot be written to"

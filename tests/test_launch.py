@@ -57,9 +57,9 @@ def free_port():
 
 @pytest.mark.slow
 def test_distributed_is_refused_where_there_is_nothing_to_join():
-    made = programs.python("-m", "dmd_jax.main", "--distributed", "--dry_run")
-    assert made.returncode == 1
-    assert made.stderr.startswith("error: --distributed found no ")
+    completed = programs.python("-m", "dmd_jax.main", "--distributed", "--dry_run")
+    assert completed.returncode == 1
+    assert completed.stderr.startswith("error: --distributed found no ")
 
 
 @pytest.mark.slow
@@ -75,8 +75,8 @@ def test_two_processes_of_a_job_train_as_one(tmp_path, teacher, data_dir):
     with ThreadPoolExecutor(3) as pool:
         tasks = [pool.submit(run, "two", "--distributed", **slurm(i, 2, port)) for i in range(2)]
         ended = [pool.submit(run, "one"), *tasks]
-        for made in (task.result() for task in ended):
-            assert made.returncode == 0, made.stderr
+        for completed in (task.result() for task in ended):
+            assert completed.returncode == 0, completed.stderr
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")

@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dmd_jax.devices import sharding
-from dmd_jax.main import use_float32_products
+from dmd_jax.devices.precision import use_float32_products
+from dmd_jax.main import compute_dtypes
 from dmd_jax.training.run import build
 
 # 64 devices, each with a quarter of every sequence.
@@ -34,17 +35,16 @@ def lowered(run, platform, update_generator):
     """A step of the run in StableHLO, from shapes alone."""
     device = AbstractDevice("any", 1, platform)
     mesh = AbstractMesh(AXES, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=device)
-    told = jax.ShapeDtypeStruct((run.config.batch_size, 512, 4096), jnp.bfloat16)
-    # Without their places: cuDNN's primitive cannot be lowered for the mesh of nobody's devices.
+    condition = jax.ShapeDtypeStruct((run.config.batch_size, 512, 4096), jnp.bfloat16)
+    # Without shardings: cuDNN's primitive cannot be lowered for a mesh without real devices.
     state, frozen = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state_shape(), run.frozen)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.jit(run.step, static_argnames="update_generator", donate_argnums=0)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = step.trace(
-            state, frozen, {"cond": told, "uncond": told}, key, update_generator=update_generator
-        )
+        batch = {"cond": condition, "uncond": condition}
+        traced = step.trace(state, frozen, batch, key, update_generator=update_generator)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -80,7 +80,7 @@ def test_products_of_float32_networks_are_float32_on_every_device(platform, teac
 
     exact = "precision = [HIGHEST, HIGHEST]"
     assert not [line for line in products() if exact in line]
-    use_float32_products(run.config)
+    use_float32_products(*compute_dtypes(run.config))
     try:
         assert products() and [line for line in products() if exact not in line] == []
     finally:

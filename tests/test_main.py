@@ -103,22 +103,22 @@ def test_a_network_of_another_family_than_the_data_s_is_refused(
 
 
 def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
-    seen = []
-    monkeypatch.setattr(main, "build", lambda config, **_: exit(seen.append(main.workdir())))
+    recorded = []
+    monkeypatch.setattr(main, "build", lambda config, **_: exit(recorded.append(main.workdir())))
     for config in ("configs/dmd.py", "configs/dmd.py:one_step"):
         start(f"--config={config}")
-    assert [str(path) for path in seen] == ["runs/dmd", "runs/dmd_one_step"]
+    assert [str(path) for path in recorded] == ["runs/dmd", "runs/dmd_one_step"]
 
 
 def test_a_tilde_in_a_path_is_the_home_directory(start, monkeypatch):
-    seen = []
+    recorded = []
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setattr(
-        main, "build", lambda config, **_: exit(seen.append((main.workdir(), config)))
+        main, "build", lambda config, **_: exit(recorded.append((main.workdir(), config)))
     )
     paths = {"data.data_dir": "~/data", "teacher.weights": "~/t.safetensors"}
     start(*programs.flags("~/runs/x", paths))
-    [(workdir, config)] = seen
+    [(workdir, config)] = recorded
     assert str(workdir) == "/home/me/runs/x"
     assert config.data.data_dir == "/home/me/data"
     assert config.teacher.weights == "/home/me/t.safetensors"
@@ -152,11 +152,11 @@ def test_too_little_memory_is_told_with_what_to_do(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 3 GiB\nfrom 0x1")
 
     monkeypatch.setattr(loop if failing == "train" else main, failing, fail)
-    said = start(*programs.flags(tmp_path / "run", programs.short(teacher, data_dir)))
-    assert said.startswith(
+    output = start(*programs.flags(tmp_path / "run", programs.short(teacher, data_dir)))
+    assert output.startswith(
         "error: the memory of the device is too small (JaxRuntimeError: RESOURCE"
     )
-    assert "config.accumulate" in said and len(said.splitlines()) == 1
+    assert "config.accumulate" in output and len(output.splitlines()) == 1
 
 
 @pytest.mark.parametrize("dtype, precision", [("float32", "float32"), ("bfloat16", None)])
@@ -228,7 +228,7 @@ def test_the_end_waits_for_no_compilation(how, code):
         ("method.frames_per_block", 2, "config.method: frames_per_block=2, but images (28, 28, 1)"),
         ("generator.optimizer.decay", "never", "config.generator.optimizer: decay='never'"),
         ("generator.optimizer.end_value", 1, "generator.optimizer: end_value=1.0 must be in [0, "),
-        ("ema.more_decays", "(1.5,)", "config.ema: decay=0.97 and more_decays=(1.5,) must be in"),
+        ("ema.more_decays", "(1.5,)", "config.ema: decay=0.98 and more_decays=(1.5,) must be in"),
         ("fake_score.optimizer.warmup", -1, "config.fake_score.optimizer: warmup=-1 must be 0"),
         ("evaluate.steps", "()", "config.evaluate: steps=() must name one number of steps"),
         ("evaluate.teacher_steps", "(0,)", "config.evaluate: teacher_steps=(0,): 0 must be"),
@@ -252,9 +252,9 @@ def test_the_end_waits_for_no_compilation(how, code):
     ],
 )
 def test_a_bad_override_is_refused_by_its_path(refusal, name, value, message):
-    said = refusal(**{name: value})
-    assert message in said
-    assert "Traceback" not in said
+    output = refusal(**{name: value})
+    assert message in output
+    assert "Traceback" not in output
 
 
 def test_a_disk_that_fills_in_mid_run_is_told_in_one_line(
@@ -264,8 +264,8 @@ def test_a_disk_that_fills_in_mid_run_is_told_in_one_line(
         raise OSError(28, "No space left on device", str(workdir / "metrics.jsonl"))
 
     monkeypatch.setattr(loop, "train", train_until_full)
-    said = start(*programs.flags(tmp_path / "run", programs.short(teacher, data_dir)))
-    assert said == f"error: [Errno 28] No space left on device: '{tmp_path}/run/metrics.jsonl'"
+    output = start(*programs.flags(tmp_path / "run", programs.short(teacher, data_dir)))
+    assert output == f"error: [Errno 28] No space left on device: '{tmp_path}/run/metrics.jsonl'"
 
 
 @pytest.mark.parametrize(
@@ -285,15 +285,15 @@ def test_weights_and_biases_that_is_not_installed_is_refused(refusal, monkeypatc
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *_: None if name == "wandb" else find(name)
     )
-    said = refusal(**{"log.wandb": "digits"})
-    assert "config.log: wandb='digits' needs the package wandb: pip install" in said
+    output = refusal(**{"log.wandb": "digits"})
+    assert "config.log: wandb='digits' needs the package wandb: pip install" in output
 
 
 def test_a_truncated_teacher_is_refused(refusal, teacher, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(teacher.read_bytes()[:-40])
-    assert "config.teacher: " in (said := refusal(**{"teacher.weights": cut}))
-    assert "cut.safetensors is damaged or not safetensors" in said
+    assert "config.teacher: " in (output := refusal(**{"teacher.weights": cut}))
+    assert "cut.safetensors is damaged or not safetensors" in output
 
 
 @pytest.mark.parametrize(
@@ -306,13 +306,13 @@ def test_a_truncated_teacher_is_refused(refusal, teacher, tmp_path):
 )
 def test_a_teacher_of_other_data_is_refused_with_both_shapes(refusal, tmp_path, changes, message):
     other = programs.save_tiny(tmp_path / "other.safetensors", **changes)
-    said = refusal(**{"teacher.weights": other})
+    output = refusal(**{"teacher.weights": other})
     for part in message.split(".*"):
-        assert part in said
+        assert part in output
 
 
 def test_a_model_that_is_not_the_file_s_is_refused_path_by_path(start, teacher, data_dir, tmp_path):
-    said = start(
+    output = start(
         "--config=configs/pretrain.py",
         f"--config.generator.weights={teacher}",
         f"--config.data.data_dir={data_dir}",
@@ -322,7 +322,7 @@ def test_a_model_that_is_not_the_file_s_is_refused_path_by_path(start, teacher, 
         "--config.generator.model.hidden=8",
         f"--workdir={tmp_path}",
     )
-    assert said.splitlines()[1:] == [
+    assert output.splitlines()[1:] == [
         f"  blocks/{name}: expected (6, {wanted}), found (1, {found})"
         for name, wanted, found in [
             ("down/bias", "16", "16"),
@@ -343,12 +343,12 @@ def test_a_model_that_is_not_the_file_s_is_refused_path_by_path(start, teacher, 
 
 
 def test_a_role_whose_weights_are_a_teacher_that_is_not_there_is_refused(start, data_dir):
-    said = start(
+    output = start(
         "--config=configs/pretrain.py",
         "--config.generator.weights=teacher",
         f"--config.data.data_dir={data_dir}",
     )
-    assert "config.generator.weights='teacher', but this run has no teacher" in said
+    assert "config.generator.weights='teacher', but this run has no teacher" in output
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(refusal, tmp_path):
@@ -361,15 +361,15 @@ def test_a_config_that_is_not_there_is_refused(start):
 
 
 def test_an_unknown_variant_is_refused_with_the_one_that_was_meant(start):
-    said = start("--config=configs/dmd.py:one_stp")
-    assert said.startswith("error: ") and len(said.splitlines()) == 1
-    assert "unknown variant configs/dmd.py:one_stp: did you mean 'one_step'?" in said
+    output = start("--config=configs/dmd.py:one_stp")
+    assert output.startswith("error: ") and len(output.splitlines()) == 1
+    assert "unknown variant configs/dmd.py:one_stp: did you mean 'one_step'?" in output
 
 
 def test_help_tells_of_the_flags(start, capsys):
     start("--helpfull")
-    told = capsys.readouterr().out
-    assert all(f"--{name}" in told for name in ("config", "workdir", "[no]dry_run"))
+    printed = capsys.readouterr().out
+    assert all(f"--{name}" in printed for name in ("config", "workdir", "[no]dry_run"))
 
 
 def test_a_word_without_dashes_is_refused(start):

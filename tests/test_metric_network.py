@@ -64,12 +64,13 @@ class Bars:
     name, num_classes, classes = "bars", 2, ("horizontal", "vertical")
 
 
-def test_the_program_writes_the_network_and_a_card_that_says_how(tmp_path, monkeypatch, capsys):
+def test_the_program_writes_the_network_and_a_card_that_says_how(
+    tmp_path, monkeypatch, capsys, call
+):
     monkeypatch.setattr(program, "load", lambda *_: Bars)
     monkeypatch.setattr(metric_network, "arrays", lambda _: bars(100, 0))
     out = tmp_path / "bars.safetensors"
-    monkeypatch.setattr("sys.argv", ["x", f"--out={out}", "--data=bars", "--steps=2", "--batch=8"])
-    program.main()
+    assert call(program, f"--out={out}", "--data=bars", "--steps=2", "--batch=8") is None
     card = (tmp_path / "bars.md").read_text()
     assert f"python -m dmd_jax.metric_network --out={out} --data=bars --steps=2 --batch=8" in card
     assert "**FD-bars-64**" in card and "| classes | horizontal, vertical |" in card
@@ -79,14 +80,13 @@ def test_the_program_writes_the_network_and_a_card_that_says_how(tmp_path, monke
     assert (features.data, features.classes) == ("bars", ("horizontal", "vertical"))
 
 
-def test_what_cannot_be_read_or_written_is_refused_before_training(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_read_or_written_is_refused_before_training(tmp_path, monkeypatch, call):
     (tmp_path / "file").touch()
     monkeypatch.setattr(metric_network, "train", None)
-    for out, data, message in (
-        (tmp_path / "file" / "a.safetensors", "mnist5k", "file cannot be written to"),
-        (tmp_path / "a.safetensors", "mnist5l", "there is no data set 'mnist5l'"),
+    for arguments, message in (
+        ([f"--out={tmp_path}/file/a.safetensors"], "file cannot be written to"),
+        ([f"--out={tmp_path}/a.npz"], "a.npz: the ending must be .safetensors"),
+        ([f"--out={tmp_path}/a.safetensors", "--data=mnist5l"], "no data set 'mnist5l'"),
+        ([f"--out={tmp_path}/a.safetensors", "bars"], "error: unknown argument 'bars'"),
     ):
-        monkeypatch.setattr("sys.argv", ["x", f"--out={out}", f"--data={data}"])
-        with pytest.raises(SystemExit):
-            program.main()
-        assert message in capsys.readouterr().err
+        assert message in call(program, *arguments)

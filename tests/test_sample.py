@@ -121,11 +121,11 @@ def test_the_batch_splits_over_the_devices_of_a_mesh():
         spread = draw_images(programs.tiny(), FewStep(TIMES), LABELS)
         one = samplers.FewStep((1.0,))
         rows = np.arange(16, dtype=np.int32)
-        made = samplers._batch(
+        result = samplers._batch(
             programs.tiny(), rows % 10, rows % 10, jax.random.key(0), rows, one, (28, 28, 1)
         )
     assert np.abs(spread.astype(int) - alone).max() <= 1
-    assert {shard.data.shape for shard in made.addressable_shards} == {(2, 28, 28, 1)}
+    assert {shard.data.shape for shard in result.addressable_shards} == {(2, 28, 28, 1)}
 
 
 def test_guidance_moves_samples_away_from_the_unconditional():
@@ -139,9 +139,9 @@ def test_few_step_is_the_rollout_to_its_last_step():
     denoiser, key, index = toys.affine(0.5, 0.1), jax.random.key(5), np.arange(2)
     noise = jax.random.normal(key, (2, 3))
     how = {"times": TIMES, "shift": 2.0, "schedule": denoiser.schedule, "exit_step": 3}
-    made = backward_simulation.backward_simulation(denoiser, noise, None, key, **how)
+    result = backward_simulation.backward_simulation(denoiser, noise, None, key, **how)
     x0 = FewStep(TIMES, 2.0)(denoiser, noise, None, None, key, index)
-    np.testing.assert_allclose(x0, made.x0, rtol=1e-6)
+    np.testing.assert_allclose(x0, result.x0, rtol=1e-6)
 
 
 def test_program_writes_images_and_labels(program, student, tmp_path):
@@ -177,8 +177,8 @@ def test_program_refuses_with_one_message_before_it_samples(
     program, student, monkeypatch, args, message
 ):
     monkeypatch.setattr(sample, "draw_images", None)
-    said = program(*(arg.format(student=student) for arg in args))
-    assert said.startswith("error: ") and message in said
+    output = program(*(arg.format(student=student) for arg in args))
+    assert output.startswith("error: ") and message in output
 
 
 def test_module_runs_as_a_program(student, tmp_path):

@@ -219,7 +219,7 @@ def load(name: str, split: str, data_dir: str | None = None) -> Images:
         examples = builder.as_data_source(split, decoders=encoded)
     except NotImplementedError as error:
         raise ValueError(
-            f"{name!r} stands in {builder.data_dir} as {builder.info.file_format.value}, which "
+            f"{name!r} is stored in {builder.data_dir} as {builder.info.file_format.value}, which "
             "has no random access. Give another data_dir, or delete that directory: the data set "
             "is then prepared again, as array_record."
         ) from error

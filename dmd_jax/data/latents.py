@@ -5,7 +5,7 @@
     00000.npy           float16 [n, F, H, W, C], memory-mapped by the reader
 
 A file gets its name when it is complete, and a shard's latents are written last: `write` resumes
-after the complete shards. This file imports numpy alone.
+after the complete shards. This file imports only numpy.
 """
 
 import itertools
@@ -74,7 +74,7 @@ def write(
         if size < shard:
             break
     if whole or not count:
-        raise ValueError(f"{path}: {count} videos came, which is none or fewer than are written")
+        raise ValueError(f"{path}: {count} videos came: none, or fewer than are written")
     _save_manifest(path, wanted | {"count": count})
 
 
@@ -145,7 +145,7 @@ class Latents:
 def _manifest(shape: Sequence[int], shard: int, source: Any) -> dict[str, Any]:
     if len(shape) != 4 or min(*shape, shard) < 1:
         raise ValueError(f"shape={shape} must be [F, H, W, C] and shard={shard}, all positive")
-    # JSON turns tuples into lists: compare values as they are read.
+    # JSON turns tuples into lists: compare the values that reading gives.
     return json.loads(
         json.dumps(
             {

@@ -1,7 +1,7 @@
 """MNIST-5k, the embedded data set: 5,000 real MNIST scans as a TensorFlow Datasets builder.
 
-`mnist5k.npz` beside this file holds the images; `MNIST5K.md` says where they come from, who owns
-them and how they were split. This command writes the same content again:
+The images are in `mnist5k.npz` in this folder. `MNIST5K.md` states their source, owners and split.
+This command writes the same content again:
 
     python -m dmd_jax.data.mnist5k PATH_TO_mnist_5k.csv.gz
 

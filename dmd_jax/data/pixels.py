@@ -1,6 +1,6 @@
 """Conversion of pixels between bytes in [0, 255] and floats in [-1, 1].
 
-Files, pictures and metrics use bytes, networks use floats. This file imports numpy alone.
+Files, pictures and metrics use bytes, networks use floats. This file imports only numpy.
 """
 
 import numpy as np

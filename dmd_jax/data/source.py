@@ -1,4 +1,4 @@
-"""What training reads from a data source. Imports numpy alone."""
+"""What training reads from a data source. Imports only numpy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol

@@ -1,7 +1,6 @@
 """Directories and files: permission, exclusive use, atomic writes. Imports no jax."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import uuid
@@ -9,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +32,7 @@ def check_writable(directory: epath.PathLike) -> None:
     except Exception as error:
         raise ValueError(
             f"{directory} cannot be written to: {first_line(error)}. "
-            "Choose another workdir, or mend its permissions or its disk."
+            "Choose another workdir, or correct its permissions or its disk."
         ) from error
 
 
@@ -36,12 +40,16 @@ def check_writable(directory: epath.PathLike) -> None:
 def exclusive(directory: Path) -> Iterator[None]:
     """Locks a directory for this process by a file `lock` in it, while the context is open.
 
-    The kernel releases the lock when the process ends, however it ends. On a file system without
-    locks, a warning is logged and nothing is locked.
+    The kernel releases the lock when the process ends, however it ends. On a system or file
+    system without locks, a warning is logged and nothing is locked.
 
     Raises:
         ValueError: another process has locked the directory.
     """
+    if fcntl is None:
+        log.warning("%s cannot be locked on this system: start no second run in it", directory)
+        yield
+        return
     with (directory / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

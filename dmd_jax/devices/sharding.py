@@ -152,8 +152,9 @@ def batch_part(mesh, size):
     Raises:
         ValueError: the rows on its devices are not such a part; order the mesh by hosts.
     """
-    held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
-    rows = sorted({(part.start or 0, size if part.stop is None else part.stop) for (part,) in held})
+    local = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,)).values()
+    ends = {(rows.start or 0, size if rows.stop is None else rows.stop) for (rows,) in local}
+    rows = sorted(ends)
     start, length = rows[0][0], sum(stop - first for first, stop in rows)
     if start + length != rows[-1][1] or size % length or start % length:
         raise ValueError(

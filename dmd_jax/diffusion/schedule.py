@@ -5,7 +5,7 @@ Every schedule is a path  x_t = alpha(t) x0 + sigma(t) eps  with eps ~ N(0, I).
 **Time, in the whole library: t in [0, 1]; t = 1 is noise, t = 0 is data.** A time has shape [B], or
 [B, F] where the frames of a video have different times. Its axes are the leading axes of the data.
 
-This file imports jax and jaxtyping alone. Schedules are frozen dataclasses: they are hashable, and
+This file imports only jax and jaxtyping. Schedules are frozen dataclasses: they are hashable, and
 therefore static under `jax.jit`.
 """
 

@@ -1,6 +1,6 @@
 """Solvers of the probability-flow ODE of higher order than Euler's.
 
-This file imports jax, numpy, jaxtyping and the two files beside it.
+This file imports jax, numpy, jaxtyping, `schedule` and `denoiser`.
 """
 
 import math

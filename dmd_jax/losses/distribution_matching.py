@@ -91,9 +91,9 @@ def dmd_gradient(
         normalize: divide by `teacher_error`, to which `mask` and `frames_per_block` are passed.
 
     Returns:
-        A constant: it has no gradient with respect to any argument. It is zero for every sample in
-        which it would not be finite, because of a prediction or of a teacher error of zero, to
-        which no epsilon is added.
+        A constant: it has no gradient with respect to any argument. It is zero for a sample in
+        which it is not finite: a prediction is not finite, or the teacher's error is zero (no
+        epsilon is added).
     """
     real_x0, fake_x0 = real_x0.astype(jnp.float32), fake_x0.astype(jnp.float32)
     grad = fake_x0 - real_x0

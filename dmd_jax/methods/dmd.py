@@ -45,10 +45,10 @@ class DMD:
             of `times`; (1, 2, 4) trains one generator for four, two and one calls. Each must divide
             the number of times.
         last_step_share: probability of forcing the last step (see `backward_simulation`). The fake
-            score learns the mixture of all exit steps. A share above 0 gives the last step, the
-            only one that inference shows, more weight in that mixture.
+            score learns the mixture of all exit steps. A share above 0 gives more weight in
+            that mixture to the last step, the only one whose samples inference returns.
         shift: time shift of the generator's calls.
-        guidance: weight of the teacher's guidance; 1 is none (see `denoiser.guided`).
+        guidance: weight of the teacher's guidance; 1 disables it (see `denoiser.guided`).
         fake_guidance: weight of the fake score's guidance.
         score_shift: time shift of the times at which the scores are compared and trained.
         clip: lowest and highest of those times.
@@ -190,7 +190,8 @@ class DMD:
 
         Args:
             critics: {"fake_score": Denoiser}, the network that is differentiated.
-            rollout: the generator's samples. They get no gradient; the loss honours their mask.
+            rollout: the generator's samples. They get no gradient; the loss counts only what their
+                mask keeps.
 
         Returns:
             (loss, per-sample values for `metrics`).

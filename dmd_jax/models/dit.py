@@ -2,7 +2,7 @@
 
 It differs from the paper in RMS norms, normalised queries and keys, SwiGLU, and one modulation that
 all layers share and to which each adds a learned offset (PixArt's adaLN-single, as in Wan). Imports
-jax, flax, devices and the layers beside it.
+jax, flax, devices, and `layers` and `attention` of this room.
 """
 
 import dataclasses

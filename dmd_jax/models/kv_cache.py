@@ -14,7 +14,7 @@ cache.
 
 Keys are stored before the rotary embedding. The order of keys in memory does not matter to
 attention, and at every call each key is rotated to a position relative to the newest frame
-(`positions`), which stays small in a video of any length. Imports jax and devices.
+(`Ring.positions`), which stays small in a video of any length. Imports jax and devices.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """UMT5's encoder (Chung et al. 2023, arXiv 2304.09151): token ids in, text embeddings out.
 
 A T5 encoder (Raffel et al. 2020, arXiv 1910.10683) with gated feed-forward layers and, in every
-layer, its own biases for relative positions. Imports jax, flax, devices and the layers beside it.
+layer, its own biases for relative positions. Imports jax, flax, devices, `layers` and `attention`.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Videos with captions as training data: files in a folder, each beside a text of its name.
+"""Videos with captions as training data: a folder of files, each with a text file of its name.
 
     clips/waves.mp4     a video; sub-folders are read too
     clips/waves.txt     its caption
 
-Imports video beside it.
+Imports `video`.
 """
 
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ def require_clips(
 
 
 def _caption(path: Path) -> str:
-    """The words of a text file; '' where there are none."""
+    """The text of a file, white space joined; '' if it is missing, empty or not UTF-8."""
     try:
         return " ".join(path.read_text(encoding="utf-8").split())
     except (FileNotFoundError, UnicodeDecodeError):
@@ -78,6 +78,6 @@ def _refuse(complaints: Iterable[str]) -> None:
     if lines := list(complaints):
         more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
         raise ValueError(
-            "these videos cannot be used; mend them or take them out:\n"
+            "these videos cannot be used; correct or remove them:\n"
             + "\n".join(lines[:NAMED] + more)
         )

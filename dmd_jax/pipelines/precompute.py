@@ -1,8 +1,8 @@
 """Computed once before training: embeddings of prompts, and latents of videos.
 
 Training then needs neither a text encoder nor a video encoder. Both functions write folders that
-`dmd_jax.data` reads, and resume where an interrupted call stopped. Imports the files beside it and
-the rooms below.
+`dmd_jax.data` reads, and resume where an interrupted call stopped. Imports this room's
+prompts, clips, text and video, and the rooms below.
 """
 
 import functools

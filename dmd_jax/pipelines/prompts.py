@@ -1,6 +1,6 @@
 """Prompts, read from a file or a folder of captions, and embedded in batches.
 
-Imports clips and text beside it.
+Imports `clips` and `text`.
 """
 
 import numpy as np

@@ -3,7 +3,7 @@
     for video in sampling.sample_videos("student.safetensors", ["waves at night"]):
         save_video("waves.mp4", video)
 
-Imports the samplers, the pipelines beside it and the rooms below.
+Imports `wan`, `digits` and the rooms below.
 """
 
 import itertools
@@ -40,7 +40,7 @@ def network_config(checkpoint: str | PathLike, boundary: float | None = None):
 def load_denoiser(
     checkpoint: str | PathLike, *, boundary: float | None = None, dtype: str = "float32"
 ) -> Denoiser:
-    """The Denoiser of a checkpoint, on the mesh in force (`jax.set_mesh`) or the first device.
+    """The Denoiser of a checkpoint, on the current mesh (`jax.set_mesh`) or the first device.
 
     Args:
         checkpoint: a file, a folder, or a name on the Hugging Face hub, as for `weights.denoiser`.
@@ -84,7 +84,7 @@ def sample_videos(
     batch: int = 1,
     dtype: str = "float32",
 ) -> Iterator[np.ndarray]:
-    """Samples a video for each prompt, on the mesh in force (`jax.set_mesh`) or the first device.
+    """Samples a video for each prompt, on the current mesh (`jax.set_mesh`) or the first device.
 
     Everything is checked, and prompts are embedded, before this function returns; sampling starts
     with the first video that is taken from the result.

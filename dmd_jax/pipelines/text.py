@@ -15,8 +15,8 @@ import numpy as np
 from dmd_jax.devices.disk import local_path
 
 END = "</s>"
-# Files of a tokenizer, and folders of a checkpoint with such a file: its root, that of diffusers,
-# that of the Wan repository, and that of diffusers seen from the folder of the text encoder.
+# Names of tokenizer files, and folders of a checkpoint that may have one: its root, the folder of
+# diffusers, that of the Wan repository, and diffusers' from the text encoder's folder.
 FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 FOLDERS = ("", "tokenizer", "google/umt5-xxl", "../tokenizer")
 
@@ -27,8 +27,8 @@ def clean(prompt):
     Raises:
         ImportError: ftfy is not installed.
     """
-    mended = _library("ftfy").fix_text(prompt)
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(mended))).strip()
+    fixed = _library("ftfy").fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(fixed))).strip()
 
 
 class Tokenizer:
@@ -81,7 +81,7 @@ def find(path):
     """The file of the tokenizer at `path`: see `Tokenizer`.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
     local = local_path(path)
     if local.is_file() and local.suffix in (".json", ".model"):

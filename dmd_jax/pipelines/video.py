@@ -258,7 +258,7 @@ def _require_pixels(name: str, pixels: np.ndarray, axes: str) -> None:
 
 @contextlib.contextmanager
 def _complete(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`; renamed to it at the end, or removed after an error."""
+    """A temporary file next to `path`; renamed to it at the end, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

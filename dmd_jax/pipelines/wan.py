@@ -106,7 +106,7 @@ class WanPipeline:
             batch: prompts in one call of the text encoder.
 
         Raises:
-            ValueError: the network needs images and there are none, or these parts do not fit it.
+            ValueError: the network needs images and got None, or these parts do not fit it.
         """
         self._require_fit(config, images)
         features = clip_features(self.path, images) if config.image_dim else None
@@ -128,9 +128,9 @@ class WanPipeline:
         wanted, found = (config.out_channels, config.text_dim), (self.sample_shape[-1], text_dim)
         if wanted != found:
             raise ValueError(
-                f"the network makes latents of {wanted[0]} channels and reads texts of width "
+                f"the network generates latents of {wanted[0]} channels and reads texts of width "
                 f"{wanted[1]}; VAE and text encoder of {self.path} have {found[0]} and {found[1]}: "
-                "name with --pipeline the checkpoint that it was made from"
+                "name with --pipeline the checkpoint that it was trained from"
             )
 
     def _embedded(self, prompts, batch):
@@ -148,7 +148,7 @@ class WanPipeline:
         return np.concatenate([np.asarray(_encode(self.vae, one[None])) for one in videos])
 
     def _frames_to_fill(self, images):
-        """The input of an image-to-video network beside the noise: [N, F, H, W, 4 + C].
+        """The input of an image-to-video network besides the noise: [N, F, H, W, 4 + C].
 
         Four mask channels, one for each pixel frame of a latent frame, are 1 where the frame is
         given; C channels are the latents of the image followed by grey frames.

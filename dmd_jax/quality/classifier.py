@@ -3,7 +3,7 @@
 Five 3x3 convolutions with ReLU, the mean over all positions, one linear layer. The mean is the
 feature vector: as in Inception, it depends on which strokes or textures an image has and little on
 their positions. There are no normalisation layers: with them the network is more accurate, but
-hardly reacts to contrast and blur, which a metric must measure. Imports jax and flax alone.
+hardly reacts to contrast and blur, which a metric must measure. Imports only jax and flax.
 """
 
 import dataclasses

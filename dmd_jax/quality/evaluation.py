@@ -1,4 +1,4 @@
-"""The settings of an evaluation, and the rows of a report: each sampler beside real images.
+"""The settings of an evaluation, and the rows of a report: real images, and each sampler.
 
 All rows of a table use the same labels and the same noise. `evaluator.py` applies the settings to
 a run. Imports the rooms below.
@@ -37,14 +37,14 @@ class Evaluation:
     """What a run judges, how often, and with which samplers; a class that configs name.
 
     Attributes:
-        every: steps between two judgements along the way.
+        every: steps between two judgements during training.
         features: file or shipped name of the feature network; '' shows samples and judges none.
         split: of the data set, the reference of the report. The best network of a run is selected
             against the training split instead.
-        samples: number of samples to judge along the way.
+        samples: number of samples to judge during training.
         num: number of samples for each row of the report.
-        steps: numbers of steps of the trained network; the first is judged along the way.
-        guidance: weight for a network that is sampled in many steps; 1 is none.
+        steps: numbers of steps of the trained network; the first is judged during training.
+        guidance: weight for a network that is sampled in many steps; 1 disables it.
         teacher_steps, teacher_guidance: the same for the teacher of a run that has one.
         recompute: compute the teacher's rows even where they are stored.
 
@@ -200,7 +200,7 @@ def teacher_rows(
 
     Args:
         path: the teacher's file or shipped name; stored rows are first looked up in
-            `<file>.rows.json` beside it.
+            `<file>.rows.json` in its folder.
         ways: its samplers.
         judge: the judge.
         num: number of samples.
@@ -227,7 +227,7 @@ def teacher_rows(
 
 
 def about(sampler: Sampler) -> dict[str, Any]:
-    """The entries of a row that say what was sampled and at which cost."""
+    """The entries of a row that describe the sampler and its cost."""
     return {"name": sampler.name, "steps": sampler.steps, "calls": sampler.calls}
 
 
@@ -248,7 +248,7 @@ def digest(text: str) -> str:
 
 
 def _stored_rows(path):
-    """{key: row} of a file of rows; {} where there is none that can be read."""
+    """{key: row} of a file of rows; {} if it is missing or cannot be read."""
     try:
         return json.loads(path.read_text()) if path else {}
     except (OSError, ValueError):

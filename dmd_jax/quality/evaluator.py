@@ -1,4 +1,4 @@
-"""Judges one run along the way, and writes its report. Imports the rooms below.
+"""Judges one run during training, and writes its report. Imports the rooms below.
 
 A run creates one `Evaluator`. The training loop calls `preview` between steps and `report` at the
 end; neither takes a config.
@@ -66,7 +66,7 @@ class Measured(Preview, Protocol):
 
 
 class Score(NamedTuple):
-    """Numbers of a network along the way.
+    """Numbers of a network during training.
 
     Attributes:
         numbers: of `Judge`, against the training images.
@@ -85,7 +85,7 @@ class Evaluator:
     Attributes:
         settings: what to judge.
         source: the data that the run trains on; `Images` where `settings.features` names a network.
-        samplers: of the trained network; the first is the one used along the way.
+        samplers: of the trained network; the first is the one used during training.
         teacher_samplers: of the teacher.
         batch: samples per call for sources other than `Images`.
     """
@@ -123,7 +123,7 @@ class Evaluator:
         evaluation.require_real(features, test, self.source, spec.num)
 
     def preview(self, average: Denoiser) -> tuple[np.ndarray, Score | None]:
-        """Samples of a network along the way, and their score.
+        """Samples of a network during training, and their score.
 
         Args:
             average: the network, placed.
@@ -162,7 +162,7 @@ class Evaluator:
                 report.json (the rows) and teacher.rows.json too. The first process writes.
             title: of the report.
             trained: the network, placed.
-            teacher, teacher_path: the teacher, placed, and its file; None where there is none.
+            teacher, teacher_path: the teacher, placed, and its file; None without a teacher.
             cost: further lines of the report, by name: forward passes, FLOPs, time.
 
         Returns:

@@ -115,7 +115,7 @@ def load_features(path: str | Path = SHIPPED) -> Features:
         look = _inception_extract(path, tensors)
         return Features("FID", fingerprint(tensors), INCEPTION_DIM, look, channels=(1, 3))
     raise ValueError(
-        f"{path} holds neither a metric network (made by python -m dmd_jax.metric_network) nor "
+        f"{path} holds neither a metric network (of python -m dmd_jax.metric_network) nor "
         "the weights of Inception"
     )
 

@@ -3,7 +3,7 @@
 It is the TensorFlow graph of 2015-12-05 that published FIDs use (torch-fidelity, pytorch-fid), not
 the network of torchvision: average pools exclude the padding, the last block has a maximum pool,
 images are resized as in TensorFlow 1. Batch norms are folded into the convolutions.
-The architecture is Szegedy et al. 2016. Imports jax alone.
+The architecture is Szegedy et al. 2016. Imports only jax.
 """
 
 from collections.abc import Mapping

@@ -57,7 +57,7 @@ def write(
     batch: int,
     seed: int,
 ) -> str:
-    """Trains a classifier and writes it to `path`, and beside it its card (*.md).
+    """Trains a classifier and writes it to `path`, and its card to the same name with .md.
 
     Args:
         path: ends in .safetensors.

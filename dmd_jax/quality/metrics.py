@@ -1,6 +1,6 @@
 """Distances between a set of samples and a set of real images, as pure functions of arrays.
 
-Imports numpy and scipy alone. A feature is a row of numbers; `features.py` says which network
+Imports only numpy and scipy. A feature is a row of numbers; `features.py` says which network
 computes it. Everything is computed in float64, because the results are small differences of large
 sums. Tables of pairwise values are computed in blocks of `BLOCK` rows, which bounds their memory.
 """
@@ -17,7 +17,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """Squared Fréchet distance of two Gaussians fitted to the features (Heusel et al. 2017).
 
     Covariances are the unbiased ones. The estimate itself is biased upwards by finite samples,
-    roughly as 1/Na + 1/Nb: compare only values at equal counts, beside a real-against-real value.
+    roughly as 1/Na + 1/Nb: compare values at equal counts only, and with that of real images.
 
     Args:
         features_a: [Na, D].
@@ -62,7 +62,7 @@ def kernel_distance(
     The estimator is that of Gretton et al. 2012, eq. 3, over all samples at once. The published
     Kernel Inception Distance averages the same estimator over random subsets: the expectation is
     the same, and all samples at once has less variance and needs no random numbers. Being
-    unbiased it is zero on average for equal distributions, and may come out negative.
+    unbiased it is zero on average for equal distributions, and may be negative.
 
     Args:
         features_a: [Na, D], Na >= 2.

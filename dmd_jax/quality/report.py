@@ -2,7 +2,7 @@
 
 A row is a dict: `name` of the sampler ("teacher", "student", ...), `steps`, `calls` (network calls
 per image, guidance included) and the numbers of a `Judge`. The row of real images has no steps and
-no calls (absent, None or 0). Imports numpy, Pillow and matplotlib alone.
+no calls (absent, None or 0). Imports only numpy, Pillow and matplotlib.
 """
 
 from collections.abc import Mapping, Sequence
@@ -74,11 +74,11 @@ def markdown(rows: Sequence[Row], metric: str, reference: str = "test images") -
 
 
 def page(title: str, body: str, cost: Mapping[str, str] | None = None) -> str:
-    """A report as Markdown; its figure is report.png beside it.
+    """A report as Markdown; its figure is report.png in the same folder.
 
     Args:
         title: one line.
-        body: the table, or what stands in its place.
+        body: the table, or the text that replaces it.
         cost: further lines by name, such as {"forward passes": "1.2 million"}.
     """
     lines = "".join(f"- {name}: {text}\n" for name, text in (cost or {}).items())

@@ -108,6 +108,7 @@ def backward_simulation(
     def call(net, x, step):
         return net(x, jnp.full(batch, shifted[step * stride]), cond)
 
+    # The calls before the last have no gradient: a loop of traced length cannot be differentiated.
     frozen = constant(generator)
 
     def call_and_renoise(step, x):

@@ -94,7 +94,7 @@ class ManyStep(Sampler):
 
     Attributes:
         steps: number of steps, evenly spaced before the shift.
-        guidance: weight of classifier-free guidance; 1 is none.
+        guidance: weight of classifier-free guidance; 1 disables it.
         shift, name: see `Sampler`.
         solver: "euler" (`ode.ode`) or "unipc" (`solvers.unipc`).
 
@@ -198,7 +198,7 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
 
     Args:
         steps: the student's own if None, or 50.
-        guidance: not for students; 1, which is none, if None.
+        guidance: not for students; 1 (no guidance) if None.
         shift: the student's own if None, or 1.
         solver: not for students; "euler" if None.
 

@@ -1,1 +1,14 @@
-"""A run: its config resolved, its loop and step, and what it leaves on disk."""
+"""A run: its config, its loop and step, and the files that it writes.
+
+run, roles                  a config becomes a `Run`; its networks by role
+loop                        `train`: start or resume, steps, saves, judgements, exports, report
+step                        `train_step`, pure: gradients, one update, averages
+optimizer                   AdamW, Muon and your own, one for each role
+checkpoints, checkpoint     the checkpoints of a run; the format of one
+configuration               defaults, checks and differences of configs
+writers, health             the log; symptoms of divergence
+preemption, profiling       signals; traces
+cost, flops                 FLOPs of a run, and of a traced function
+
+Imports the rooms below.
+"""

@@ -191,7 +191,7 @@ def _free(name):
 def differences(stored, now):
     """The entries in which two flattened configs are different runs, one line each, or ''."""
     lines = []
-    if "data.split" in now:  # runs of earlier versions read this split, and do not say so
+    if "data.split" in now:  # earlier versions always read this split and did not store it
         stored = {"data.split": "train"} | stored
     for name in sorted(stored.keys() | now.keys()):
         a, b = stored.get(name, "nothing"), now.get(name, "nothing")

@@ -1,9 +1,9 @@
-"""What a run costs in work, which is the same on every machine: FLOPs, and forward passes.
+"""The FLOPs and forward passes of a run: a measure of its cost that is the same on every machine.
 
     cost(run)             Cost, from shapes alone
-    cost(run).lines()     what a report says of it
+    cost(run).lines()     lines of a report
 
-Imports flops and what lies below this room.
+Imports `flops` and the rooms below.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dmd_jax.training import flops
 
-TEXT_TOKENS = 512  # length of a prompt where its embeddings are not here yet
+TEXT_TOKENS = 512  # assumed length of a prompt if its embeddings are missing, as in a dry run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cost:
         return sum(self.step[kind] * self.steps[kind] for kind in self.step)
 
     def lines(self) -> dict[str, str]:
-        """What a report or a dry run says, by name."""
+        """The lines of a report or a dry run, by name."""
         names = {True: "with the generator's update", False: "without"}
         return {
             "FLOPs of a step": ", ".join(f"{si(n)} {names[kind]}" for kind, n in self.step.items()),
@@ -77,7 +77,7 @@ def cost(run) -> Cost:
 def batch_shape(run):
     """A global batch of the run, as jax.ShapeDtypeStructs.
 
-    Prompts that are not here (a dry run) count as TEXT_TOKENS long.
+    Missing prompts (in a dry run) count as TEXT_TOKENS long.
     """
     size, source = run.config.batch_size, run.source
     try:

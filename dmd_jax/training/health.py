@@ -35,7 +35,7 @@ class Window:
     key without any finite value in the window has mean NaN.
 
     Args:
-        every: a record is made at each multiple of it, over the steps since the one before.
+        every: a record is returned at each multiple of it, over the steps since the record before.
         state: `state` of an earlier window, to continue from it.
     """
 

@@ -3,7 +3,8 @@
     run = build(config)         see run.py
     train(run, workdir)         start or resume, loop, save, export, report
 
-Imports every room below.
+`_loop` takes the steps; what one step computes is in `step`. docs/resume.md lists the files that a
+run writes. Imports every room below.
 """
 
 import contextlib
@@ -32,16 +33,15 @@ from dmd_jax.training.writers import Progress, Writer
 log = logging.getLogger(__name__)
 
 CONFIG, EXPORT, BEST = "config.json", "generator.safetensors", "best.safetensors"
-
-
 COMPILATION = "compilation of the steps"  # name of the thread
 
 
 def compile_steps(run):
-    """Starts to compile the steps of a run in the background, from shapes alone.
+    """Starts to compile both variants of the train step in the background, from shapes alone.
 
     Returns:
-        {update_generator: a Future of the compiled step}; that of step 0 is compiled first.
+        {update_generator: a Future of the compiled step}; the one that step 0 needs comes first.
+        The dict has one entry if the generator is updated at every step.
     """
     config = run.config
     state, frozen = run.state_shape(), run.frozen_shape()
@@ -53,25 +53,26 @@ def compile_steps(run):
     )
     batch, key = next(run.batches(0)), root_key(config)
 
-    def compiled(kind):
+    def compile_variant(update_generator):
         with jax.set_mesh(run.mesh):  # a mesh is set for one thread only
-            return jitted.lower(state, frozen, batch, key, update_generator=kind).compile()
+            lowered = jitted.lower(state, frozen, batch, key, update_generator=update_generator)
+            return lowered.compile()
 
-    return in_background(compiled, map(run.updates_generator, range(config.generator_every)))
+    return in_background(compile_variant, map(run.updates_generator, range(config.generator_every)))
 
 
-def in_background(compiled, kinds):
-    """{kind: a Future of compiled(kind)}, computed one after the other in a daemon thread.
+def in_background(call, arguments):
+    """{argument: a Future of call(argument)}, computed one after the other in a daemon thread.
 
-    The interpreter waits at its exit for the threads of an executor, but not for a daemon: a run
-    that is stopped does not wait for compilations that nobody needs.
+    At its exit, Python waits for the threads of an executor, but not for a daemon thread: a run
+    that is stopped does not wait for compilations that it no longer needs.
     """
-    futures = {kind: Future() for kind in kinds}
+    futures = {argument: Future() for argument in arguments}
 
     def work():
-        for kind, future in futures.items():
+        for argument, future in futures.items():
             try:
-                future.set_result(compiled(kind))
+                future.set_result(call(argument))
             except Exception as error:
                 future.set_exception(error)
 
@@ -94,8 +95,7 @@ def train(run, workdir, profile=range(0)):
 
     Args:
         run: from `build`; its mesh is set (`jax.set_mesh`).
-        workdir: a Path, created if it does not exist: config.json, metrics.jsonl, checkpoints/,
-            best/, images/, generator.safetensors, evaluation.json, report.md and report.png.
+        workdir: a Path, created if it does not exist; docs/resume.md lists what is written to it.
         profile: the steps to trace into <workdir>/profile, counted from 1.
 
     Returns:
@@ -118,16 +118,7 @@ def _train(run, workdir, profile):
     identity = _identity(run.config)
     _require_own(identity, run.config, workdir)
     shape = run.state_shape()
-    with (
-        Checkpointer(workdir, keep=run.checkpoint.keep) as checkpoints,
-        Writer(
-            workdir,
-            tensorboard=run.log.tensorboard,
-            wandb=run.log.wandb,
-            config=flatten(run.config),
-        ) as writer,
-        Profiler(workdir, profile) as profiler,
-    ):
+    with Checkpointer(workdir, keep=run.checkpoint.keep) as checkpoints:
         checkpoints.check_space(shape, shape.ema)
         restored = checkpoints.restore_latest(shape)
         first = 0 if restored is None else restored[1]
@@ -136,38 +127,62 @@ def _train(run, workdir, profile):
                 f"config.steps={run.config.steps}, but the run in {workdir} has taken {first}: ask "
                 "for as many or more, or choose another --workdir"
             )
-        finished = workdir / REPORT
-        if first == run.config.steps and finished.exists():
-            if run.evaluator.is_reported(workdir):
-                log.info("this run is finished; its report again, from %s", finished)
-                print(finished.read_text())
-                return finished
-            log.info("this run is finished; config.evaluate has changed: judging it again")
+        if first == run.config.steps and (finished := _reported(run, workdir)):
+            return finished
         steps = compile_steps(run) if first < run.config.steps else {}
         if restored is None:
             (state, frozen), extra = run.start(), {}
         else:
             (state, _, extra), frozen = restored, run.load_frozen()
             log.info("going on from step %d in %s", first, workdir)
-        # The run is accepted, and nothing of it is written before this line.
-        if jax.process_index() == 0:
-            write_text(workdir / CONFIG, json.dumps(identity, indent=2, sort_keys=True) + "\n")
-        writer.rewind(first)
-        if _lacks_judgement(run, first, workdir):
-            _judge(run, state.ema, first, checkpoints, writer)
-        finished.unlink(missing_ok=True)  # it is not the report of this run's last step
-        try:
-            with Preemption() as preemption:
-                state = _loop(
-                    run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption
-                )
-        except health.Diverged:
-            _export_best(run, shape.ema, checkpoints, workdir)
-            raise
-        if int(state.step) < run.config.steps:
-            log.info("stopped and saved at step %d; the same command goes on", int(state.step))
-            return None
-        return _finish(run, state, frozen, checkpoints, writer, workdir)
+        # The run is accepted. Nothing in the directory has been changed before this line.
+        with _writer(run, workdir) as writer, Profiler(workdir, profile) as profiler:
+            if jax.process_index() == 0:
+                text = json.dumps(identity, indent=2, sort_keys=True) + "\n"
+                write_text(workdir / CONFIG, text)
+            writer.rewind(first)
+            if _lacks_judgement(run, first, workdir):
+                _judge(run, state.ema, first, checkpoints, writer)
+            (workdir / REPORT).unlink(missing_ok=True)  # not the report of this run's last step
+            try:
+                with Preemption() as preemption:
+                    state = _loop(
+                        run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption
+                    )
+            except health.Diverged:
+                _export_best(run, shape.ema, checkpoints, workdir)
+                raise
+            if int(state.step) < run.config.steps:
+                log.info("stopped and saved at step %d; the same command goes on", int(state.step))
+                return None
+            return _finish(run, state, frozen, checkpoints, writer, workdir)
+
+
+def _reported(run, workdir):
+    """Prints the report of a run that has taken all its steps, and returns its path.
+
+    None where it has no report, or one of other settings.
+    """
+    path = workdir / REPORT
+    # One process's answer for all: they must agree.
+    if not from_first(lambda: "yes" if path.exists() else ""):
+        return None
+    if not from_first(lambda: "yes" if run.evaluator.is_reported(workdir) else ""):
+        log.info("this run is finished; config.evaluate has changed: judging it again")
+        return None
+    log.info("this run is finished; its report again, from %s", path)
+    if jax.process_index() == 0:
+        print(path.read_text())
+    return path
+
+
+def _writer(run, workdir):
+    return Writer(
+        workdir,
+        tensorboard=run.log.tensorboard,
+        wandb=run.log.wandb,
+        config=flatten(run.config),
+    )
 
 
 def _finish(run, state, frozen, checkpoints, writer, workdir):
@@ -186,9 +201,9 @@ def _finish(run, state, frozen, checkpoints, writer, workdir):
 
 
 def _identity(config):
-    """What config.json stores: the flat config, and the checksum of the teacher's weights."""
+    """The content of config.json: the flat config, and the checksum of the teacher's weights."""
     flat = flatten(config)
-    if "teacher" in config:  # other weights may later lie at the same path
+    if "teacher" in config:  # the file at this path may be replaced later
         flat["teacher.sha256"] = from_first(lambda: weights.fingerprint(config.teacher.weights))
     return flat
 
@@ -211,7 +226,11 @@ def _require_own(identity, config, workdir):
 
 
 def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption):
-    """Takes steps from `state.step` to the last, or to a signal; returns the last state, saved."""
+    """Takes steps from `state.step` to the last, or to a signal; returns the last state, saved.
+
+    Metrics of a step are read one step late (`health.Window`), so a record belongs to the window
+    that ended with the step before; `flush` reads the step that is still outstanding.
+    """
     config, first = run.config, int(state.step)
     if first == config.steps:
         return state
@@ -220,7 +239,7 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
     monitor = health.Monitor(run.health, extra.get("monitor"))
     progress = Progress(config.steps, config.batch_size, frames_per_sample=_frames(run.source))
 
-    def heed(record):
+    def write(record):
         checkpoints.check()
         if record is not None:
             writer.scalars(record[0], record[1] | progress.report(*record))
@@ -233,24 +252,24 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
     for done, batch in enumerate(run.batches(first), first + 1):
         step = preemption.wait(steps[run.updates_generator(done - 1)])
         if step is None:  # asked to stop during the compilation
-            heed(window.flush())
+            write(window.flush())
             if done - 1 > first:
                 save(done - 1)
             break
         state, metrics = profiler.call(done, step, state, frozen, batch, root)
         if done == first + 1:  # the only step that is waited for, so that a user sees it at once
             progress.report(done, {name: float(value) for name, value in metrics.items()})
-        heed(window.add(done, metrics))
+        write(window.add(done, metrics))
         end = done == config.steps
         last = end or preemption.requested(done)
         if done % run.checkpoint.every == 0 or last:
-            heed(window.flush(end=end))
+            write(window.flush(end=end))
             if last or not monitor.suspicious:
                 save(done)
-        if done % config.evaluate.every == 0:  # what fails there costs no step that is saved
-            _judge(run, state.ema, done, checkpoints, writer)
-        if last:
+        if last and not end:  # the next start judges this step: a signal leaves little time
             break
+        if done % config.evaluate.every == 0:  # after the save: a failure here loses no step
+            _judge(run, state.ema, done, checkpoints, writer)
     checkpoints.wait()
     return state
 
@@ -265,27 +284,31 @@ def _lacks_judgement(run, step, workdir):
     spec, lines = run.evaluator.settings, workdir / "metrics.jsonl"
     if not spec.features or step == 0 or step % spec.every:
         return False
-    records = map(json.loads, lines.read_text().splitlines() if lines.exists() else ())
-    found = any(record["step"] == step and "quality/fd" in record for record in records)
-    # One process's answer for all: they must agree.
-    return not multihost_utils.broadcast_one_to_all(np.int32(found))
+
+    def found():
+        records = map(json.loads, lines.read_text().splitlines() if lines.exists() else ())
+        return any(record["step"] == step and "quality/fd" in record for record in records)
+
+    # Only the first process has dropped a line that a kill cut short, and they must agree.
+    return not from_first(lambda: "yes" if found() else "")
 
 
 def _judge(run, average, step, checkpoints, writer):
-    """Shows and judges samples of the average, and keeps the best. A failure costs only that."""
+    """Shows and judges samples of the average, and saves the best. A failure is only a warning."""
     try:
         picture, score = run.evaluator.preview(average)
-    except Exception as error:  # of a feature network, a data set, a device
+    except Exception as error:  # from the feature network, the data set or the device
         log.debug("judging failed", exc_info=error)
         log.warning("step %d could not be judged, the run goes on: %s", step, first_line(error))
         return
     writer.images(step, run.evaluator.samplers[0].name, picture)
     if score is None:
         return
-    # One process's number for all: they must agree on whether this is the best.
+    # The number of process 0, because all processes must agree on whether this is the best.
     fd = float(multihost_utils.broadcast_one_to_all(np.float32(score.numbers["fd"])))
     checkpoints.save_best(step, average, fd, judge=score.judge)
-    checkpoints.wait()  # what is recorded as judged is not judged again by a resumed run
+    # The best is on disk before the record is: a resumed run does not judge a recorded step again.
+    checkpoints.wait()
     writer.scalars(step, {f"quality/{key}": value for key, value in score.numbers.items()})
 
 
@@ -307,9 +330,10 @@ def _export(run, trained, path, step):
 
 
 def _report(run, trained, frozen, workdir):
-    """The text of the report, which `quality` writes; None if that failed: the run is complete.
+    """The text of the report, which `quality` writes; None if that failed.
 
-    Every process computes all of it, with whole weights of its own.
+    A failed report is a warning, because the run itself is complete. Every process takes part, with
+    the whole weights of the generator.
     """
     try:
         text = run.evaluator.report(

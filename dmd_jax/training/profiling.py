@@ -1,6 +1,6 @@
 """A profile of a few training steps, for TensorBoard's profile plugin (xprof) and Perfetto.
 
-Imports jax alone.
+Imports only jax.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def parse_steps(text: str, total: int) -> range:
 
 
 class Profiler:
-    """Traces the given steps with `jax.profiler`; calls all others as they are.
+    """Traces the given steps with `jax.profiler`; calls all others without tracing.
 
     <workdir>/profile/plugins/profile/<time>/<host>.xplane.pb, a file for each process. Each step is
     annotated as "train_step" with its number, from which the plugin computes step times.

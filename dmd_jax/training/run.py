@@ -1,9 +1,9 @@
-"""A resolved config: networks, method, optimizer, data and mesh, checked before any compute.
+"""A config becomes a `Run`: networks, method, optimizer, data and mesh, all checked.
 
     run = build(config)          resolves and checks everything; nothing is computed
     state, frozen = run.start()  loads or initialises weights and places them on the mesh
 
-Imports the rooms below. Only this file and `loop` read configs.
+`roles` resolves the networks. Imports the rooms below. Only run, roles and loop read configs.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import data, weights
+from dmd_jax import data
 from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
-from dmd_jax.training import optimizer
+from dmd_jax.training import optimizer, roles
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import construct, flatten, unknown
 from dmd_jax.training.cost import cost
@@ -83,13 +83,13 @@ class Run:
 
     def state_shape(self):
         """The TrainState, as jax.ShapeDtypeStructs with shardings."""
-        shapes = jax.eval_shape(lambda: init_state(_zeros(self.nets), self.tx, self.ema))
-        return _placed(shapes, self.nets, self.mesh)
+        shapes = jax.eval_shape(lambda: init_state(roles.zeros(self.nets), self.tx, self.ema))
+        return roles.placed(shapes, self.nets, self.mesh)
 
     def start(self):
         """(TrainState at step 0, frozen nets), loaded and placed."""
         shape = self.state_shape()
-        nets = {role: _load(self.config, role, net) for role, net in shape.nets.items()}
+        nets = {role: roles.load(self.config, role, net) for role, net in shape.nets.items()}
         shardings = jax.tree.map(lambda x: x.sharding, shape)
         init = partial(init_state, tx=self.tx, ema=self.ema)
         state = jax.jit(init, out_shardings=shardings)(nets)
@@ -97,12 +97,12 @@ class Run:
 
     def frozen_shape(self):
         """The frozen nets, as jax.ShapeDtypeStructs with shardings."""
-        return _placed(self.frozen, self.frozen, self.mesh)
+        return roles.placed(self.frozen, self.frozen, self.mesh)
 
     def load_frozen(self):
         """The frozen nets, loaded and placed."""
         shape = self.frozen_shape()
-        loaded = {role: _load(self.config, role, net) for role, net in shape.items()}
+        loaded = {role: roles.load(self.config, role, net) for role, net in shape.items()}
         return jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, shape)
 
     def batches(self, step):
@@ -136,8 +136,8 @@ def build(config, devices=None, *, files=True):
     mesh = _mesh(config, devices)
     source, kind = _source(config, files), config.method.cls
     # The teacher first: other roles may use its file, and a wrong path is then the teacher's error.
-    abstract = partial(_abstract, config, source=source, files=files)
-    frozen = {role: _in_compute_dtype(abstract(role)) for role in kind.frozen}
+    abstract = partial(roles.abstract, config, source=source, files=files)
+    frozen = {role: roles.in_compute_dtype(abstract(role)) for role in kind.frozen}
     nets = {role: abstract(role) for role in kind.trainable}
     _check_fit(frozen | nets, source)
     method = construct(config.method, "config.method", sample_shape=source.sample_shape)
@@ -293,84 +293,6 @@ def _evaluator(config, method, source):
     except ValueError as error:
         raise ValueError(f"config.evaluate: {error}") from error
     return evaluator
-
-
-def _path(config, role):
-    """The file of a role's initial weights; None for random initialisation."""
-    path = config[role].weights
-    if path == "random":
-        return None
-    if path != "teacher":
-        return path
-    if "teacher" not in config:
-        raise ValueError(f"config.{role}.weights='teacher', but this run has no teacher")
-    return config.teacher.weights
-
-
-def _abstract(config, role, *, source, files):
-    """A role's abstract Denoiser; refuses a `model` that is not the network in its file."""
-    spec, path = config[role], _path(config, role)
-    compute = dict(spec.get("compute", {}))
-    if "model" in spec and not files:
-        path = None
-    if path is not None:
-        try:
-            held = weights.abstract(path, **compute)
-        except (TypeError, ValueError, FileNotFoundError) as error:
-            raise ValueError(f"config.{role}: {error}") from error
-        if "model" not in spec:
-            return held
-    elif missing := [name for name in ("model", "schedule", "prediction") if name not in spec]:
-        raise ValueError(
-            f"config.{role}.weights='random' needs config.{role}.{missing[0]}, which a file of "
-            "weights would state; configs/pretrain.py has an example"
-        )
-    model = construct(spec.model, f"config.{role}.model", **source.model_fields, **compute)
-    net = jax.eval_shape(lambda: weights.build(model))
-    if path is None:
-        schedule = construct(spec.schedule, f"config.{role}.schedule")
-        return Denoiser(net, schedule, construct(spec.prediction, f"config.{role}.prediction"))
-    found, stated = type(held.net).__name__, type(net).__name__
-    if found != stated:
-        raise ValueError(
-            f"config.{role}.weights={path!r} holds a {found} network, but config.{role}.model "
-            f"describes a {stated}; change one of them"
-        )
-    if lines := weights.differing(weights.shapes(net), weights.shapes(held.net)):
-        raise ValueError(
-            f"config.{role}.model is not the network in {path}; change the model, or start from "
-            f"config.{role}.weights='random':\n{lines}"
-        )
-    return held
-
-
-def _in_compute_dtype(denoiser):
-    """Casts a frozen network to its compute dtype: only trained weights need float32."""
-    dtype = jnp.dtype(denoiser.net.config.dtype)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), denoiser)
-
-
-def _load(config, role, abstract):
-    path, kind = _path(config, role), config.method.cls
-    if path is None:
-        # Every role has its own seed, so that two random networks differ.
-        seed = config.seed + kind.trainable.index(role)
-        return dataclasses.replace(abstract, net=weights.build(abstract.net.config, seed=seed))
-    compute = dict(config[role].get("compute", {}))
-    places = jax.tree.map(lambda x: x.sharding, abstract)
-    return weights.denoiser(path, shardings=places, **compute)
-
-
-def _zeros(tree):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-
-def _placed(shapes, nets, mesh):
-    """`shapes` with shardings, by the rules of the families of `nets`."""
-    shardings = weights.shardings(shapes, nets.values(), mesh) if nets else shapes
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
 
 
 def describe(run):

@@ -50,7 +50,7 @@ class EMA:
         start: before this step the averages equal the generator.
         warmup: limits each decay to (1 + n) / (10 + n), n steps after `start`: early weights leave
             the average sooner.
-        more_decays: decays of further averages, which are exported beside the first.
+        more_decays: decays of further averages, which are exported too, each to a file.
 
     Raises:
         ValueError: a decay is not in [0, 1) or appears twice, or the start is negative.
@@ -98,7 +98,7 @@ def init_state(nets: Mapping[str, PyTree], tx: Any, ema: EMA = EMA()) -> TrainSt
     Args:
         nets: {role: Denoiser}, trainable roles only.
         tx: from `optimizer.per_role`.
-        ema: which averages the state holds.
+        ema: which averages the state contains.
     """
     nets = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), nets)
 
@@ -141,7 +141,7 @@ def train_step(
         method: a dataclass of `methods/`.
         tx: from `optimizer.per_role`.
         update_generator: whether the generator is updated in this step. The host derives it from
-            the step, so that weights, moments and averages share one clock.
+            the step, so that weights, moments and averages are updated at the same steps.
         bind: (trainable nets, frozen nets) -> the nets that the method sees.
         ema: the averages of the generator, those that `state` was initialised for.
         reuse_rollout: in steps that update the generator, train the critic on the generator's
@@ -150,10 +150,10 @@ def train_step(
 
     Returns:
         (TrainState, metrics): metrics are float32 scalars by name. For each role with a gradient:
-        "loss", "grad_norm" (before clipping), "update_norm", "weight_norm" (after the update),
-        "learning_rate" where `tx` knows it, and "skipped". Norms are global L2 norms. An update
-        with a loss or gradient that is not finite is skipped as a whole, weights, moments and
-        averages, and counted as "<role>/skipped".
+        "<role>/loss", "/grad_norm" (before clipping), "/update_norm", "/weight_norm" (after the
+        update), "/skipped", and "/learning_rate" if `tx` has a schedule for the role. Norms are
+        global L2 norms. If a role's loss or gradient is not finite, its weights, moments and
+        averages stay as they were, and "/skipped" is 1.
 
     Raises:
         ValueError: `accumulate` does not divide the batch.

@@ -1,6 +1,6 @@
 """What a run writes: metrics.jsonl, PNG images, TensorBoard, Weights & Biases, progress lines.
 
-Knows names, numbers and pictures; imports no other room. JSON lines and PNG are always written and
+Takes names, numbers and pictures; imports no other room. JSON lines and PNG are always written and
 need nothing but Pillow. TensorBoard (through clu) needs TensorFlow, whose import takes seconds: it
 happens in a background thread, during compilation, and what is written before waits in a queue. A
 board that fails never stops a run.
@@ -109,7 +109,7 @@ class Writer:
     def rewind(self, step: int) -> None:
         """Drops the JSON lines after `step`, and one that a kill cut short: called on resume.
 
-        So a killed and resumed run has one record, with each step once. Images are overwritten.
+        A resumed run then has every step once. Images are overwritten.
         TensorBoard and Weights & Biases cannot remove what they have: they show repeated steps
         twice.
         """
@@ -291,8 +291,8 @@ class Progress:
     Args:
         total: the last step.
         samples_per_step: global batch size.
-        frames_per_sample: F of samples [F, H, W, C]; None for samples without frames. Frames of
-            latents count as they are, not as the frames of the decoded video.
+        frames_per_sample: F of samples [F, H, W, C]; None for samples without frames. For
+            latents these are latent frames, not frames of the decoded video.
         shown: the metrics to print, where a record has them.
         file: where to print; standard error by default.
     """

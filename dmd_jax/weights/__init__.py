@@ -3,9 +3,18 @@
     denoiser = weights.denoiser("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", dtype="bfloat16")
     weights.save("student.safetensors", denoiser, times=(1.0, 0.5), shift=5.0)
 
-`families` has the tables that resolve names, `ours` our own files, `foreign` and the tables beside
-it those of other programs, `files` the formats, `loading` what reads either, `export` what writes
-for other programs. Imports devices, diffusion and models.
+families       network families, schedules and predictions by the names that files contain
+ours           files of this library: header, reading, writing
+foreign        files of other programs: which network is in them
+wan, wan_vae, umt5    their tensors by name, and how each becomes one of our arrays
+table          fills a network by such a table
+files          formats and places: safetensors, .pt, folders, the hub
+pickles        reads PyTorch's files without executing anything
+loading        `denoiser`, `load`: opens any of these
+export         writes Wan transformers for other programs
+digests        fingerprints of files and networks
+
+Imports devices, diffusion and models.
 """
 
 from dmd_jax.weights.digests import digest, fingerprint

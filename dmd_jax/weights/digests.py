@@ -1,4 +1,4 @@
-"""Digests that tell checkpoints and networks apart. Imports the loading of files."""
+"""Digests that identify checkpoints and networks. Imports the loading of files."""
 
 import hashlib
 import json
@@ -30,15 +30,15 @@ def fingerprint(path: str | PathLike) -> str:
     return digest(((name, tensors.read(name)) for name in sorted(tensors.shapes)), settings)
 
 
-def digest(arrays: Iterable[tuple[str, Any]], beside: bytes = b"") -> str:
+def digest(arrays: Iterable[tuple[str, Any]], more: bytes = b"") -> str:
     """64 bits of the SHA-256 of names, dtypes, shapes and one row of each array, in hexadecimal.
 
     Args:
         arrays: (name, array) pairs; the last row along the last axis but one is read, of an array
             of one axis all.
-        beside: bytes to be digested with them.
+        more: bytes that are included in the digest.
     """
-    result = hashlib.sha256(beside)
+    result = hashlib.sha256(more)
     for name, array in arrays:
         row = np.asarray(array[..., -1, :] if array.ndim > 1 else array)
         result.update(f"{name} {array.dtype} {array.shape}".encode() + row.tobytes())

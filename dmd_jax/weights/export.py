@@ -1,7 +1,7 @@
 """Wan transformers written for other programs: diffusers, the Wan repository, Self-Forcing.
 
-Tensors are written one at a time. A failure leaves no file and no folder. Imports the tables and
-formats beside it.
+Tensors are written one at a time. A failure leaves no file and no folder. Imports this room's
+tables and formats.
 """
 
 import contextlib
@@ -180,7 +180,7 @@ def _write_json(path, value):
 
 @contextlib.contextmanager
 def _whole(path, **kind):
-    """A temporary path beside `path`; renamed to it at the end, or removed after an error."""
+    """A temporary path next to `path`; renamed to it at the end, or removed after an error."""
     path = Path(path)
     require_place(path, **kind)
     partial = path.with_name(path.name + ".partial")

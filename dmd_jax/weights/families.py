@@ -47,7 +47,7 @@ def abstract_net(network: type[nnx.Module], config: Any) -> nnx.Module:
 
 
 def family_of(config: Any) -> str:
-    """The name of the family whose config this is; ValueError if there is none."""
+    """The name of the family whose config this is; ValueError if there is no such family."""
     return _name(FAMILIES, lambda entry: isinstance(config, entry[0]), config)
 
 

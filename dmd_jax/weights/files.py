@@ -83,7 +83,7 @@ class Tensors:
         path: the file or folder.
         shapes: {name: shape}.
         dtypes: {name: numpy dtype}.
-        settings: the parsed config.json beside it; None if there is none.
+        settings: the parsed config.json of its folder; None if the folder has no such file.
         metadata: the strings in the header of a single safetensors file; {} otherwise.
 
     No file stays open.
@@ -165,7 +165,7 @@ def _open_file(file):
         found = _state_dict(pickles.read(file))
         if not found:
             raise ValueError(f"{file} holds no dict of tensors")
-        # A config.json beside it is not its own: Wan's repository has all parts in one folder.
+        # The folder's config.json is another part's: Wan's repository has all in one folder.
         return Tensors(file, {name: Place(file, *stored) for name, stored in found.items()})
     places, metadata = _safetensors(file)
     return Tensors(file, places, _settings(file.parent), metadata)
@@ -240,7 +240,7 @@ def _shards(folder, names):
 
 
 def _half(folder):
-    """Names unfinished downloads, for an error; '' if there are none."""
+    """Names unfinished downloads, for an error; '' if all are complete."""
     begun = sorted(p.name for p in folder.rglob("*.incomplete"))
     return f" (unfinished downloads: {', '.join(begun)})" if begun else ""
 
@@ -360,7 +360,7 @@ def locate(path, part=None):
 
 
 def require_part(path, found, wanted):
-    """Raises ValueError where a file holds another part of a model than the one that is wanted."""
+    """Raises ValueError if a file holds part `found` of a model and not part `wanted`."""
     if wanted not in (None, found):
         raise ValueError(
             f"{path} looks like a {found}, and a {wanted} is wanted: name a file or folder with one"

@@ -20,7 +20,7 @@ from dmd_jax.weights.table import Row
 
 
 class Part(NamedTuple):
-    """One kind of network that files of others hold."""
+    """One kind of network that files of other programs hold."""
 
     name: str  # of the part of a model, as `files.locate` takes it
     network: type[nnx.Module]
@@ -71,7 +71,7 @@ def resolve(
         weights, the tensors by the names of the rows).
 
     Raises:
-        ValueError: it is none of PARTS, another part, or a variant that this library does not have.
+        ValueError: no part of PARTS, not the wanted part, or an unsupported variant.
     """
     part, layout = _recognised(tensors)
     files.require_part(tensors.path, part.name, wanted and wanted.removesuffix("_2"))

@@ -1,6 +1,6 @@
 """Loads networks: the file is opened and recognised, compared by headers, then read.
 
-Imports the files, our own and those of others, and the tables that fill a network.
+Imports `files`, `ours`, `foreign` and `table`.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ def notes(path: str | PathLike) -> dict[str, Any]:
 def abstract(path: str | PathLike, *, part: str = "transformer", **overrides: Any) -> Denoiser:
     """The Denoiser at `path` with jax.ShapeDtypeStructs for weights; reads headers only.
 
-    Arguments and errors are those of `denoiser`. The weights are float32 in our own files, and in
-    the stored dtype in those of others.
+    Arguments and errors are those of `denoiser`. The weights are float32 in files of this library,
+    and have the stored dtype in files of other programs.
     """
     return _denoiser(_source(path, part, overrides).module)
 
@@ -89,7 +89,7 @@ def locate(path: str | PathLike, part: str | None) -> Path:
     """The file or folder of a part of the model at `path`, or the shipped file of that name.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file, folder or name.
     """
     known = local_path(path).exists() or files.hub_name(path)
     return files.locate(path, part) if known else ours.find(path)
@@ -98,7 +98,7 @@ def locate(path: str | PathLike, part: str | None) -> Path:
 class _Source(NamedTuple):
     """A checkpoint whose headers were read and agree with its network."""
 
-    module: Any  # abstract: a Denoiser in our own files, a network in those of others
+    module: Any  # abstract: a Denoiser from our own files, a network from other programs'
     rows: list[Row]
     tensors: files.Tensors  # by the names of the rows
 

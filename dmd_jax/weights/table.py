@@ -113,12 +113,12 @@ def fill(net, rows, read):
 
 def _part(row, leaf, read, threads, index):
     """The part `index` (a slice for each axis) of a weight, its layers stacked in one buffer."""
-    held = [range(size)[where] for size, where in zip(leaf.shape, index, strict=True)]
-    part = _aligned([len(axis) for axis in held], leaf.dtype)
+    ranges = [range(size)[where] for size, where in zip(leaf.shape, index, strict=True)]
+    part = _aligned([len(axis) for axis in ranges], leaf.dtype)
     if "{}" in row.theirs:
 
         def layer(i):
-            _copy(row.to_ours(read(row.theirs.format(held[0][i])))[index[1:]], part[i, ...])
+            _copy(row.to_ours(read(row.theirs.format(ranges[0][i])))[index[1:]], part[i, ...])
 
         list(threads.map(layer, range(len(part))))
     else:

@@ -103,8 +103,9 @@ FIXED = {
 
 
 def config_of(shapes, layout, settings=None):
-    """The WanConfig of a file. Its shapes say nearly all, and more than its settings: those of Wan
-    2.1's and 2.2's image-to-video networks are alike.
+    """The WanConfig of a file, derived from shapes as far as possible.
+
+    Settings are not enough: Wan 2.1's and 2.2's image-to-video networks have the same ones.
 
     Args:
         shapes: {name: shape} of its tensors.
@@ -112,7 +113,7 @@ def config_of(shapes, layout, settings=None):
             channels of all published Wans.
 
     Raises:
-        ValueError: it is not of a Wan transformer, or of one that this library does not have.
+        ValueError: it is no Wan transformer, or an unsupported one.
     """
     for name, wanted in FIXED[layout].items():
         found = (settings or {}).get(name, wanted)

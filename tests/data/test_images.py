@@ -113,9 +113,9 @@ def test_a_name_of_the_catalogue_takes_the_same_path(tmp_path, monkeypatch):
 
 def test_preparing_is_said_in_one_line_and_reading_in_none(tmp_path, capfd):
     data.load("mnist5k", "train", str(tmp_path))
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert said.err == f"preparing data set 'mnist5k' in {tmp_path}/mnist5k/1.0.0\n"
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert output.err == f"preparing data set 'mnist5k' in {tmp_path}/mnist5k/1.0.0\n"
     data.load("mnist5k", "train", str(tmp_path))
     assert capfd.readouterr() == ("", "")
 

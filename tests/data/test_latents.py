@@ -1,4 +1,4 @@
-"""Latents on disk: what is written is read, a stopped run goes on, what is wrong is told."""
+"""Latents on disk: what is written is read, a stopped write resumes, errors are reported."""
 
 import json
 
@@ -26,14 +26,14 @@ def write(path, count=7, encode=encode, shape=SHAPE, **settings):
 
 def test_what_is_written_is_read(tmp_path):
     write(tmp_path / "new" / "folder")
-    made = Latents(tmp_path / "new" / "folder")
-    assert (len(made), made.shape, made.source) == (7, SHAPE, "test")
-    np.testing.assert_array_equal(made.prompt, 100 - np.arange(7))
-    assert made.prompt.dtype == np.int32
-    rows = made.rows([6, 0, 3, 3])
+    result = Latents(tmp_path / "new" / "folder")
+    assert (len(result), result.shape, result.source) == (7, SHAPE, "test")
+    np.testing.assert_array_equal(result.prompt, 100 - np.arange(7))
+    assert result.prompt.dtype == np.int32
+    rows = result.rows([6, 0, 3, 3])
     assert rows.dtype == np.float32 and rows.shape == (4, *SHAPE)
     np.testing.assert_array_equal(rows[:, 0, 0, 0, 0], np.array([6, 0, 3, 3]) / 8)
-    assert made.rows([]).shape == (0, *SHAPE)
+    assert result.rows([]).shape == (0, *SHAPE)
 
 
 @pytest.mark.parametrize("bad", [-1, 7])
@@ -68,9 +68,9 @@ def test_a_stopped_run_goes_on_after_its_whole_shards(tmp_path, stop_at, again):
         Latents(tmp_path)
     write(tmp_path, encode=counting)
     assert len(encoded) == again
-    made = Latents(tmp_path)
-    np.testing.assert_array_equal(made.rows(range(7))[:, 0, 0, 0, 0], np.arange(7) / 8)
-    np.testing.assert_array_equal(made.prompt, 100 - np.arange(7))
+    result = Latents(tmp_path)
+    np.testing.assert_array_equal(result.rows(range(7))[:, 0, 0, 0, 0], np.arange(7) / 8)
+    np.testing.assert_array_equal(result.prompt, 100 - np.arange(7))
     # And a third time there is nothing to do.
     write(tmp_path, encode=counting)
     assert len(encoded) == again and not list(tmp_path.glob("*.partial"))

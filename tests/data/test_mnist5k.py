@@ -60,13 +60,13 @@ def test_split_refuses_unequal_classes():
 def test_command_makes_the_same_content_from_the_csv(packed, tmp_path):
     images, labels = together(packed)
     rows = np.concatenate([images.reshape(5000, -1), labels[:, None]], axis=1)
-    csv, made = tmp_path / "mnist_5k.csv.gz", tmp_path / "made.npz"
+    csv, result = tmp_path / "mnist_5k.csv.gz", tmp_path / "made.npz"
     with gzip.open(csv, "wt", compresslevel=1) as file:
         file.writelines(",".join(map(str, row)) + "\n" for row in rows[::-1].tolist())
-    command = [sys.executable, "-m", "dmd_jax.data.mnist5k", str(csv), "--out", str(made)]
+    command = [sys.executable, "-m", "dmd_jax.data.mnist5k", str(csv), "--out", str(result)]
     done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     assert mnist5k.content_hash(packed) in done.stdout
-    with np.load(made) as again:
+    with np.load(result) as again:
         assert mnist5k.content_hash(again) == mnist5k.content_hash(packed)
 
 

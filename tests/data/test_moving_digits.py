@@ -105,9 +105,9 @@ def test_embeddings_are_a_vector_a_word():
 def source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("digits")
     where = {"embeddings": str(directory / "text"), "latents": str(directory / "latents")}
-    made = MovingDigits(num=160, seed=3, **where)
-    made.open()
-    return made
+    result = MovingDigits(num=160, seed=3, **where)
+    result.open()
+    return result
 
 
 def test_source_gives_videos_with_the_captions_that_belong_to_them(source):

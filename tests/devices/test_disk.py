@@ -7,6 +7,7 @@ import signal
 import programs
 import pytest
 
+from dmd_jax.devices import disk
 from dmd_jax.devices.disk import check_writable, exclusive
 
 
@@ -33,6 +34,7 @@ def test_a_directory_is_used_by_one_at_a_time_and_the_second_is_told_by_whom(tmp
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
     program = f"""
 import os, pathlib, signal
+from dmd_jax.devices import disk
 from dmd_jax.devices.disk import exclusive
 with exclusive(pathlib.Path({str(tmp_path)!r})):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -40,6 +42,13 @@ with exclusive(pathlib.Path({str(tmp_path)!r})):
     assert programs.python("-c", program).returncode == -signal.SIGKILL
     with exclusive(tmp_path):
         pass
+
+
+def test_a_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(disk, "fcntl", None)
+    with exclusive(tmp_path):
+        pass
+    assert "cannot be locked on this system" in caplog.text
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):

@@ -52,12 +52,12 @@ def test_a_state_is_placed_by_the_paths_of_its_weights():
     adam = places.opt_state.inner_states["generator"].inner_state.inner_state
     wanted = places.nets["generator"]["blocks"]["up"]["kernel"]
     assert wanted.spec == P(None, "fsdp", "tensor")
-    seen = [
+    found = [
         place
         for path, place in jax.tree_util.tree_leaves_with_path((adam, places.ema))
         if "up" in jax.tree_util.keystr(path) and "kernel" in jax.tree_util.keystr(path)
     ]
-    assert seen == [wanted] * 3  # two moments and the average
+    assert found == [wanted] * 3  # two moments and the average
 
 
 def test_an_axis_that_does_not_divide_is_left_whole():
@@ -121,9 +121,9 @@ def test_the_constraints_place_what_they_name():
 def test_a_hosts_rows_become_a_global_array():
     rows = np.arange(16.0).reshape(8, 2)
     with jax.set_mesh(make_mesh(data=2, fsdp=4)):
-        made = global_batch({"x": rows})["x"]
-    assert made.sharding.shard_shape(made.shape) == (1, 2)
-    np.testing.assert_array_equal(made, rows)
+        result = global_batch({"x": rows})["x"]
+    assert result.sharding.shard_shape(result.shape) == (1, 2)
+    np.testing.assert_array_equal(result, rows)
 
 
 METHOD = DMD((2,), times=(1.0,))
@@ -162,13 +162,13 @@ def train(axes):
             out_shardings=(places, whole),
             donate_argnums=0,
         )
-        seen = []
+        found = []
         for _ in range(3):
             state, metrics = step(state, jax.device_put(frozen, whole), batch)
-            seen.append(metrics)
+            found.append(metrics)
         assert step._cache_size() == 1
         assert [x.sharding for x in jax.tree.leaves(state)] == jax.tree.leaves(places)
-    return jax.device_get((seen, state))
+    return jax.device_get((found, state))
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +179,8 @@ def one_device():
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 4}])
 def test_eight_devices_train_as_one_does(axes, one_device):
     """Losses, gradients (by their norms and moments) and weights, to the rounding of sums."""
-    seen, state = train(axes)
-    assert_close(seen, one_device[0], rtol=1e-4, atol=1e-5)
+    found, state = train(axes)
+    assert_close(found, one_device[0], rtol=1e-4, atol=1e-5)
     # Adam divides by the gradient's size: a weight whose gradient is rounding may move either way.
     assert_close(state, one_device[1], rtol=1e-3, atol=1e-4)
 

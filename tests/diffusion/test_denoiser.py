@@ -95,15 +95,15 @@ def test_a_denoiser_passes_through_jit_and_grad(prediction, schedule):
 def test_the_network_sees_its_own_units_and_keywords(shape, data):
     x_t = data[0]
     t = jnp.linspace(0.1, 0.9, np.prod(shape)).reshape(shape)
-    seen = {}
+    found = {}
 
     def net(x, t, cond, **kwargs):
-        seen.update(kwargs, t=t, cond=cond)
+        found.update(kwargs, t=t, cond=cond)
         return x, "cache"
 
     out = Denoiser(net, prediction=Velocity(time_scale=1000.0)).predict(x_t, t, "cond", layer=3)
-    np.testing.assert_allclose(seen["t"], 1000 * t, rtol=EPS32)
-    assert (seen["cond"], seen["layer"], out.aux) == ("cond", 3, "cache")
+    np.testing.assert_allclose(found["t"], 1000 * t, rtol=EPS32)
+    assert (found["cond"], found["layer"], out.aux) == ("cond", 3, "cache")
     np.testing.assert_allclose(out.x0, x_t - align(t, x_t) * x_t, rtol=1e-6)
     np.testing.assert_array_equal(out.raw, x_t)
 

@@ -128,10 +128,10 @@ def test_samples_are_clean_under_every_schedule(solver, schedule):
 
 
 def test_each_step_calls_the_network_once_at_its_time_and_with_its_condition():
-    seen = []
+    found = []
 
     def denoiser(x, t, cond):
-        jax.debug.callback(lambda t, cond: seen.append((t.tolist(), cond.tolist())), t, cond)
+        jax.debug.callback(lambda t, cond: found.append((t.tolist(), cond.tolist())), t, cond)
         return 0.5 * x
 
     cond = jnp.arange(6)
@@ -139,8 +139,8 @@ def test_each_step_calls_the_network_once_at_its_time_and_with_its_condition():
     jax.block_until_ready(unipc(denoiser, NOISE, cond, times=times, schedule=FLOW, shift=3.0))
     jax.effects_barrier()
     shifted = [3 * t / (1 + 2 * t) for t in times]
-    np.testing.assert_allclose(sorted(t[0] for t, _ in seen), shifted[::-1], rtol=1e-6)
-    assert all(len(set(t)) == 1 and c == cond.tolist() for t, c in seen)
+    np.testing.assert_allclose(sorted(t[0] for t, _ in found), shifted[::-1], rtol=1e-6)
+    assert all(len(set(t)) == 1 and c == cond.tolist() for t, c in found)
 
 
 def test_a_schedule_may_return_jax_arrays_only():

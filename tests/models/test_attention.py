@@ -110,8 +110,8 @@ def with_gradients(f):
     return jax.jit(both)
 
 
-def assert_same(seen, wanted, tolerance=ROUNDING):
-    for name, a, b in zip(("out", "dq", "dk", "dv"), seen, wanted, strict=True):
+def assert_same(outputs, wanted, tolerance=ROUNDING):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), outputs, wanted, strict=True):
         assert a.shape == b.shape, name
         assert foreign.relative_error(a, b) < tolerance, name
 
@@ -218,11 +218,11 @@ def test_keys_that_are_not_visible_do_not_count(queries, keys):
     visible = foreign.tensor("visible", (keys,)) > 0
     args = inputs(queries, keys)
     by_hand = with_gradients(lambda q, k, v: dense(q, k[:, visible], v[:, visible]))(*args)
-    seen = with_gradients(lambda q, k, v, visible: attention(q, k, v, visible=visible))(
+    outputs = with_gradients(lambda q, k, v, visible: attention(q, k, v, visible=visible))(
         *args, visible
     )
-    assert_same(seen, by_hand)
-    for gradient in seen[2:]:
+    assert_same(outputs, by_hand)
+    for gradient in outputs[2:]:
         np.testing.assert_array_equal(gradient[:, ~visible], 0)
 
 
@@ -240,26 +240,26 @@ SEQUENCES = [
 @pytest.mark.parametrize(("mask", "length"), SEQUENCES, ids=str)
 def test_masked_values_and_gradients_are_those_of_the_formula(mask, length):
     args = inputs(length)
-    seen = with_gradients(functools.partial(attention, mask=mask))(*args)
-    assert_same(seen, with_gradients(functools.partial(dense, mask=mask))(*args))
+    outputs = with_gradients(functools.partial(attention, mask=mask))(*args)
+    assert_same(outputs, with_gradients(functools.partial(dense, mask=mask))(*args))
 
 
 def test_a_mask_and_visible_keys_hold_together():
     mask, args = BlockCausal(Causal(3), 40), inputs(400)
     visible = (np.arange(400) % 3 > 0) | (np.arange(400) == 0)
-    seen = with_gradients(lambda *x: attention(*x[:3], mask=mask, visible=x[3]))(*args, visible)
+    outputs = with_gradients(lambda *x: attention(*x[:3], mask=mask, visible=x[3]))(*args, visible)
     assert_same(
-        seen, with_gradients(lambda *x: dense(*x[:3], mask=mask, visible=x[3]))(*args, visible)
+        outputs, with_gradients(lambda *x: dense(*x[:3], mask=mask, visible=x[3]))(*args, visible)
     )
 
 
 @pytest.mark.parametrize("length", [60, 400])
 def test_bfloat16_is_within_its_rounding(length):
     args = inputs(length, dtype=jnp.bfloat16)
-    seen = with_gradients(attention)(*args)
-    assert all(x.dtype == jnp.bfloat16 for x in seen)
+    outputs = with_gradients(attention)(*args)
+    assert all(x.dtype == jnp.bfloat16 for x in outputs)
     wanted = with_gradients(dense)(*(x.astype(jnp.float32) for x in args))
-    assert_same(seen, wanted, ROUNDING_BF16)
+    assert_same(outputs, wanted, ROUNDING_BF16)
 
 
 def test_scores_that_would_overflow_do_not():
@@ -318,9 +318,9 @@ def interpreted(q, k, v, visible=None, *, mask=None):
 )
 def test_the_kernel_of_a_tpu_computes_the_same(mask, queries, keys):
     args = inputs(queries, keys, heads=2, width=128)
-    seen = with_gradients(functools.partial(interpreted, mask=mask))(*args)
+    outputs = with_gradients(functools.partial(interpreted, mask=mask))(*args)
     wanted = with_gradients(functools.partial(tiled.attend, visible=None, mask=mask))(*args)
-    assert_same(seen, wanted)
+    assert_same(outputs, wanted)
 
 
 def test_the_kernel_of_a_tpu_hides_what_is_not_visible():
@@ -334,7 +334,7 @@ def test_the_kernel_of_a_tpu_hides_what_is_not_visible():
 
 
 @pytest.mark.parametrize(
-    ("mask", "queries", "keys", "seen"),
+    ("mask", "queries", "keys", "kept"),
     [
         (None, 20, 40, 40),
         (None, 21, 257, 257),  # CLIP's features are 257
@@ -345,7 +345,7 @@ def test_the_kernel_of_a_tpu_hides_what_is_not_visible():
     ],
     ids=str,
 )
-def test_what_cudnn_is_given_computes_the_same(mask, queries, keys, seen, monkeypatch):
+def test_what_cudnn_is_given_computes_the_same(mask, queries, keys, kept, monkeypatch):
     """XLA stands in for cuDNN, at lengths that cuDNN supports."""
     xla = jax.nn.dot_product_attention
 
@@ -357,12 +357,12 @@ def test_what_cudnn_is_given_computes_the_same(mask, queries, keys, seen, monkey
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     args = inputs(queries, keys, batch=2, dtype=jnp.bfloat16)
     visible = None
-    if seen < keys:  # here and there, and what the first block of a mask sees
-        visible = (np.arange(keys) * 7 % keys < seen) | (np.arange(keys) < 4)
-    made = with_gradients(lambda *x: cudnn.attend(*x, visible, mask=mask))(*args)
+    if kept < keys:  # here and there, and what the first block of a mask sees
+        visible = (np.arange(keys) * 7 % keys < kept) | (np.arange(keys) < 4)
+    result = with_gradients(lambda *x: cudnn.attend(*x, visible, mask=mask))(*args)
     exact = (x.astype(jnp.float32) for x in args)
     wanted = with_gradients(lambda *x: dense(*x, mask=mask, visible=visible))(*exact)
-    assert_same(made, wanted, ROUNDING_BF16)
+    assert_same(result, wanted, ROUNDING_BF16)
 
 
 # --- Devices --------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ def random_case(seed):
 def test_equals_transformers(seed):
     config, sizes = random_case(seed)
     ids, mask = inputs(config, **sizes)
-    made = jax.jit(lambda *given: network(config)(*given))(ids, mask)
-    assert foreign.relative_error(made, transformers_embeddings(config, ids, mask)) < ROUNDING
+    result = jax.jit(lambda *given: network(config)(*given))(ids, mask)
+    assert foreign.relative_error(result, transformers_embeddings(config, ids, mask)) < ROUNDING
 
 
 @pytest.mark.torch
@@ -153,8 +153,8 @@ def test_eight_devices_give_what_one_gives():
     mesh = sharding.make_mesh(data=2, fsdp=2, context=1, tensor=2)
     placed = jax.device_put(net, sharding.infer(net, SHARDING_RULES, mesh))
     with jax.set_mesh(mesh):
-        made = run(placed, *sharding.global_batch((ids, mask)))
-    assert foreign.relative_error(made, wanted) < ROUNDING
+        result = run(placed, *sharding.global_batch((ids, mask)))
+    assert foreign.relative_error(result, wanted) < ROUNDING
 
 
 def test_large_weights_have_a_rule():

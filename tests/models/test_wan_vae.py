@@ -211,13 +211,13 @@ def test_streamed_frames_are_those_of_the_whole(kind):
 def test_the_past_does_not_see_the_future(kind):
     vae, (video, latents) = network(KINDS[kind]), inputs(KINDS[kind], frames=7)
     # Computed before their inputs change, which the device may share.
-    made, shown = map(np.asarray, both(vae, video, latents))
+    result, shown = map(np.asarray, both(vae, video, latents))
     video[:, 3:] += 0.1
     latents[:, 2:] += 0.1
     other_made, other_shown = both(vae, video, latents)
-    np.testing.assert_array_equal(other_made[:, :2], made[:, :2])
+    np.testing.assert_array_equal(other_made[:, :2], result[:, :2])
     np.testing.assert_array_equal(other_shown[:, :3], shown[:, :3])
-    assert np.all(np.any(other_made[:, 2:] != made[:, 2:], axis=(0, 2, 3, 4)))
+    assert np.all(np.any(other_made[:, 2:] != result[:, 2:], axis=(0, 2, 3, 4)))
     assert np.all(np.any(other_shown[:, 3:] != shown[:, 3:], axis=(0, 2, 3, 4)))
 
 
@@ -257,9 +257,9 @@ def test_bfloat16_is_near_float32(kind):
     config = KINDS[kind]
     given = inputs(config)
     half = both(network(dataclasses.replace(config, dtype="bfloat16")), *given)
-    for made, wanted in zip(half, both(network(config), *given), strict=True):
-        assert made.dtype == jnp.float32
-        assert 1e-4 < foreign.relative_error(made, wanted) < 3e-2
+    for result, wanted in zip(half, both(network(config), *given), strict=True):
+        assert result.dtype == jnp.float32
+        assert 1e-4 < foreign.relative_error(result, wanted) < 3e-2
 
 
 def test_eight_devices_give_what_one_gives():
@@ -268,8 +268,8 @@ def test_eight_devices_give_what_one_gives():
     mesh = sharding.make_mesh(data=2, fsdp=2, context=1, tensor=2)
     placed = jax.device_put(vae, sharding.infer(vae, SHARDING_RULES, mesh))
     with jax.set_mesh(mesh):
-        made = both(placed, *sharding.global_batch(given))
-    for a, b in zip(made, wanted, strict=True):
+        result = both(placed, *sharding.global_batch(given))
+    for a, b in zip(result, wanted, strict=True):
         assert a.sharding.shard_shape(a.shape)[0] == 1
         assert foreign.relative_error(a, b) < ROUNDING
 

@@ -29,13 +29,13 @@ def test_videos_and_captions_come_in_the_order_of_their_paths(tmp_path):
     folder(tmp_path, {"b": " a wave,\nbreaking \n", "a": "Möwen", "sub/c": "a cat"})
     video(tmp_path / ".hidden.gif")
     (tmp_path / "notes.md").write_text("no video")
-    made = captioned(tmp_path)
-    assert [path.relative_to(tmp_path).as_posix() for path, _ in made] == [
+    result = captioned(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path, _ in result] == [
         "a.gif",
         "b.gif",
         "sub/c.gif",
     ]
-    assert [caption for _, caption in made] == ["Möwen", "a wave, breaking", "a cat"]
+    assert [caption for _, caption in result] == ["Möwen", "a wave, breaking", "a cat"]
 
 
 def test_a_folder_without_videos_or_captions_is_refused(tmp_path):

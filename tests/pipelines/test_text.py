@@ -115,9 +115,9 @@ def test_pieces_are_those_of_the_library(piece_file):
 
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(piece_file))
     ids, mask = Tokenizer(piece_file, 64)(PROMPTS)
-    for prompt, row, seen in zip(PROMPTS, ids, mask, strict=True):
+    for prompt, row, kept in zip(PROMPTS, ids, mask, strict=True):
         wanted = [*theirs.encode(clean(prompt))[:63], 1]
-        assert row[seen].tolist() == wanted and not row[~seen].any()
+        assert row[kept].tolist() == wanted and not row[~kept].any()
 
 
 @pytest.mark.torch
@@ -192,11 +192,11 @@ def test_every_prompt_ends_with_the_end(file):
 def test_the_tail_is_zero_and_the_rest_is_the_network_s(file):
     net = UMT5(umt5.TINY, rngs=nnx.Rngs(0))
     ids, mask = Tokenizer(file, 24)(PROMPTS)
-    made = np.asarray(encode(net, ids, mask))
-    assert made.dtype == np.float32 and made.shape == (*ids.shape, umt5.TINY.dim)
-    assert not mask.all() and not made[~mask].any()
+    result = np.asarray(encode(net, ids, mask))
+    assert result.dtype == np.float32 and result.shape == (*ids.shape, umt5.TINY.dim)
+    assert not mask.all() and not result[~mask].any()
     wanted = np.asarray(jax.jit(lambda *given: net(*given))(ids, mask))
-    np.testing.assert_allclose(made[mask], wanted[mask], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result[mask], wanted[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_a_tokenizer_of_another_network_is_refused():

@@ -133,8 +133,8 @@ def test_frames_are_taken_at_another_rate(tmp_path):
     save_video(tmp_path / "video.mp4", frames, fps=24)
 
     def read(**settings):
-        made = read_video(tmp_path / "video.mp4", **settings)
-        return np.rint(made.mean((1, 2, 3)) / 20).astype(int).tolist()
+        result = read_video(tmp_path / "video.mp4", **settings)
+        return np.rint(result.mean((1, 2, 3)) / 20).astype(int).tolist()
 
     assert read() == list(range(12))
     assert read(frames=5) == [0, 1, 2, 3, 4]
@@ -168,9 +168,9 @@ def test_a_picture_is_read_upright_and_in_three_colours(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     grey.save(tmp_path / "photo.png", exif=exif)
-    made = read_image(tmp_path / "photo.png", 16, 8)
-    np.testing.assert_array_equal(made[:8], 0)
-    np.testing.assert_array_equal(made[8:], 255)
+    result = read_image(tmp_path / "photo.png", 16, 8)
+    np.testing.assert_array_equal(result[:8], 0)
+    np.testing.assert_array_equal(result[8:], 255)
 
 
 @pytest.mark.parametrize("read", [read_video, lambda path: read_image(path, 8, 8)])

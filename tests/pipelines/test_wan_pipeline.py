@@ -91,8 +91,8 @@ def test_program_refuses_with_one_message_before_it_samples(
     monkeypatch.setattr(sampling, "draw", None)
     monkeypatch.setitem(sys.modules, "av", None)
     prompts.with_suffix(".txt.png").mkdir()
-    said = program(f"--checkpoint={digits}", *(arg.format(prompts=prompts) for arg in args))
-    assert said.startswith("error: ") and message in said
+    output = program(f"--checkpoint={digits}", *(arg.format(prompts=prompts) for arg in args))
+    assert output.startswith("error: ") and message in output
 
 
 @pytest.mark.parametrize("flag", ["--boundary=875", "--fps=0", "--steps=0"])
@@ -103,38 +103,40 @@ def test_numbers_out_of_range_are_refused_as_flags(program, digits, prompts, fla
 
 def test_a_transformer_alone_wants_a_pipeline(program, digits, prompts, tmp_path):
     weights.save(tmp_path / "a.safetensors", weights.denoiser(digits))
-    said = program(f"--checkpoint={tmp_path}/a.safetensors", f"--prompts={prompts}", "--out=a.gif")
-    assert "a.safetensors is a transformer alone: name with --pipeline" in said
+    network = tmp_path / "a.safetensors"
+    output = program(f"--checkpoint={network}", f"--prompts={prompts}", "--out=a.gif")
+    assert "a.safetensors is a transformer alone: name with --pipeline" in output
 
 
 def test_a_continuation_keeps_its_first_frame_at_time_zero():
-    seen = {}
+    found = {}
 
     def denoiser(x_t, t, text):
-        seen.update(x_t=x_t, t=t)
+        found.update(x_t=x_t, t=t)
         return 0 * x_t
 
     frame = np.full((2, 1, 4, 4, 3), 0.5, np.float32)
     noise = jnp.ones((2, 3, 4, 4, 3))
     cond = wan.Start(np.zeros((2, 1, 8)), frame)
     out = wan.Continuation(denoiser)(noise, jnp.float32([1.0, 0.25]), cond)
-    np.testing.assert_array_equal(seen["t"], [[0, 1, 1], [0, 0.25, 0.25]])
-    np.testing.assert_array_equal(seen["x_t"][:, :1], frame)
+    np.testing.assert_array_equal(found["t"], [[0, 1, 1], [0, 0.25, 0.25]])
+    np.testing.assert_array_equal(found["x_t"][:, :1], frame)
     np.testing.assert_array_equal(out[:, :1], frame)
     assert not np.any(out[:, 1:])
 
 
 def transformer(name, **settings):
-    """diffusers' network, tiny; networks of other names have other weights."""
+    """diffusers' network, tiny; its weights depend on `name`."""
     diffusers = pytest.importorskip("diffusers")
-    made = diffusers.WanTransformer3DModel(
+    network = diffusers.WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=24, text_dim=32, freq_dim=64, ffn_dim=64,
         num_layers=2, **settings,
     )  # fmt: skip
-    foreign.give_weights(made)
-    # The last layer's alone make another velocity of the same thoughts.
-    made.proj_out.weight.data.copy_(made.proj_out.weight.new_tensor(foreign.tensor(name, (64, 48))))
-    return made
+    foreign.give_weights(network)
+    # Only the last layer depends on `name`: equal features, another velocity.
+    last = network.proj_out.weight
+    last.data.copy_(last.new_tensor(foreign.tensor(name, (64, 48))))
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +191,8 @@ def image_to_video(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("image") / "pipeline"
     shutil.copytree(folder, root)
     shutil.rmtree(root / "transformer")
-    made = transformer("high", in_channels=36, image_dim=16, added_kv_proj_dim=48)
-    made.save_pretrained(root / "transformer")
+    result = transformer("high", in_channels=36, image_dim=16, added_kv_proj_dim=48)
+    result.save_pretrained(root / "transformer")
     config = transformers.CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
         image_size=28, patch_size=14,
@@ -285,8 +287,8 @@ def test_clip_features_are_those_of_diffusers(image_to_video, first_frame):
     around = diffusers_pipeline("WanImageToVideoPipeline", image_to_video)
     with Image.open(first_frame) as image:
         wanted = around.encode_image(image).detach()
-        made = wan.clip_features(image_to_video, np.asarray(image)[None])
-    assert made.shape == (1, 5, 16) and foreign.relative_error(made, wanted) < 1e-6
+        result = wan.clip_features(image_to_video, np.asarray(image)[None])
+    assert result.shape == (1, 5, 16) and foreign.relative_error(result, wanted) < 1e-6
 
 
 # name: (folder, diffusers' pipeline, its settings, the program's flags, whether an image is given)
@@ -316,18 +318,18 @@ def test_program_makes_the_video_that_diffusers_makes(
     files = f"--checkpoint={root}", f"--prompts={tmp_path}/prompts.txt", f"--out={tmp_path}/a.png"
     assert program(*files, *asked, *flags) is None
     with Image.open(tmp_path / "a.png") as sheet:
-        made = rearrange(np.asarray(sheet), "h (t w) c -> t h w c", t=5).astype(float)
+        result = rearrange(np.asarray(sheet), "h (t w) c -> t h w c", t=5).astype(float)
     noise_key, _ = jax.random.split(jax.random.key(5))
     noise = np.array(randomness.normal(noise_key, np.arange(1), (2, 4, 6, 16)))
     with Image.open(first_frame) as image:
-        told = {"image": image} if takes_image else {}
+        image_input = {"image": image} if takes_image else {}
         wanted = diffusers_pipeline(kind, root, **settings)(
             prompt="a cat sees waves", negative_prompt="waves", height=32, width=48, num_frames=5,
             num_inference_steps=4, guidance_scale=4.0, output_type="np",
-            latents=torch.from_numpy(np.moveaxis(noise, -1, 1)), **told,
+            latents=torch.from_numpy(np.moveaxis(noise, -1, 1)), **image_input,
         ).frames[0]  # fmt: skip
     assert np.mean((wanted > 0) & (wanted < 1)) > 0.9  # clipping would hide differences
-    assert np.abs(made - 255 * wanted).max() < 0.6  # half a level, and what float32 rounds
+    assert np.abs(result - 255 * wanted).max() < 0.6  # half a level, and what float32 rounds
 
 
 @pytest.mark.torch
@@ -336,13 +338,13 @@ def test_every_expert_of_a_pair_is_asked(program, pair, tmp_path):
     (tmp_path / "prompts.txt").write_text("waves\n")
     files = f"--checkpoint={pair}", f"--prompts={tmp_path}/prompts.txt"
     size = "--frames=5", "--height=32", "--width=48", "--steps=4", "--shift=3"
-    made = {}
+    result = {}
     for boundary in (0.95, 0.9, 0.8, 0.4):
         out = tmp_path / f"{boundary}.png"
         assert program(*files, *size, f"--boundary={boundary}", f"--out={out}") is None
-        made[boundary] = out.read_bytes()
-    assert made[0.9] == made[0.8]
-    assert len({made[b] for b in (0.95, 0.8, 0.4)}) == 3
+        result[boundary] = out.read_bytes()
+    assert result[0.9] == result[0.8]
+    assert len({result[b] for b in (0.95, 0.8, 0.4)}) == 3
 
 
 @pytest.mark.torch
@@ -371,8 +373,8 @@ def test_program_makes_videos_of_a_diffusers_pipeline(program, folder, tmp_path)
     from dmd_jax.pipelines.video import read_video
 
     assert read_video(tmp_path / "a.mp4").shape == (5, 32, 48, 3)
-    said = program(*where, "--frames=6", "--height=32", "--width=48")
-    assert "6 frames of 32x48: this VAE takes 4 k + 1 frames" in said
+    output = program(*where, "--frames=6", "--height=32", "--width=48")
+    assert "6 frames of 32x48: this VAE takes 4 k + 1 frames" in output
 
 
 @pytest.mark.parametrize("flag", ["checkpoint", "prompts", "out", "pipeline"])
@@ -380,8 +382,8 @@ def test_addresses_are_refused_wherever_a_path_is_taken(program, digits, prompts
     weights.save(tmp_path / "a.safetensors", weights.denoiser(digits))
     given = {"checkpoint": tmp_path / "a.safetensors", "prompts": prompts, "out": "a.gif"}
     given |= {flag: "gs://bucket/a.gif"}
-    said = program(*(f"--{name}={value}" for name, value in given.items()))
-    assert "gs://bucket/a.gif: only local paths are read and written; mount the bucket" in said
+    output = program(*(f"--{name}={value}" for name, value in given.items()))
+    assert "gs://bucket/a.gif: only local paths are read and written; mount the bucket" in output
 
 
 def test_videos_of_prompts_are_drawn_by_a_function(digits):

@@ -1,6 +1,6 @@
 """Inception against torch-fidelity's, and its parts against closed forms.
 
-`inception_reference.json` was made with torch-fidelity 0.4.0: the shapes of all convolutions, and
+`inception_reference.json` is from torch-fidelity 0.4.0: the shapes of all convolutions, and
 features 0, 64, 128, ... of two images at INPUT_IMAGE_SIZE = 75, with the weights of `tensors`.
 """
 

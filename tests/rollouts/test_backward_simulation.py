@@ -182,15 +182,15 @@ def test_samples_do_not_depend_on_how_the_batch_is_split():
 
 @pytest.mark.parametrize("schedule, scale", [(FlowMatching(), 1.0), (EDM(), 80.0)])
 def test_one_step_scales_the_noise_to_the_schedules_end(schedule, scale):
-    seen = {}
+    found = {}
 
     def generator(x, t, cond):
-        seen.update(x=x, t=t, cond=cond)
+        found.update(x=x, t=t, cond=cond)
         return x
 
     rollout = one_step(generator, NOISE, "cond", schedule=schedule)
-    np.testing.assert_allclose(seen["x"], scale * NOISE, rtol=1e-5)
-    np.testing.assert_array_equal(seen["t"], 1.0)
+    np.testing.assert_allclose(found["x"], scale * NOISE, rtol=1e-5)
+    np.testing.assert_array_equal(found["t"], 1.0)
     assert (rollout.t_from, rollout.t_to, rollout.cond, rollout.mask) == (1.0, 0.0, "cond", None)
 
 

@@ -256,7 +256,7 @@ def test_a_failed_write_surfaces_and_keeps_what_was_there(tmp_path):
         checkpointer.save(2, tree)
         checkpointer.wait()
     assert checkpointer.restore_latest(tree)[1] == 1
-    checkpointer.save(2, tree)  # room was made
+    checkpointer.save(2, tree)  # after room was freed
     checkpointer.close()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
 

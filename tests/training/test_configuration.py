@@ -62,7 +62,7 @@ def described(**fields):
     return complete(ml_collections.ConfigDict({"part": {"cls": Outer, **fields}})).part
 
 
-def made(**fields):
+def build_outer(**fields):
     return construct(described(**fields), "config.part", shape=(1, 2))
 
 
@@ -116,7 +116,7 @@ def test_a_flag_sets_a_field_that_may_be_none(flag, name, value):
 
 def test_an_unknown_class_is_refused_as_a_value_of_another_type():
     with pytest.raises(ValueError, match=r"config\.part\.form is 'Oval'"):
-        made(form="Oval")
+        build_outer(form="Oval")
 
 
 def test_a_section_without_a_class_is_refused_by_its_path():
@@ -137,12 +137,12 @@ def test_a_tilde_is_the_home_directory_at_every_depth(monkeypatch):
 
 
 def test_objects_are_made_from_values_defaults_and_what_the_program_gives():
-    assert made(weight=2.0, name="other") == Outer(shape=(1, 2), weight=2.0, name="other")
-    assert made(inner={"cls": Inner, "size": 5}).inner == Inner(5)
+    assert build_outer(weight=2.0, name="other") == Outer(shape=(1, 2), weight=2.0, name="other")
+    assert build_outer(inner={"cls": Inner, "size": 5}).inner == Inner(5)
 
 
 def test_a_whole_number_does_for_a_real_one():
-    assert made(weight=2).weight == 2
+    assert build_outer(weight=2).weight == 2
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_whole_number_does_for_a_real_one():
 )
 def test_what_a_class_cannot_be_made_of_is_refused_by_its_path(fields, message):
     with pytest.raises(ValueError, match=message):
-        made(**fields)
+        build_outer(**fields)
 
 
 def test_elements_of_a_tuple_have_types_too():

@@ -51,7 +51,7 @@ def test_the_description_of_a_run_says_its_work(run):
 
 
 @pytest.mark.parametrize(
-    "value, said", [(0, "0 "), (999, "999 "), (1_234, "1.23 k"), (5.49e20, "549 E")]
+    "value, wanted", [(0, "0 "), (999, "999 "), (1_234, "1.23 k"), (5.49e20, "549 E")]
 )
-def test_numbers_have_three_digits_and_a_prefix(value, said):
-    assert si(value) == said
+def test_numbers_have_three_digits_and_a_prefix(value, wanted):
+    assert si(value) == wanted

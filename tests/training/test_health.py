@@ -16,16 +16,16 @@ def scalars(**metrics: float) -> dict:
 
 def records(window: Window, steps: range, metrics) -> list:
     """What a loop over `steps` gets to see."""
-    seen = [window.add(step, metrics(step)) for step in steps]
-    return [record for record in [*seen, window.flush()] if record]
+    found = [window.add(step, metrics(step)) for step in steps]
+    return [record for record in [*found, window.flush()] if record]
 
 
 # Window
 
 
 def test_a_record_holds_the_means_of_exactly_its_steps():
-    seen = records(Window(every=3), range(1, 8), lambda step: scalars(loss=step))
-    assert seen == [(3, {"loss": 2.0}), (6, {"loss": 5.0})]
+    found = records(Window(every=3), range(1, 8), lambda step: scalars(loss=step))
+    assert found == [(3, {"loss": 2.0}), (6, {"loss": 5.0})]
 
 
 class Queued:
@@ -55,10 +55,10 @@ def test_the_newest_step_is_never_waited_for():
 
 def test_what_is_not_a_number_does_not_count_but_is_not_hidden():
     values = {1: 1.0, 2: math.nan, 3: 3.0, 4: math.inf}
-    seen = records(
+    found = records(
         Window(every=4), range(1, 5), lambda step: scalars(band=values[step], empty=math.nan)
     )
-    ((step, means),) = seen
+    ((step, means),) = found
     assert step == 4 and means["band"] == 2.0 and math.isnan(means["empty"])
 
 

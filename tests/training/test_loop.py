@@ -48,8 +48,8 @@ def straight(launch, tmp_path_factory):
     """The directory of a run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     process = launch(workdir)
-    told, _ = process.communicate()
-    assert process.returncode == 0, told
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
     assert (workdir / "report.md").exists() and (workdir / "report.png").exists()
     return workdir
 
@@ -125,14 +125,14 @@ def test_a_run_killed_and_stopped_at_every_moment_ends_with_the_bits_of_one_that
 def test_a_finished_run_says_so_reprints_its_report_and_refuses_another_config(launch, straight):
     report = (straight / "report.md").read_text()
     process = launch(straight)
-    told, _ = process.communicate()
+    printed, _ = process.communicate()
     assert process.returncode == 0
-    assert "this run is finished" in told and report in told
+    assert "this run is finished" in printed and report in printed
 
     other = launch(straight, **{"method.guidance": 3.0})
-    told, _ = other.communicate()
-    assert other.returncode != 0 and "Traceback" not in told
-    assert "method.guidance: the run here has 1.25, this command 3.0" in told
+    printed, _ = other.communicate()
+    assert other.returncode != 0 and "Traceback" not in printed
+    assert "method.guidance: the run here has 1.25, this command 3.0" in printed
 
 
 def test_videos_of_prompts_train_go_on_and_are_judged(tmp_path):

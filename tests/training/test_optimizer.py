@@ -273,12 +273,12 @@ def test_a_held_role_keeps_its_weights_moments_and_clock():
         flags = {"generator": step % 5 == 0, "fake_score": True}
         if step % 5:
             grads = grads | {"generator": jax.tree.map(lambda g: g * jnp.nan, draw())}
-        held = state.inner_states["generator"]
+        stored = state.inner_states["generator"]
         updates, state = update(grads, state, params, update=flags)
         if step % 5:
             assert_same(updates["generator"], jax.tree.map(jnp.zeros_like, params["generator"]))
             now = state.inner_states["generator"].inner_state
-            assert_same(now.inner_state, held.inner_state.inner_state)
+            assert_same(now.inner_state, stored.inner_state.inner_state)
         params = jax.tree.map(jnp.add, params, updates)
     for role, taken in [("generator", gradients[::5]), ("fake_score", gradients)]:
         rates = [specs[role].schedule(10)(i) for i in range(len(taken))]

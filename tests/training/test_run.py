@@ -29,7 +29,7 @@ STEPS = programs.SHORT["steps"]
 
 @pytest.fixture(scope="module")
 def build(teacher, data_dir):
-    """A tiny run, on one device if not told otherwise."""
+    """A tiny run, on one device by default."""
 
     def call(devices=1, **overrides):
         config = programs.config(teacher, data_dir, **overrides)

@@ -43,14 +43,14 @@ class Toy:
         return Rollout(x0, None, jnp.float32(1), jnp.float32(0), None)
 
     def generator_loss(self, generator, nets, batch, key):
-        made = self.rollout(generator, nets, batch, key)
+        result = self.rollout(generator, nets, batch, key)
         loss = self.loss(generator, batch["a"], batch["generator"])
-        return loss, ({"rollout": made.x0}, made)
+        return loss, ({"rollout": result.x0}, result)
 
     def critic_loss(self, critics, nets, rollout, batch, key):
         loss = self.loss(critics["fake_score"], batch["a"], batch["fake_score"])
         scale = jnp.broadcast_to(nets["generator"].net.scale, batch["index"].shape)
-        return loss, {"seen": rollout.x0, "scale": scale}
+        return loss, {"critic_sample": rollout.x0, "scale": scale}
 
     def metrics(self, observed):
         return {name: jnp.mean(values) for name, values in observed.items()}
@@ -242,25 +242,25 @@ def test_donation_consumes_the_state_and_nothing_else():
 
 def test_a_step_is_a_pure_function_of_state_and_key():
     state = toy_state()
-    first, seen = toy_step(state, {}, BATCH, update_generator=True)
+    first, found = toy_step(state, {}, BATCH, update_generator=True)
     again, repeated = toy_step(state, {}, BATCH, update_generator=True)
-    assert_same((again, repeated), (first, seen))
+    assert_same((again, repeated), (first, found))
     later = dataclasses.replace(state, step=jnp.int32(7))
-    assert toy_step(later, {}, BATCH, update_generator=True)[1]["rollout"] != seen["rollout"]
+    assert toy_step(later, {}, BATCH, update_generator=True)[1]["rollout"] != found["rollout"]
     other = step(state, {}, BATCH, jax.random.key(12), method=TOY, tx=TX, update_generator=True)
-    assert other[1]["rollout"] != seen["rollout"]
+    assert other[1]["rollout"] != found["rollout"]
 
 
 def test_the_critic_sees_the_generators_rollout_or_one_of_its_own():
     reused = toy_step(toy_state(), {}, BATCH, update_generator=True)[1]
-    assert reused["seen"] == reused["rollout"] != 0.0
+    assert reused["critic_sample"] == reused["rollout"] != 0.0
     fresh = toy_step(toy_state(), {}, BATCH, update_generator=True, reuse_rollout=False)[1]
     assert fresh["rollout"] == reused["rollout"]
-    assert fresh["seen"] != fresh["rollout"]
+    assert fresh["critic_sample"] != fresh["rollout"]
     # Between the generator's steps there is nothing to reuse.
     for reuse in (True, False):
         alone = toy_step(toy_state(), {}, BATCH, update_generator=False, reuse_rollout=reuse)[1]
-        assert alone["seen"] == fresh["seen"]
+        assert alone["critic_sample"] == fresh["critic_sample"]
 
 
 @pytest.mark.parametrize("reuse", [True, False])
@@ -306,8 +306,8 @@ def distill(state, *, frozen=FROZEN, data=DISTILL, **settings):
 def test_accumulation_equals_the_whole_batch():
     state, metrics = distill(distill_state())
     for parts in (2, 4, 8):
-        other, seen = distill(distill_state(), accumulate=parts)
-        assert_close((other, seen), (state, metrics), rtol=1e-5, atol=1e-6)
+        other, found = distill(distill_state(), accumulate=parts)
+        assert_close((other, found), (state, metrics), rtol=1e-5, atol=1e-6)
     assert metrics["samples/diversity"] > 0.1  # that of single samples is 0
 
 

@@ -35,14 +35,14 @@ def write_folder(folder, layout="diffusers", dtype=ml_dtypes.bfloat16, shards=1,
     """A folder as the hub has it: config.json, one file or shards and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(names.to_settings(config, layout)))
-    held = tensors(layout, dtype, config)
+    arrays = tensors(layout, dtype, config)
     if shards == 1:
-        save_file(held, folder / "diffusion_pytorch_model.safetensors")
+        save_file(arrays, folder / "diffusion_pytorch_model.safetensors")
         return folder
     weight_map = {}
     for i in range(shards):
         file = f"diffusion_pytorch_model-{i + 1:05}-of-{shards:05}.safetensors"
-        part = {name: held[name] for name in sorted(held)[i::shards]}
+        part = {name: arrays[name] for name in sorted(arrays)[i::shards]}
         save_file(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}

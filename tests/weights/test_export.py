@@ -74,18 +74,18 @@ def test_diffusers_loads_the_pipeline(tmp_path, student, dtype, monkeypatch):
 
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.setattr(formats, "SHARD", 500_000)
-    said = export.write(student, "diffusers", tmp_path / "out", dtype=dtype)
-    assert str(TIMES) in said
+    output = export.write(student, "diffusers", tmp_path / "out", dtype=dtype)
+    assert str(TIMES) in output
     pipeline = diffusers.WanPipeline.from_pretrained(
         tmp_path / "out",
         torch_dtype=getattr(torch, dtype),
         **dict.fromkeys(("vae", "text_encoder", "tokenizer")),
     )
     net = weights.load(student, dtype)
-    held = {
+    stored = {
         name: tensor.float().numpy() for name, tensor in pipeline.transformer.state_dict().items()
     }
-    checkpoints.assert_same(held, checkpoints.held_by(wide(net), "diffusers"))
+    checkpoints.assert_same(stored, checkpoints.held_by(wide(net), "diffusers"))
 
     x, t = foreign.tensor("x", (1, 2, 4, 6, 4)), np.array([700.0], np.float32)
     text = foreign.tensor("text", (1, 5, CONFIG.text_dim))
@@ -131,10 +131,10 @@ def test_the_other_parts_come_from_a_base(tmp_path, student):
     }
     (base / "model_index.json").write_text(json.dumps(index))
     export.write(student, "diffusers", tmp_path / "out", base=base)
-    made = json.loads((tmp_path / "out" / "model_index.json").read_text())
-    assert made["vae"] == index["vae"] and made["tokenizer"] == index["tokenizer"]
-    assert made["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    assert made["transformer_2"] == [None, None] and made["boundary_ratio"] is None
+    result = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert result["vae"] == index["vae"] and result["tokenizer"] == index["tokenizer"]
+    assert result["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert result["transformer_2"] == [None, None] and result["boundary_ratio"] is None
     assert (tmp_path / "out" / "vae" / "x").read_text() == "vae"
     assert not (tmp_path / "out" / "transformer" / "x").exists()
     assert not (tmp_path / "out" / "transformer_2").exists()
@@ -146,11 +146,11 @@ def test_torch_reads_the_file_for_self_forcing(tmp_path, student, dtype):
     import torch
 
     export.write(student, "self_forcing", tmp_path / "a.pt", dtype=dtype)
-    [(key, held)] = torch.load(tmp_path / "a.pt", weights_only=True).items()
-    assert key == "generator_ema" and all(name.startswith("model.") for name in held)
+    [(key, stored)] = torch.load(tmp_path / "a.pt", weights_only=True).items()
+    assert key == "generator_ema" and all(name.startswith("model.") for name in stored)
     wanted = checkpoints.held_by(weights.load(student, dtype), "original")
-    assert {str(tensor.dtype) for tensor in held.values()} == {f"torch.{dtype or 'float32'}"}
-    found = {name.removeprefix("model."): x.float().numpy() for name, x in held.items()}
+    assert {str(tensor.dtype) for tensor in stored.values()} == {f"torch.{dtype or 'float32'}"}
+    found = {name.removeprefix("model."): x.float().numpy() for name, x in stored.items()}
     checkpoints.assert_same(found, {name: x.astype(np.float32) for name, x in wanted.items()})
 
 
@@ -160,8 +160,8 @@ def test_diffusers_loads_the_original_layout(tmp_path, student):
     from safetensors.torch import load_file
 
     export.write(student, "original", tmp_path / "out")
-    held = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
-    converted = single_file.convert_wan_transformer_to_diffusers(held)
+    stored = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    converted = single_file.convert_wan_transformer_to_diffusers(stored)
     checkpoints.assert_same(
         {name: tensor.numpy() for name, tensor in converted.items()},
         checkpoints.held_by(weights.load(student), "diffusers"),

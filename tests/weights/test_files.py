@@ -37,7 +37,7 @@ def write_torch(path, arrays=ARRAYS, *keys, prefix=""):
     return path
 
 
-def held(path):
+def stored(path):
     """{name: array} of all that is at `path`."""
     tensors = files.open_tensors(path)
     return {name: tensors.read(name) for name in tensors.shapes}
@@ -57,7 +57,7 @@ def test_safetensors_are_views_of_the_file(tmp_path):
     assert (tensors.metadata, tensors.settings) == ({"note": "x"}, None)
     assert tensors.shapes == {name: x.shape for name, x in ARRAYS.items()}
     assert tensors.dtypes == {name: x.dtype for name, x in ARRAYS.items()}
-    checkpoints.assert_same(held(tmp_path / "a.safetensors"), ARRAYS)
+    checkpoints.assert_same(stored(tmp_path / "a.safetensors"), ARRAYS)
     with pytest.raises(ValueError, match="read-only"):
         tensors.read("matrix")[0] = 1
 
@@ -68,7 +68,7 @@ def test_safetensors_are_views_of_the_file(tmp_path):
 def test_files_of_torch_are_read_without_torch(tmp_path, keys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
     path = write_torch(tmp_path / "a.pt", ARRAYS, *keys, prefix="model._fsdp_wrapped_module.")
-    checkpoints.assert_same(held(path), ARRAYS)
+    checkpoints.assert_same(stored(path), ARRAYS)
 
 
 def test_of_two_generators_the_averaged_one_is_read(tmp_path):
@@ -76,7 +76,7 @@ def test_of_two_generators_the_averaged_one_is_read(tmp_path):
     tree = {"generator": {"w": ("now", *leaf)}, "generator_ema": {"w": ("mean", *leaf)}}
     arrays = {"now": np.zeros(2, np.float32), "mean": np.ones(2, np.float32)}
     pickles.write(tmp_path / "a.pt", tree, arrays.items())
-    np.testing.assert_array_equal(held(tmp_path / "a.pt")["w"], [1, 1])
+    np.testing.assert_array_equal(stored(tmp_path / "a.pt")["w"], [1, 1])
 
 
 @pytest.mark.torch
@@ -90,7 +90,7 @@ def test_what_torch_wrote(tmp_path):
         "generator": {"turned": x.T, "part": x[1:, 2:], "same": x, **module.state_dict()},
     }
     torch.save(tree, tmp_path / "a.pt")
-    found = held(tmp_path / "a.pt")
+    found = stored(tmp_path / "a.pt")
     for name, tensor in tree["generator"].items():
         assert str(found[name].dtype) == str(tensor.dtype).removeprefix("torch.")
         np.testing.assert_array_equal(found[name].astype(np.float32), tensor.float().numpy())

@@ -66,11 +66,11 @@ def test_every_tensor_of_a_14b_has_its_place_and_none_is_left_over(tmp_path, con
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model.", "module._orig_mod."])
 def test_a_file_alone_and_the_names_of_wrappers(tmp_path, prefix):
-    held = checkpoints.tensors("original")
-    save_file({prefix + name: x for name, x in held.items()}, tmp_path / "a.safetensors")
+    stored = checkpoints.tensors("original")
+    save_file({prefix + name: x for name, x in stored.items()}, tmp_path / "a.safetensors")
     net = weights.load(tmp_path / "a.safetensors")
     assert net.config == CONFIG
-    checkpoints.assert_same(checkpoints.held_by(net, "original"), held)
+    checkpoints.assert_same(checkpoints.held_by(net, "original"), stored)
 
 
 def test_a_dtype_rounds_once(tmp_path):
@@ -113,10 +113,10 @@ def test_weights_are_born_sharded(tmp_path):
 
 
 def test_no_part_of_a_weight_is_larger_than_a_devices(tmp_path, monkeypatch):
-    made = []
+    result = []
 
     def note(shape, dtype, real=table._aligned):
-        made.append(tuple(shape))
+        result.append(tuple(shape))
         return real(shape, dtype)
 
     monkeypatch.setattr(table, "_aligned", note)
@@ -126,17 +126,17 @@ def test_no_part_of_a_weight_is_larger_than_a_devices(tmp_path, monkeypatch):
     shardings = sharding.infer(abstract, SHARDING_RULES, mesh)
     net = weights.load(folder, shardings=shardings)
     wanted = [s.data.shape for x in jax.tree.leaves(net) for s in x.addressable_shards]
-    assert set(made) == set(wanted)
-    assert (CONFIG.depth, 64, CONFIG.ffn // 2) in made
+    assert set(result) == set(wanted)
+    assert (CONFIG.depth, 64, CONFIG.ffn // 2) in result
 
 
 @pytest.mark.parametrize("fsdp", [None, 8])
 def test_a_weight_is_read_into_the_memory_that_it_stays_in(tmp_path, monkeypatch, fsdp):
-    made = set()
+    result = set()
 
     def note(shape, dtype, real=table._aligned):
         array = real(shape, dtype)
-        made.add(array.ctypes.data)
+        result.add(array.ctypes.data)
         return array
 
     monkeypatch.setattr(table, "_aligned", note)
@@ -146,7 +146,7 @@ def test_a_weight_is_read_into_the_memory_that_it_stays_in(tmp_path, monkeypatch
         shardings = sharding.infer(weights.abstract_part(folder), SHARDING_RULES, mesh)
     for weight in jax.tree.leaves(weights.load(folder, shardings=shardings)):
         first = weight.addressable_shards[0].data
-        assert first.unsafe_buffer_pointer() in made
+        assert first.unsafe_buffer_pointer() in result
 
 
 def test_what_is_not_placed_follows_the_mesh_of_its_user(tmp_path):
@@ -221,7 +221,7 @@ def test_a_folder_that_diffusers_wrote(tmp_path):
 
 def load_all(folder):
     """{name: array} of all safetensors of a folder."""
-    held = {}
+    stored = {}
     for file in folder.glob("*.safetensors"):
-        held |= load_file(file)
-    return held
+        stored |= load_file(file)
+    return stored

@@ -87,15 +87,15 @@ def test_the_tokens_may_have_either_name_or_both():
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module._orig_mod."])
-@pytest.mark.parametrize("held", [(NAME,), (ALIAS,), (NAME, ALIAS)], ids=len)
-def test_a_file_with_either_name_or_both_is_loaded(tmp_path, held, prefix):
+@pytest.mark.parametrize("stored", [(NAME,), (ALIAS,), (NAME, ALIAS)], ids=len)
+def test_a_file_with_either_name_or_both_is_loaded(tmp_path, stored, prefix):
     """transformers ties the two, and writes both where its caller does not share tensors."""
     given = {
         name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + len(name)
         for name, shape in shapes(umt5.TINY, "diffusers").items()
     }
     tokens = given.pop(NAME)
-    given |= {name: tokens.copy() for name in held}
+    given |= {name: tokens.copy() for name in stored}
     path = tmp_path / "model.safetensors"
     save_file({prefix + name: tensor for name, tensor in given.items()}, path)
     net = weights.load(path, part="text_encoder")

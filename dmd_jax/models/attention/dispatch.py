@@ -1,7 +1,7 @@
 """`attention`: checks its arguments, splits the work over the mesh and picks the kernel.
 
-The platform is that of the mesh in force, or of the process if there is none: so a program for a
-TPU can be compiled on a host that has no TPU. With a mesh, every device runs its kernel on its own
+The platform is that of the current mesh, or of the process without one. A host without a TPU can
+therefore compile a program for one. With a mesh, every device runs its kernel on its own
 sequences and heads. A sequence that is split over `context` is gathered by an exchange of heads for
 tokens (Ulysses, Jacobs et al. 2023).
 """

@@ -2,7 +2,7 @@
 
 A mask is a frozen value of a few integers, not an array of L x L: every kernel derives from it what
 it needs. In the pictures below a row is a query, a column is a key, and both are whole frames;
-`#` is attended, `.` is masked. A test compares the pictures with the masks. Imports numpy alone.
+`#` is attended, `.` is masked. A test compares the pictures with the masks. Imports only numpy.
 """
 
 import dataclasses

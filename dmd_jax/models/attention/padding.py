@@ -1,4 +1,4 @@
-"""Sequences padded to whole blocks, as the kernels and the mesh need them. Imports jax alone."""
+"""Sequences padded to whole blocks, as the kernels and the mesh need them. Imports only jax."""
 
 import jax.numpy as jnp
 

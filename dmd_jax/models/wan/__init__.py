@@ -6,7 +6,7 @@ layers            patches, attention, blocks; their sharding rules
 rope              rotary embedding of time, height and width
 self_attention    which frames attend to which: the whole sequence, or one block and a cache
 
-Imports jax, flax, devices and the attention, cache and layers beside it.
+Imports jax, flax, devices, and `attention`, `kv_cache` and `layers` of models/.
 """
 
 from dmd_jax.models.attention import Causal

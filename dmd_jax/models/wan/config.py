@@ -18,7 +18,7 @@ class WanConfig:
         in_channels, out_channels: of the latents; the input of an image-to-video network has more
             channels than its output (`Conditions.frames`).
         text_dim: width of the text embeddings.
-        image_dim: width of the image features that are attended beside the text; 0 for none.
+        image_dim: width of the image features that cross attention reads too; 0 for none.
         freq_dim: sinusoids of the time embedding, an even number.
         reach: latent frames of the videos that the weights were trained on. In a longer video from
             a cache, positions stay within so many frames (see `kv_cache.Ring.positions`), or

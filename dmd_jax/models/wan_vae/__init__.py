@@ -4,7 +4,7 @@ config         sizes, statistics of the latents, presets
 autoencoder    `WanVAE`: encode, decode, decode frame by frame
 layers         causal convolutions, resampling, shortcuts
 
-Imports jax, flax and the attention and layers beside it.
+Imports jax, flax, and `attention` and `layers` of models/.
 """
 
 from dmd_jax.models.wan_vae.autoencoder import SHARDING_RULES, WanVAE

@@ -3,7 +3,8 @@
 Causal in time: the first frame is encoded by itself, and each later step of the encoder turns
 `time_factor` frames into one latent frame, each step of the decoder one latent frame into as many
 frames. What the layers need of earlier frames goes into and out of every step as a tuple of caches.
-So memory does not grow with the length of a video, and a video can be shown while it is decoded.
+Memory therefore does not grow with the length of a video, and frames are available while later ones
+are still to be decoded.
 """
 
 import functools
@@ -27,7 +28,7 @@ from dmd_jax.models.wan_vae.layers import (
     chain,
 )
 
-# Beside a Wan transformer this network is small: every device holds the whole of it.
+# Small compared with a Wan transformer: every device has all of the weights.
 SHARDING_RULES = ((r"(kernel|bias|scale)$", jax.P()),)
 
 

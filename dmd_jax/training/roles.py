@@ -1,0 +1,141 @@
+"""The networks of a run by role ("generator", "fake_score", "teacher"): resolved, loaded, placed.
+
+A role is a section of the config: `weights` (a file, a name, "teacher" or "random"), `compute`
+(dtype, remat) and, if the file does not state them, `model`, `schedule` and `prediction`. A network
+is abstract, with jax.ShapeDtypeStruct in place of arrays, until `load`. Imports weights,
+diffusion and the configuration.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dmd_jax import weights
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.training.configuration import construct
+
+
+def weights_path(config, role):
+    """The file of a role's initial weights; None for random initialisation.
+
+    Raises:
+        ValueError: the role starts from the teacher, and the run has none.
+    """
+    path = config[role].weights
+    if path == "random":
+        return None
+    if path != "teacher":
+        return path
+    if "teacher" not in config:
+        raise ValueError(f"config.{role}.weights='teacher', but this run has no teacher")
+    return config.teacher.weights
+
+
+def abstract(config, role, *, source, files):
+    """A role's abstract Denoiser: that of its file, or of its `model` where there is no file.
+
+    Args:
+        config: the config of the run.
+        role: name of the role.
+        source: the training data, which fill in the fields of `model` that follow from them.
+        files: False for a dry run: if `model` is stated, the file is not opened.
+
+    Raises:
+        ValueError: the file cannot be used, its network is not `model`, or entries are missing.
+    """
+    spec, path = config[role], weights_path(config, role)
+    if "model" in spec and not files:
+        path = None
+    if path is None:
+        return _stated(config, role, source)
+    try:
+        stored = weights.abstract(path, **_compute(config, role))
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"config.{role}: {error}") from error
+    if "model" in spec:
+        _require_same(role, path, stored.net, _model(config, role, source))
+    return stored
+
+
+def _stated(config, role, source):
+    """The abstract Denoiser of `model`, `schedule` and `prediction`."""
+    spec = config[role]
+    if missing := [name for name in ("model", "schedule", "prediction") if name not in spec]:
+        raise ValueError(
+            f"config.{role}.weights='random' needs config.{role}.{missing[0]}, which a file of "
+            "weights would state; configs/pretrain.py has an example"
+        )
+    return Denoiser(
+        _model(config, role, source),
+        construct(spec.schedule, f"config.{role}.schedule"),
+        construct(spec.prediction, f"config.{role}.prediction"),
+    )
+
+
+def _model(config, role, source):
+    """The abstract network of `model`."""
+    fields = {**source.model_fields, **_compute(config, role)}
+    model = construct(config[role].model, f"config.{role}.model", **fields)
+    return jax.eval_shape(lambda: weights.build(model))
+
+
+def _compute(config, role):
+    return dict(config[role].get("compute", {}))
+
+
+def _require_same(role, path, stored, stated):
+    """Refuses a `model` that is not the network in the role's file."""
+    found, wanted = type(stored).__name__, type(stated).__name__
+    if found != wanted:
+        raise ValueError(
+            f"config.{role}.weights={path!r} holds a {found} network, but config.{role}.model "
+            f"describes a {wanted}; change one of them"
+        )
+    if lines := weights.differing(weights.shapes(stated), weights.shapes(stored)):
+        raise ValueError(
+            f"config.{role}.model is not the network in {path}; change the model, or start from "
+            f"config.{role}.weights='random':\n{lines}"
+        )
+
+
+def in_compute_dtype(denoiser):
+    """An abstract frozen network in its compute dtype: only trained weights need float32."""
+    dtype = jnp.dtype(denoiser.net.config.dtype)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), denoiser)
+
+
+def load(config, role, abstract):
+    """A role's Denoiser with arrays, placed as `abstract` says.
+
+    Args:
+        config: the config of the run.
+        role: name of the role.
+        abstract: its abstract Denoiser, from `placed`.
+    """
+    path = weights_path(config, role)
+    if path is None:
+        # Every role has its own seed, so that two random networks differ.
+        seed = config.seed + config.method.cls.trainable.index(role)
+        return dataclasses.replace(abstract, net=weights.build(abstract.net.config, seed=seed))
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    return weights.denoiser(path, shardings=places, **_compute(config, role))
+
+
+def zeros(tree):
+    """Arrays of zeros for an abstract tree."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
+def placed(shapes, nets, mesh):
+    """`shapes` with shardings, by the rules of the families of `nets`.
+
+    Args:
+        shapes: an abstract tree, such as a TrainState or the frozen networks.
+        nets: {role: Denoiser} whose arrays are in it.
+        mesh: the devices.
+    """
+    shardings = weights.shardings(shapes, nets.values(), mesh) if nets else shapes
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
