@@ -26,6 +26,7 @@ from dmd_jax.models import kv_cache
 from dmd_jax.models.attention import Causal
 from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout, constant
+from dmd_jax.rollouts.blocks import Layout
 
 # Tags of the random streams of a rollout.
 NOISE, CONTEXT, EXIT, FIRST_EXIT, LAST = range(5)
@@ -172,60 +173,6 @@ def recache(
     return _write_all(writer, latents, cache, start, context_time or 0.0, lone_first=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the frames of a rollout divide into blocks.
-
-    Attributes:
-        lone: whether the first block is a single frame.
-        size: frames of every other block.
-        count: how many other blocks there are.
-    """
-
-    lone: bool
-    size: int
-    count: int
-
-    @classmethod
-    def of(cls, name, latents, causal, *, lone_first):
-        """The layout of latents [B, F, ...]; ValueError where they end within a block."""
-        frames, size = latents.shape[1], causal.frames_per_block
-        lone = causal.first_alone and lone_first
-        if not frames or (frames - lone) % size:
-            blocks = f"1 frame and blocks of {size}" if lone else f"blocks of {size}"
-            raise ValueError(f"{name}: {frames} frames do not divide into {blocks}")
-        return cls(lone, size, (frames - lone) // size)
-
-    @property
-    def total(self):
-        """How many blocks there are."""
-        return self.lone + self.count
-
-    @property
-    def frames(self):
-        return self.lone + self.size * self.count
-
-    def graded(self, frames):
-        """The blocks of the last `frames` frames: (whether the lone one is, the first other)."""
-        if frames == self.frames:
-            return self.lone, 0
-        if not 0 <= frames < self.frames or frames % self.size:
-            raise ValueError(
-                f"graded={frames} of {self.frames} frames does not begin on the border of a block "
-                f"of {self.size}"
-            )
-        return False, self.count - frames // self.size
-
-    def place(self, block):
-        """Where another block than the lone one lies in `noise`, counted from 0."""
-        return self.lone + self.size * block
-
-    def starts(self, start, left_out):
-        """int32 [blocks]: the first frame of each block in the video; `left_out` come before it."""
-        others = start + self.lone + self.size * (jnp.arange(self.count) - left_out)
-        return jnp.concatenate([jnp.full(int(self.lone), start), others]).astype(jnp.int32)
-
-
 class _Steps(NamedTuple):
     """The lists of times: row 1 is that of the block at frame 0, row 0 that of all others."""
 
@@ -347,14 +294,7 @@ def _roll_out(writer, layout, noise, cache, starts, exits, left_out):
 
     zeros = jnp.zeros(noise.shape, jnp.float32)
     carry = zeros, zeros, jnp.zeros(layout.total), cache
-    if layout.lone:  # just before the first block that is made
-        carry = make(0, layout.size * left_out, 1, carry)
-    x0, inputs, times, cache = jax.lax.fori_loop(
-        left_out,
-        layout.count,
-        lambda i, carry: make(layout.lone + i, layout.place(i), layout.size, carry),
-        carry,
-    )
+    x0, inputs, times, cache = layout.for_each(make, carry, left_out=left_out)
     return x0, _Calls(inputs, times, starts, left_out, writer.cond, cache), cache
 
 
@@ -392,16 +332,13 @@ def _replay(plan, saved, gradient):
 
         return jax.vjp(exit_call, generator)[1](cotangent)[0]
 
-    def add(i, total):
-        block = of_block(layout.lone + i, layout.place(i), layout.size)
-        return jax.tree.map(jnp.add, total, block)
+    def add(block, place, size, total):
+        return jax.tree.map(jnp.add, total, of_block(block, place, size))
 
-    with_lone, first = layout.graded(graded)
-    total = jax.tree.map(jnp.zeros_like, generator)
-    if with_lone:
-        total = of_block(0, layout.size * calls.left_out, 1)
-    first = jnp.maximum(first, calls.left_out)
-    return jax.lax.fori_loop(first, layout.count, add, total), None, None
+    zeros = jax.tree.map(jnp.zeros_like, generator)
+    lone, first = layout.graded(graded)
+    total = layout.for_each(add, zeros, left_out=calls.left_out, lone=lone, first=first)
+    return total, None, None
 
 
 _exit_calls.defvjp(_keep, _replay)
@@ -422,14 +359,7 @@ def _write_all(writer, latents, cache, start, time, *, lone_first):
         x0 = jax.lax.dynamic_slice_in_dim(latents, place, size, axis=1)
         return writer.write(cache, writer.encode(x0, time, block, cache, starts[block]))
 
-    if layout.lone:
-        cache = write(0, 0, 1, cache)
-    return jax.lax.fori_loop(
-        0,
-        layout.count,
-        lambda i, cache: write(layout.lone + i, layout.place(i), layout.size, cache),
-        cache,
-    )
+    return layout.for_each(write, cache)
 
 
 def _empty_cache(generator, noise, causal, graded, end):

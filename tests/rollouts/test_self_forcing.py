@@ -127,7 +127,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("a lone first frame", "a window and a sink")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_equals_the_plain_loop_in_value_and_in_every_gradient(generator, case):
     how = dict(CASES[case])
     frames = how.pop("frames", 6)
