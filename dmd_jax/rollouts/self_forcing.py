@@ -222,8 +222,8 @@ class _Writer:
     cond: Any
     schedule: Any
     causal: Any
-    steps: _Steps
-    key: jax.Array
+    steps: _Steps | None
+    key: jax.Array | None
     index: jax.Array
     context_time: float | None
     step_noise: jax.Array | None
