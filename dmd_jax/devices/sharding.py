@@ -58,9 +58,9 @@ def _constrain(x, spec):
     return jax.lax.with_sharding_constraint(x, spec) if _has_mesh() else x
 
 
-def shard_batch(tree):
-    """Splits the leading axis of every array over data and fsdp."""
-    return jax.tree.map(lambda x: _constrain(x, P(BATCH)), tree)
+def shard_batch(tree, axis=0):
+    """Splits the batch axis of every array, the leading one or another, over data and fsdp."""
+    return jax.tree.map(lambda x: _constrain(x, P(*(None,) * axis, BATCH)), tree)
 
 
 def shard_tokens(x):

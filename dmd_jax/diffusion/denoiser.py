@@ -197,6 +197,10 @@ class Denoiser:
         """x0 alone; see `predict`."""
         return self.predict(x_t, t, cond, **kwargs).x0
 
+    def empty_cache(self, batch, slots, height, width):
+        """The network's KV cache without frames: room for `slots` frames of [height, width]."""
+        return self.net.empty_cache(batch, slots, height, width)
+
 
 def guided(
     denoiser: DenoiserFn,

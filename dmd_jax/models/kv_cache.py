@@ -8,9 +8,13 @@ rollout of any length is one compiled program. With 2 slots for the sink and 3 f
     slot      0   1   2   3   4
     frame     0   1   5   6   4 -> 7
 
+More slots than the window and the sink need change nothing: which frames a block attends to follows
+from their numbers. Training has them, to read the context of every graded block from one finished
+cache.
+
 Keys are stored before the rotary embedding. The order of keys in memory does not matter to
 attention, and at every call each key is rotated to a position relative to the newest frame
-(`Ring.positions`), which stays small in a video of any length. Imports only jax.
+(`Ring.positions`), which stays small in a video of any length. Imports jax and devices.
 """
 
 import dataclasses
@@ -18,6 +22,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from dmd_jax.devices import sharding
 
 EMPTY = -1
 
@@ -32,27 +38,31 @@ class KVCache(NamedTuple):
     values: jax.Array
     frames: jax.Array  # int32 [slots]: number of the frame in each slot; EMPTY for none
 
+    @property
+    def slots(self):
+        """How many frames there is room for."""
+        return self.frames.shape[0]
+
 
 def empty(layers, batch, slots, tokens, heads, width, dtype):
     """A KVCache without frames, with room for `slots` of them."""
     shape = (layers, batch, slots, tokens, heads, width)
-    keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    keys, values = sharding.shard_batch((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), axis=1)
     return KVCache(keys, values, jnp.full(slots, EMPTY, jnp.int32))
 
 
 def write(cache, own, ring):
     """The cache after the K/V of `own`, a KVCache of new frames, are put into their slots."""
     slots = ring.slot(own.frames)
-    return KVCache(
-        cache.keys.at[:, :, slots].set(own.keys),
-        cache.values.at[:, :, slots].set(own.values),
-        cache.frames.at[slots].set(own.frames),
-    )
+    keys = cache.keys.at[:, :, slots].set(own.keys)
+    values = cache.values.at[:, :, slots].set(own.values)
+    keys, values = sharding.shard_batch((keys, values), axis=1)
+    return KVCache(keys, values, cache.frames.at[slots].set(own.frames))
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Which frame is in which slot, and which position its key gets.
+    """Which frame is in which slot.
 
     Attributes:
         slots: slots of the cache.
@@ -87,13 +97,13 @@ def ring(causal, slots):
     """How a cache of `slots` slots serves a `Causal`.
 
     Raises:
-        ValueError: it has other slots than the window and the sink need.
+        ValueError: it has fewer slots than the window and the sink need.
     """
     if causal.window is None:
         return Ring(slots, sink=0)  # every frame stays: no slot has to be kept for the sink
-    if slots != causal.most_visible:
+    if slots < causal.most_visible:
         raise ValueError(
             f"a cache of {slots} frames for window={causal.window} and sink={causal.sink}: it must "
-            f"have room for {causal.most_visible}"
+            f"have room for {causal.most_visible} or more"
         )
     return Ring(slots, causal.sink)

@@ -36,7 +36,7 @@ class Rollout(NamedTuple):
     cache: Any = None
 
 
-def _constant(tree):
+def constant(tree: PyTree) -> PyTree:
     """stop_gradient on the arrays of a pytree, which may have functions as leaves too."""
     return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)
 
@@ -109,11 +109,11 @@ def backward_simulation(
         return net(x, jnp.full(batch, shifted[step * stride]), cond)
 
     # The calls before the last have no gradient: a loop of traced length cannot be differentiated.
-    constant = _constant(generator)
+    frozen = constant(generator)
 
     def call_and_renoise(step, x):
         eps = randomness.normal(jax.random.fold_in(key, step), index, noise.shape[1:])
-        x0 = call(constant, x, step).astype(jnp.float32)
+        x0 = call(frozen, x, step).astype(jnp.float32)
         return schedule.add_noise(x0, eps, jnp.full(batch, shifted[(step + 1) * stride]))
 
     x = jax.lax.stop_gradient(schedule.sigma(shifted[0]) * noise.astype(jnp.float32))

@@ -72,13 +72,14 @@ class Wan(nnx.Module):
             causal: a Causal, for blocks of frames in order; None for bidirectional attention.
             context: clean latents [B, F, H, W, C]: the blocks of x attend to the clean blocks
                 before them (teacher forcing). Needs `causal`.
-            cache: a KVCache of `empty_cache`: x is one block, which continues the video in the
-                cache, or the newest block again. Needs `causal` and `start`.
+            cache: a KVCache of `empty_cache`: x is one block, which attends to the frames of the
+                cache before it. Needs `causal` and `start`.
             start: with a cache, int32 []: the number of the first frame of x in the video; it must
                 be the first of a block.
 
         Returns:
-            [B, F, H, W, out_channels] in float32; with a cache, (that, the cache with x in it).
+            [B, F, H, W, out_channels] in float32; with a cache, (that, a KVCache of the block's own
+            frames, for `kv_cache.write`).
 
         Raises:
             ValueError: shapes or arguments that do not fit together.
@@ -98,19 +99,17 @@ class Wan(nnx.Module):
             attend = over_sequence(self.config, grid, causal, context is not None)
             tokens, _ = self._layers(tokens, embedding, conditions, attend)
         else:
-            tokens, cache = self._continue(
-                tokens, embedding, conditions, grid, causal, cache, start
-            )
+            tokens, own = self._continue(tokens, embedding, conditions, grid, causal, cache, start)
         if context is not None:
             tokens = tokens[:, -grid.frames * grid.frame :]
             embedding = embedding[:, -grid.frames :]
         velocity = self._head(tokens, embedding, grid)
-        return velocity if cache is None else (velocity, cache)
+        return velocity if cache is None else (velocity, own)
 
     def empty_cache(self, batch, frames, height, width):
         """A cache for `frames` frames of [H, W] latents.
 
-        With a window, `frames` is window + sink; without, the frames of the whole video.
+        With a window, `frames` is window + sink or more; without, the frames of the whole video.
         """
         c = self.config
         tokens = height // PATCH[1] * (width // PATCH[2])
@@ -193,12 +192,12 @@ class Wan(nnx.Module):
         return sharding.shard_batch(rearrange(modulation, "b f (six d) -> b f six d", six=6))
 
     def _continue(self, tokens, embedding, conditions, grid, causal, cache, start):
-        """The layers over one block and a cache: (tokens, the cache with the block in it)."""
-        ring = kv_cache.ring(causal, cache.frames.shape[0])
+        """The layers over one block and a cache: (tokens, a KVCache of the block's frames)."""
+        ring = kv_cache.ring(causal, cache.slots)
         frames = start + jnp.arange(grid.frames)
         attend = over_cache(self.config, grid, causal, ring, cache.frames, frames)
         tokens, own = self._layers(tokens, embedding, conditions, attend, cache[:2])
-        return tokens, kv_cache.write(cache, kv_cache.KVCache(*own, frames), ring)
+        return tokens, kv_cache.KVCache(*own, frames)
 
     def _layers(self, tokens, embedding, conditions, attend, cached=None):
         """The scan over layers.

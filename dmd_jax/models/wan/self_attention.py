@@ -53,10 +53,12 @@ def over_sequence(config, grid, causal, teacher_forcing):
 
 
 def over_cache(config, grid, causal, ring, cached_frames, own_frames):
-    """The frames of one block, which attend to themselves and to the frames of a cache.
+    """The frames of one block, which attend to themselves and to the earlier frames of a cache.
 
-    The block's K/V are constants for later blocks: `attend` returns them under stop_gradient. The
-    block itself differentiates through them.
+    Frames of the cache from the block's own first frame on are masked: an earlier call for the same
+    block may have written them, or, where a finished rollout is evaluated again, later blocks.
+    `attend` returns the block's own K/V under stop_gradient: later blocks see constants, the block
+    itself does not.
 
     Args:
         config: WanConfig.
@@ -65,30 +67,32 @@ def over_cache(config, grid, causal, ring, cached_frames, own_frames):
         cached_frames: int32 [slots], of the KVCache.
         own_frames: int32 [F], numbers of the block's frames in the video.
     """
-    slots, end = ring.slot(own_frames), own_frames[-1] + 1
-    frames = cached_frames.at[slots].set(own_frames)
+    start, end = own_frames[0], own_frames[-1] + 1
     length = max(config.reach, causal.most_visible or ring.slots)
 
     def rotation(frames):
         positions = ring.positions(frames, end, length)
         return rotations(config.rope_dims, positions, grid.height, grid.width, length)
 
-    own_rotation, rotation_of_slots = rotation(own_frames), rotation(frames)
+    own_rotation, cached_rotation = rotation(own_frames), rotation(cached_frames)
     mask = BlockCausal(causal)  # over frames: their numbers are the indices
     # Traced numbers are not checked: frames that are not a block of `causal` still see each other.
-    block_end = jnp.maximum(mask.group(own_frames[0]), end)
-    allowed = mask.group_allows(block_end, frames) & (frames != kv_cache.EMPTY)
+    block_end = jnp.maximum(mask.group(start), end)
+    earlier = (cached_frames != kv_cache.EMPTY) & (cached_frames < start)
+    allowed = jnp.concatenate(
+        [mask.group_allows(block_end, cached_frames) & earlier, jnp.ones(grid.frames, bool)]
+    )
     visible = jnp.repeat(allowed, grid.frame)
+
+    def in_a_row(cached, own):
+        return rearrange(jnp.concatenate([cached, own], 1), "b f t n h -> b (f t) n h")
 
     def attend(layer, x, cached):
         own = layer.keys(x), layer.values(x)
         own = tuple(rearrange(y, "b (f t) n h -> b f t n h", f=grid.frames) for y in own)
-        key, value = (old.at[:, slots].set(new) for old, new in zip(cached, own, strict=True))
         query = rotate_tokens(layer.queries(x), *own_rotation)
-        key, value = (
-            rearrange(y, "b f t n h -> b (f t) n h")
-            for y in (rotate(key, *rotation_of_slots), value)
-        )
+        key = in_a_row(rotate(cached[0], *cached_rotation), rotate(own[0], *own_rotation))
+        value = in_a_row(cached[1], own[1])
         return attention(query, key, value, visible=visible), jax.lax.stop_gradient(own)
 
     return attend

@@ -1,0 +1,391 @@
+"""Self-Forcing's rollout: equal to the plain loop in value and gradient, in pieces, on a mesh."""
+
+import dataclasses
+import functools
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import assert_close, assert_same, weights
+
+from dmd_jax.devices import randomness, sharding
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.diffusion.schedule import FlowMatching, shift_time
+from dmd_jax.models import kv_cache
+from dmd_jax.models.wan import SHARDING_RULES, Causal, Wan, WanConfig
+from dmd_jax.rollouts.self_forcing import recache, self_forcing
+
+FLOW = FlowMatching()
+KEY = jax.random.key(3)
+TIMES = (1.0, 0.75, 0.5, 0.25)
+CONFIG = WanConfig(
+    dim=16, ffn=24, heads=2, depth=2, in_channels=3, out_channels=3, text_dim=5, freq_dim=8, reach=6
+)
+SIZE = (4, 4, 3)  # of a frame: 4 tokens
+PAIRS = Causal(2)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return Denoiser(weights(lambda rngs: Wan(CONFIG, rngs=rngs), 0))
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+COND = normal(1, 2, 4, 5)
+
+
+@functools.cache
+def compiled(**static):
+    """A jitted rollout; all that is an array is an argument of it."""
+
+    @jax.jit
+    def run(generator, noise, cond, key, traced):
+        return self_forcing(generator, noise, cond, key, schedule=FLOW, **static, **traced)
+
+    return run
+
+
+def roll(generator, frames=6, cond=COND, key=KEY, *, noise=None, **how):
+    """A rollout of two samples, under jit."""
+    noise = normal(0, len(cond), frames, *SIZE) if noise is None else noise
+    how = dict(times=TIMES, shift=5.0, causal=PAIRS) | how
+    traced = {k: how.pop(k) for k in list(how) if isinstance(how[k], jax.Array | kv_cache.KVCache)}
+    return compiled(**how)(generator, noise, cond, key, traced)
+
+
+# The plain loop, as one writes it from the paper: a gradient through everything that is not said to
+# be a constant. It keeps all that backpropagation needs of all blocks.
+
+
+def by_hand(generator, noise, exits, *, causal, context_time=0.0, initial=None, first_times=None):
+    """x0 [B, F, ...] by the plain loop, blocks of `causal` from frame 0 on."""
+    frames = noise.shape[1] + (0 if initial is None else initial.shape[1])
+    cache = generator.empty_cache(2, 3 * frames, *SIZE[:2])
+    borders = [
+        0,
+        *range(
+            1 if causal.first_alone else causal.frames_per_block,
+            frames + 1,
+            causal.frames_per_block,
+        ),
+    ]
+    x0s, known = [], 0 if initial is None else initial.shape[1]
+
+    def predict(net, x, t):
+        return net.predict(x, jnp.full(2, t), COND, causal=causal, cache=cache, start=first)
+
+    for first, stop in pairwise(borders):
+        if stop <= known:
+            own = predict(generator, initial[:, first:stop], 0.0).aux
+            x0s.append(initial[:, first:stop])
+        else:
+            exit_step = exits[len(x0s) - sum(b < known for b in borders[:-1])]
+            lists = first_times if first_times and first == 0 else TIMES
+            levels = np.asarray(shift_time(np.float32((*lists, 0.0)), 5.0))
+            x = noise[:, first - known : stop - known]
+            for step in range(exit_step):
+                x0 = jax.lax.stop_gradient(predict(generator, x, levels[step]).x0)
+                key = jax.random.fold_in(jax.random.fold_in(KEY, 0), first)
+                eps = randomness.normal(
+                    jax.random.fold_in(key, step + 1), jnp.arange(2), x.shape[1:]
+                )
+                x = FLOW.add_noise(x0, eps, jnp.full(2, levels[step + 1]))
+            out = predict(generator, x, levels[exit_step])
+            x0s.append(out.x0)
+            own = out.aux
+            if context_time is not None:
+                x0 = out.x0
+                if context_time:
+                    key = jax.random.fold_in(jax.random.fold_in(KEY, 1), first)
+                    eps = randomness.normal(jax.random.fold_in(key, 0), jnp.arange(2), x.shape[1:])
+                    x0 = FLOW.add_noise(x0, eps, jnp.full(2, context_time))
+                own = predict(generator, x0, context_time).aux
+        ring = kv_cache.Ring(cache.slots, sink=0)  # room for every frame
+        cache = kv_cache.write(cache, jax.lax.stop_gradient(own), ring)
+    return jnp.concatenate(x0s, axis=1)
+
+
+CASES = {
+    "blocks of 2": dict(causal=Causal(2)),
+    "frame by frame": dict(causal=Causal(1)),
+    "a lone first frame": dict(causal=Causal(2, first_alone=True), frames=7),
+    "a window": dict(causal=Causal(2, window=4), frames=10),
+    "a window and a sink": dict(causal=Causal(2, window=4, sink=2), frames=10),
+    "a sink that is no whole block": dict(causal=Causal(2, window=4, sink=1), frames=10),
+    "noisy context": dict(causal=Causal(2), context_time=0.3),
+    "context of the exit call": dict(causal=Causal(2), context_time=None),
+    "initial frames": dict(causal=Causal(2, window=4), frames=6, initial=normal(5, 2, 4, *SIZE)),
+    "an image to start from": dict(
+        causal=Causal(2, first_alone=True), frames=6, initial=normal(5, 2, 1, *SIZE)
+    ),
+    "another list for the first block": dict(causal=Causal(2), first_times=(1.0, 0.6)),
+}
+
+
+FAST = ("a lone first frame", "a window and a sink")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_equals_the_plain_loop_in_value_and_in_every_gradient(generator, case):
+    how = dict(CASES[case])
+    frames = how.pop("frames", 6)
+    noise = normal(0, 2, frames, *SIZE)
+    blocks = -(-frames // how["causal"].frames_per_block)
+    exits = [(1, 0, 2)[i % 3] for i in range(blocks)]
+    direction = normal(9, 2, frames, *SIZE)
+
+    def value(run):
+        def of(generator):
+            x0 = run(generator)
+            return jnp.vdot(x0[:, -frames:], direction), x0
+
+        return jax.jit(jax.value_and_grad(of, has_aux=True))(generator)
+
+    (_, x0), grad = value(lambda g: roll(g, noise=noise, exit_step=jnp.array(exits), **how).x0)
+    (_, wanted_x0), wanted = value(lambda g: by_hand(g, noise, exits, **how))
+    assert_close(x0, wanted_x0, rtol=2e-5, atol=2e-5)
+    assert_close(grad, wanted, rtol=2e-4, atol=2e-5)
+
+
+def loss_and_gradient(generator, **how):
+    """(x0, gradient of the product of x0 and a fixed direction) of a rollout."""
+
+    def of(generator):
+        rollout = roll(generator, **how)
+        direction = normal(9, *rollout.x0.shape)
+        return jnp.vdot(rollout.x0, direction), rollout.x0
+
+    (_, x0), gradient = jax.value_and_grad(of, has_aux=True)(generator)
+    return x0, gradient
+
+
+def test_only_graded_blocks_pass_gradient(generator):
+    """With graded=4 of 6 frames: the gradient of the last four alone."""
+    noise, exits = normal(0, 2, 6, *SIZE), jnp.array([1, 3, 0])
+
+    def last_four(run):
+        return jax.grad(lambda g: jnp.vdot(run(g)[:, 2:], normal(9, 2, 4, *SIZE)))(generator)
+
+    graded = roll(generator, noise=noise, exit_step=exits, graded=4)
+    gradient = jax.grad(
+        lambda g: jnp.sum(roll(g, noise=noise, exit_step=exits, graded=4).x0[:, :2])
+    )(generator)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_array_equal(graded.mask, [[False] * 2 + [True] * 4] * 2)
+    ours = last_four(lambda g: roll(g, noise=noise, exit_step=exits, graded=4).x0)
+    wanted = last_four(lambda g: by_hand(g, noise, [1, 3, 0], causal=PAIRS))
+    assert_close(ours, wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [PAIRS, Causal(2, window=4, sink=2), Causal(2, True)], ids=str)
+def test_a_shorter_rollout_is_that_of_its_blocks_alone(generator, causal):
+    """`blocks` leaves out the first ones: the rest is a video that begins at frame 0."""
+    frames = 6 + causal.first_alone
+    noise, short = normal(0, 2, frames + 4, *SIZE), 3 + causal.first_alone
+    alone, wanted = loss_and_gradient(
+        generator, noise=noise[:, 4:], causal=causal, exit_step=jnp.int32(1)
+    )
+
+    def of(generator, blocks):
+        rollout = roll(generator, noise=noise, causal=causal, exit_step=jnp.int32(1), blocks=blocks)
+        direction = jnp.concatenate([jnp.full((2, 4, *SIZE), jnp.nan), normal(9, *alone.shape)], 1)
+        return jnp.sum(jnp.where(rollout.mask[..., None, None, None], rollout.x0 * direction, 0)), (
+            rollout
+        )
+
+    (_, rollout), gradient = jax.value_and_grad(of, has_aux=True)(generator, jnp.int32(short))
+    assert_close(rollout.x0[:, 4:], alone, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(rollout.mask, [[False] * 4 + [True] * frames] * 2)
+    assert_close(gradient, wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("context_time", [0.0, 0.3, None])
+@pytest.mark.parametrize(
+    "causal", [PAIRS, Causal(2, window=4, sink=1), Causal(2, True, window=4)], ids=str
+)
+def test_a_stream_made_in_pieces_equals_one_made_whole(generator, causal, context_time):
+    first = 4 + causal.first_alone
+    noise = normal(0, 2, first + 6, *SIZE)
+    how = dict(causal=causal, last_step_share=1.0, context_time=context_time, graded=0)
+    how |= dict(first_times=(1.0, 0.9, 0.8, 0.7, 0.6))
+    whole = roll(generator, noise=noise, **how).x0
+    cache = generator.empty_cache(2, causal.most_visible or first + 6, *SIZE[:2])
+    piece = roll(generator, noise=noise[:, :first], **how)
+    if causal.window is None:  # the first call has room for its own frames alone
+        cache = kv_cache.write(cache, piece.cache, kv_cache.ring(causal, cache.slots))
+    else:
+        cache = piece.cache
+    parts = [piece.x0]
+    for start in (first, first + 2):
+        stop = first + 2 if start == first else first + 6
+        piece = roll(
+            generator, noise=noise[:, start:stop], cache=cache, start=jnp.int32(start), **how
+        )
+        parts, cache = [*parts, piece.x0], piece.cache
+    assert_close(jnp.concatenate(parts, 1), whole, rtol=2e-5, atol=2e-5)
+
+
+def test_noisy_context_is_that_of_the_exit_call(generator):
+    rollout = roll(generator, 2, context_time=None, exit_step=jnp.int32(2))
+    steps = normal(4, 1, 5, 2, 2, *SIZE)
+    rollout = roll(generator, 2, context_time=None, exit_step=jnp.int32(2), step_noise=steps)
+    levels = np.asarray(shift_time(np.float32(TIMES), 5.0))
+    empty, x = generator.empty_cache(2, 2, *SIZE[:2]), normal(0, 2, 2, *SIZE)
+    for step in range(3):
+        out = generator.predict(
+            x, jnp.full(2, levels[step]), COND, causal=PAIRS, cache=empty, start=jnp.int32(0)
+        )
+        x = FLOW.add_noise(out.x0, steps[0, step], jnp.full(2, levels[step + 1]))
+    assert_close(rollout.x0, out.x0, rtol=2e-5, atol=2e-5)
+    assert_close(rollout.cache.keys, out.aux.keys, rtol=2e-5, atol=2e-5)
+
+
+def test_step_noise_stands_in_for_what_is_drawn(generator):
+    """The last of its steps is the context's; a lone first block takes the first frame."""
+    causal, noise = Causal(2, first_alone=True), normal(0, 2, 5, *SIZE)
+    drawn = np.zeros((3, 5, 2, 2, *SIZE), np.float32)
+    for block, (start, size) in enumerate([(0, 1), (1, 2), (3, 2)]):
+        for tag, steps in ((0, range(3)), (1, [-1])):
+            key = jax.random.fold_in(jax.random.fold_in(KEY, tag), start)
+            for step in steps:
+                drawn[block, step, :, :size] = randomness.normal(
+                    jax.random.fold_in(key, step + 1), jnp.arange(2), (size, *SIZE)
+                )
+    how = dict(noise=noise, causal=causal, context_time=0.4, exit_step=jnp.int32(3))
+    other = roll(generator, key=jax.random.key(99), step_noise=jnp.asarray(drawn), **how)
+    assert_close(other.x0, roll(generator, **how).x0, rtol=2e-5, atol=2e-5)
+
+
+def test_one_compilation_serves_every_exit_number_of_blocks_and_position(generator):
+    traced, cache = [], generator.empty_cache(2, 20, *SIZE[:2])
+
+    @jax.jit
+    def run(generator, exit_step, blocks, start):
+        traced.append(exit_step)
+        how = dict(times=TIMES, schedule=FLOW, causal=PAIRS, cache=cache)
+        return self_forcing(
+            generator,
+            normal(0, 2, 4, *SIZE),
+            COND,
+            KEY,
+            exit_step=exit_step,
+            blocks=blocks,
+            start=start,
+            **how,
+        ).x0
+
+    made = [run(generator, *map(jnp.int32, at)) for at in [(0, 2, 0), (3, 2, 0), (3, 1, 4)]]
+    assert len(traced) == 1 and len({np.asarray(x).tobytes() for x in made}) == 3
+    with jax.transfer_guard("disallow"):  # nothing is read on the host
+        run(generator, *jax.device_put((np.int32(1), np.int32(2), np.int32(0))))
+
+
+def test_the_memory_of_the_gradient_does_not_grow_with_the_blocks(generator):
+    def temporaries(blocks):
+        frames = 2 * blocks
+        noise, causal = jnp.zeros((2, frames, *SIZE)), Causal(2, window=4)
+        cache = generator.empty_cache(2, 4 + 24, *SIZE[:2])  # the same for all
+
+        def loss(generator):
+            how = dict(times=TIMES, schedule=FLOW, causal=causal, cache=cache, start=0)
+            return jnp.sum(self_forcing(generator, noise, COND, KEY, **how).x0)
+
+        compiled = jax.jit(jax.grad(loss)).lower(generator).compile()
+        # What is as long as the video, some arrays of its latents, may grow.
+        return compiled.memory_analysis().temp_size_in_bytes - 10 * noise.nbytes
+
+    assert temporaries(12) <= 1.02 * temporaries(3)
+
+
+def test_exits_are_drawn_as_asked(generator):
+    """One for all blocks, the last one always, or one for each block."""
+
+    def exits(**how):
+        """The bounds (t_from, t_to) of 32 rollouts."""
+        rollouts = [roll(generator, 2, key=jax.random.key(i), **how) for i in range(32)]
+        return {(float(rollout.t_from), float(rollout.t_to)) for rollout in rollouts}
+
+    assert exits() == {(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)}
+    assert exits(last_step_share=1.0) == {(0.25, 0.0)}
+    assert exits(per_block_exit=True) == {(1.0, 0.0)}
+
+
+def test_a_recomputed_cache_is_that_of_the_rollout_and_of_the_new_prompt(generator):
+    causal = Causal(2, window=4, sink=2)
+    whole = roll(generator, 6, causal=causal, exit_step=jnp.int32(1), graded=0)
+    how = dict(schedule=FLOW, causal=causal, cache=whole.cache, start=0)
+    same = recache(generator, whole.x0, COND, **how)
+    np.testing.assert_array_equal(same.frames, whole.cache.frames)
+    assert_close(same.keys, whole.cache.keys, rtol=2e-5, atol=2e-5)
+    other = recache(generator, whole.x0, 2 * COND, **how)
+    assert not np.allclose(other.keys[1], whole.cache.keys[1], atol=1e-3)
+    kept = recache(generator, whole.x0[:, 2:], 2 * COND, **how | dict(start=2), keep_sink=True)
+    np.testing.assert_array_equal(kept.frames, whole.cache.frames)
+    assert_same(kept.keys[:, :, :2], whole.cache.keys[:, :, :2])
+    without = recache(generator, whole.x0[:, 2:], COND, **how | dict(start=2))
+    assert set(np.asarray(without.frames)) == {kv_cache.EMPTY, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("axes", [dict(data=2, fsdp=4), dict(fsdp=2, tensor=2, context=2)], ids=str)
+def test_eight_devices_give_what_one_gives(generator, axes):
+    causal, cond = Causal(2, window=4, sink=2), normal(1, 8, 4, 5)
+    how = dict(cond=cond, causal=causal, frames=8, exit_step=jnp.int32(2))
+    x0, gradient = loss_and_gradient(generator, **how)
+    mesh = sharding.make_mesh(**axes)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(generator, sharding.infer(generator, SHARDING_RULES, mesh))
+        split = how | dict(cond=sharding.global_batch(cond))
+        parts, summed = loss_and_gradient(placed, **split)
+    assert_close(parts, x0, rtol=2e-5, atol=2e-5)
+    assert_close(summed, gradient, rtol=5e-4, atol=5e-5)
+
+
+def test_bfloat16_is_near_float32(generator):
+    net = dataclasses.replace(generator.net.config, dtype="bfloat16")
+    rough = Denoiser(weights(lambda rngs: Wan(net, rngs=rngs), 0))
+    rollout = roll(rough, exit_step=jnp.int32(1))
+    exact = roll(generator, exit_step=jnp.int32(1)).x0
+    assert rollout.cache.keys.dtype == jnp.bfloat16 and rollout.x0.dtype == jnp.float32
+    error = jnp.linalg.norm(rollout.x0 - exact) / jnp.linalg.norm(exact)
+    assert 1e-4 < error < 0.05
+
+
+def test_frames_beyond_a_cache_without_a_window_are_nan_or_refused(generator):
+    cache = generator.empty_cache(2, 6, *SIZE[:2])
+    rollout = roll(generator, 4, cache=cache, start=jnp.int32(4))
+    assert np.all(np.isfinite(rollout.x0[:, :2])) and np.all(np.isnan(rollout.x0[:, 2:]))
+    with pytest.raises(ValueError, match="a video of 8 frames outgrows a cache of 6 frames"):
+        roll(generator, 4, cache=cache, start=4)
+
+
+@pytest.mark.parametrize(
+    "how, complaint",
+    [
+        (dict(frames=5), "noise: 5 frames do not divide into blocks of 2"),
+        (dict(frames=4, causal=Causal(2, True)), "do not divide into 1 frame and blocks of 2"),
+        (dict(initial=normal(5, 2, 1, *SIZE)), "latents: 1 frames do not divide into blocks of 2"),
+        (dict(graded=3), "graded=3 of 6 frames does not begin on the border of a block of 2"),
+        (dict(graded=8), "graded=8 of 6 frames"),
+        (dict(times=(0.5, 1.0)), "must descend"),
+        (dict(first_times=(0.5, 1.0)), "must descend"),
+        (dict(start=jnp.int32(0)), "start is traced: give a cache"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_rolled_out_is_refused(generator, how, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        roll(generator, **how)
+
+
+def test_a_cache_without_room_for_the_graded_frames_is_refused(generator):
+    cache = generator.empty_cache(2, 6, *SIZE[:2])
+    causal = Causal(2, window=4, sink=2)
+    with pytest.raises(ValueError, match="graded=6: it must have room for 10 or more"):
+        roll(generator, 6, causal=causal, cache=cache, start=jnp.int32(6))
