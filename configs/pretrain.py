@@ -14,12 +14,18 @@ about as long; their quality is in dmd_jax/assets/moving_digits_teacher.md and .
 
     python -m dmd_jax.main --config=configs/pretrain.py:wan_teacher
     python -m dmd_jax.main --config=configs/pretrain.py:wan_small
+
+Those of `configs/self_forcing.py`, on videos of bouncing digits, are a bidirectional teacher and a
+smaller network, from which the fake score starts:
+
+    python -m dmd_jax.main --config=configs/pretrain.py:bouncing_teacher
+    python -m dmd_jax.main --config=configs/pretrain.py:bouncing_small
 """
 
 import ml_collections
 from ml_collections import config_dict
 
-from dmd_jax.data import MovingDigits
+from dmd_jax.data import BouncingDigits, MovingDigits
 from dmd_jax.diffusion.denoiser import Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.pretrain import Pretrain
@@ -105,4 +111,25 @@ def _wan_small(config):
     _wan(config, dim=96, ffn=256, heads=4, depth=4)
 
 
-VARIANTS = {"": _digits, "wan_teacher": _wan_teacher, "wan_small": _wan_small}
+def _bouncing(config, **model):
+    _wan(config, **model)
+    config.data = dict(cls=BouncingDigits)
+    config.generator.model.reach = 12
+    config.batch_size, config.steps = 16, 8_000
+
+
+def _bouncing_teacher(config):
+    _bouncing(config, dim=128, ffn=384, heads=4, depth=6)
+
+
+def _bouncing_small(config):
+    _bouncing(config, dim=96, ffn=256, heads=4, depth=4)
+
+
+VARIANTS = {
+    "": _digits,
+    "wan_teacher": _wan_teacher,
+    "wan_small": _wan_small,
+    "bouncing_teacher": _bouncing_teacher,
+    "bouncing_small": _bouncing_small,
+}

@@ -12,6 +12,7 @@ files without it.
 """
 
 from dmd_jax.data.batches import Batches
+from dmd_jax.data.bouncing_digits import BouncingDigits
 from dmd_jax.data.images import Images, arrays, load
 from dmd_jax.data.moving_digits import MovingDigits
 from dmd_jax.data.pixels import to_float, to_uint8
@@ -20,6 +21,7 @@ from dmd_jax.data.source import Source
 
 __all__ = [
     "Batches",
+    "BouncingDigits",
     "Images",
     "MovingDigits",
     "Prompts",

@@ -6,24 +6,19 @@ VAE nor a language model. Imports the prompts.
 """
 
 import dataclasses
-import functools
-import zlib
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
-from dmd_jax.data import embeddings, latents
-from dmd_jax.data.pixels import to_float, to_uint8
+from dmd_jax.data import embeddings, latents, word_vectors
+from dmd_jax.data.pixels import fold, unfold
 from dmd_jax.data.prompts import Prompts, side_by_side
+from dmd_jax.data.scans import DIGITS, small_scans
 
 FRAMES, SIZE, DIGIT, FOLD = 4, 20, 8, 2  # in pixels, except the number of frames
-INK = 20  # largest extent of the ink of a scan, in pixels
 SPEED = 4  # pixels per frame: one patch of the network
-TEXT_LENGTH, TEXT_DIM = 8, 64
+TEXT_LENGTH = 8
 MEAN, STD = -0.9, 0.4  # of the pixels; normalised latents have the scale of the noise
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # (rows, columns) per frame, in units of SPEED.
 MOTIONS = {
     "up": (-1, 0),
@@ -51,7 +46,7 @@ def moving_digits(num: int, seed: int = 0, split: str = "train") -> tuple[np.nda
         (uint8 [N, FRAMES, SIZE, SIZE, 1], prompts int32 [N]: rows of `PROMPTS`).
     """
     rng = np.random.default_rng(seed)
-    scans, labels = _scans(split)
+    scans, labels = small_scans(split, DIGIT)
     videos = np.zeros((num, FRAMES, SIZE, SIZE, 1), np.uint8)
     prompts = np.arange(num, dtype=np.int32) % len(PROMPTS)
     way = SPEED * (FRAMES - 1)
@@ -65,25 +60,6 @@ def moving_digits(num: int, seed: int = 0, split: str = "train") -> tuple[np.nda
             row, column = start + SPEED * time * step
             frame[row : row + DIGIT, column : column + DIGIT, 0] = scan
     return videos, prompts
-
-
-@functools.cache
-def _scans(split):
-    """(uint8 [N, DIGIT, DIGIT], labels [N]): scans without their margins, smaller."""
-    # Imported here because it imports TensorFlow Datasets, which takes seconds.
-    from dmd_jax.data import mnist5k
-
-    with np.load(mnist5k.FILE) as file:
-        scans, labels = file[f"{split}_images"][..., 0], file[f"{split}_labels"]
-    return np.stack([_small(scan) for scan in scans]), labels
-
-
-def _small(scan):
-    """The scan without its margins, resized: uint8 [28, 28] -> [DIGIT, DIGIT]."""
-    inked = (np.flatnonzero(scan.any(axis)) for axis in (1, 0))
-    top, left = (min((at[0] + at[-1] + 1) // 2, 28 - INK // 2) - INK // 2 for at in inked)
-    image = Image.fromarray(scan).crop((left, top, left + INK, top + INK))
-    return np.asarray(image.resize((DIGIT, DIGIT), Image.Resampling.BOX))
 
 
 def judge(videos: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
@@ -124,7 +100,7 @@ def _moved_back(videos, step):
 
 def _nearest_digit(frames):
     """The class of the training scan nearest to each frame, both centred."""
-    scans, labels = _scans("train")
+    scans, labels = small_scans("train", DIGIT)
     known, given = (_centred(x).reshape(len(x), -1) for x in (scans, frames))
     return labels[(np.square(known).sum(1) - 2 * given @ known.T).argmin(1)]
 
@@ -140,54 +116,13 @@ def _centred(frames):
 
 
 def encode(videos: np.ndarray) -> np.ndarray:
-    """Folds squares of FOLD x FOLD pixels into channels, and normalises them.
-
-    Args:
-        videos: uint8 [..., H, W, 1].
-
-    Returns:
-        float32 [..., H / FOLD, W / FOLD, FOLD^2].
-    """
-    *lead, height, width, _ = videos.shape
-    levels = (to_float(videos) - np.float32(MEAN)) / np.float32(STD)
-    split = levels.reshape(*lead, height // FOLD, FOLD, width // FOLD, FOLD)
-    return split.swapaxes(-3, -2).reshape(*lead, height // FOLD, width // FOLD, FOLD**2)
+    """Latents of videos, uint8 [..., H, W, 1]: float32 [..., H / FOLD, W / FOLD, FOLD^2]."""
+    return fold(videos, FOLD, MEAN, STD)
 
 
 def decode(latents: np.ndarray) -> np.ndarray:
     """The inverse of `encode`: uint8 [..., H, W, 1]."""
-    *lead, height, width, _ = latents.shape
-    split = latents.reshape(*lead, height, width, FOLD, FOLD).swapaxes(-3, -2)
-    return to_uint8(split.reshape(*lead, height * FOLD, width * FOLD, 1) * STD + MEAN)
-
-
-def embed(prompts: Sequence[str]) -> list[np.ndarray]:
-    """One vector per word, independent of its position: for each prompt, float32 [words, TEXT_DIM].
-
-    An empty prompt has one zero vector.
-    """
-
-    def vector(word):
-        return np.random.default_rng(zlib.crc32(word.encode())).normal(size=TEXT_DIM)
-
-    zero = [np.zeros(TEXT_DIM)]
-    return [np.float32([vector(word) for word in prompt.split()] or zero) for prompt in prompts]
-
-
-def padded(prompts: Sequence[str]) -> np.ndarray:
-    """`embed` as one array, padded with zeros: float32 [N, TEXT_LENGTH, TEXT_DIM].
-
-    Raises:
-        ValueError: a prompt has more than TEXT_LENGTH words.
-    """
-    out = np.zeros((len(prompts), TEXT_LENGTH, TEXT_DIM), np.float32)
-    for row, prompt, vectors in zip(out, prompts, embed(prompts), strict=True):
-        if len(vectors) > TEXT_LENGTH:
-            raise ValueError(
-                f"{prompt[:60]!r} has more than {TEXT_LENGTH} words; say {PROMPTS[0]!r}"
-            )
-        row[: len(vectors)] = vectors
-    return out
+    return unfold(latents, FOLD, MEAN, STD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +146,13 @@ class MovingDigits(Prompts):
     def open(self) -> None:
         """Writes missing files and opens them. Raises as `Prompts.open`."""
         embeddings.write(
-            self._embeddings_path, PROMPTS, "", embed, TEXT_LENGTH, TEXT_DIM, source=__name__
+            self._embeddings_path,
+            PROMPTS,
+            "",
+            word_vectors.embed,
+            TEXT_LENGTH,
+            word_vectors.DIM,
+            source=__name__,
         )
         latents.write(
             self._latents_path,
@@ -226,7 +167,7 @@ class MovingDigits(Prompts):
     def model_fields(self) -> dict[str, Any]:
         """Fields of a new network's config that follow from the data."""
         channels = self.sample_shape[-1]
-        return dict(in_channels=channels, out_channels=channels, text_dim=TEXT_DIM)
+        return dict(in_channels=channels, out_channels=channels, text_dim=word_vectors.DIM)
 
     @property
     def notes(self) -> dict[str, Any]:

@@ -18,8 +18,84 @@ from dmd_jax.data.pixels import to_uint8
 SHOWN = 6  # prompts of the samples to show
 
 
+class TextVideos:
+    """What all sources of videos and their prompts share. Implements `Source` with a subclass.
+
+    A subclass has `name`, `sample_shape` (F, H, W, C), `open`, `examples`, `__len__` and `_texts`,
+    the embedded prompts: an `Embeddings` or `WordVectors`, cached.
+    """
+
+    sample_shape: tuple[int, ...]
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """Fields of a new network's config that follow from the data: none."""
+        return {}
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Entries for the header of an exported network."""
+        return {"sample_shape": list(self.sample_shape)}
+
+    def require_fit(self, what: str, model: Any) -> None:
+        """Raises ValueError where the config of a network has other latents or text embeddings.
+
+        Args:
+            what: path of the network in the config, for the message.
+            model: config of the network.
+        """
+        if not hasattr(model, "text_dim"):
+            raise ValueError(
+                f"{what} is a {type(model).__name__} network, which reads no text; {self.name!r} "
+                f"holds prompts for latents {tuple(self.sample_shape)}"
+            )
+        if model.out_channels != self.sample_shape[-1]:
+            raise ValueError(
+                f"{what} makes latents of {model.out_channels} channels, but sample_shape is "
+                f"{tuple(self.sample_shape)}"
+            )
+        if "_texts" in self.__dict__ and model.text_dim != self._texts.shape[-1]:
+            raise ValueError(
+                f"{what} reads texts of width {model.text_dim}, but {self.name!r} holds "
+                f"{self._texts.shape[-1]}: embed the prompts with the encoder of that network"
+            )
+
+    def conditions(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """{"cond", "uncond"}, each [n, L, D], of the prompts at `rows`."""
+        cond = self._texts.rows(rows)
+        return {"cond": cond, "uncond": np.broadcast_to(self._texts.negative, cond.shape)}
+
+    # What follows is for reports (`quality.evaluation`).
+
+    measures: ClassVar[Mapping[str, str]] = {}  # a subclass that has some has `measure` and `floor`
+
+    @property
+    def columns(self) -> int:
+        """Number of pictures in a row: the frames of a video fill it."""
+        return 1
+
+    def measured_conditions(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows of `num` prompts at even distances, their embeddings, the negative prompt's)."""
+        count = len(self._texts)
+        rows = np.linspace(0, count - 1, num).astype(int) if num < count else np.arange(num) % count
+        cond = self._texts.rows(rows)
+        return rows, cond, np.broadcast_to(self._texts.negative, cond.shape)
+
+    def preview_conditions(self) -> tuple[np.ndarray, np.ndarray]:
+        """(conditions, unconditional inputs) of the samples to show."""
+        return self.measured_conditions(min(SHOWN, len(self._texts)))[1:]
+
+    def pictures(self, x0: np.ndarray) -> np.ndarray:
+        """Latents float [N, F, H, W, C] as uint8 [N, H, F W, 3] pictures, frames side by side.
+
+        Three channels stand for red, green and blue: enough for shapes and their motion. Pixels
+        need the VAE, which `python -m dmd_jax.sample` runs on the exported student.
+        """
+        return side_by_side(to_uint8(x0[..., :3] / 2))
+
+
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class Prompts(TextVideos):
     """Text conditions from files; a class that configs name. Implements `Source`.
 
     Attributes:
@@ -77,39 +153,6 @@ class Prompts:
         """The name of the directory."""
         return Path(self.embeddings).name
 
-    @property
-    def model_fields(self) -> dict[str, Any]:
-        """Fields of a new network's config that follow from the data: none."""
-        return {}
-
-    @property
-    def notes(self) -> dict[str, Any]:
-        """Entries for the header of an exported network."""
-        return {"sample_shape": list(self.sample_shape)}
-
-    def require_fit(self, what: str, model: Any) -> None:
-        """Raises ValueError where the config of a network has other latents or text embeddings.
-
-        Args:
-            what: path of the network in the config, for the message.
-            model: config of the network.
-        """
-        if not hasattr(model, "text_dim"):
-            raise ValueError(
-                f"{what} is a {type(model).__name__} network, which reads no text; {self.name!r} "
-                f"holds prompts for latents {tuple(self.sample_shape)}"
-            )
-        if model.out_channels != self.sample_shape[-1]:
-            raise ValueError(
-                f"{what} makes latents of {model.out_channels} channels, but sample_shape is "
-                f"{tuple(self.sample_shape)}"
-            )
-        if "_texts" in self.__dict__ and model.text_dim != self._texts.shape[-1]:
-            raise ValueError(
-                f"{what} reads texts of width {model.text_dim}, but {self.embeddings} holds "
-                f"{self._texts.shape[-1]}: embed the prompts with the encoder of that network"
-            )
-
     def examples(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The part of a batch that n latents make.
 
@@ -130,36 +173,7 @@ class Prompts:
         """`examples` without "data". Without latents, row i is prompt i."""
         if self._latents is not None:
             rows = self._latents.prompt[np.asarray(rows)]
-        cond = self._texts.rows(rows)
-        return {"cond": cond, "uncond": np.broadcast_to(self._texts.negative, cond.shape)}
-
-    # What follows is for reports (`quality.evaluation`).
-
-    measures: ClassVar[Mapping[str, str]] = {}  # a subclass that has some has `measure` and `floor`
-
-    @property
-    def columns(self) -> int:
-        """Number of pictures in a row: the frames of a video fill it."""
-        return 1
-
-    def measured_conditions(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows of `num` prompts at even distances, their embeddings, the negative prompt's)."""
-        count = len(self._texts)
-        rows = np.linspace(0, count - 1, num).astype(int) if num < count else np.arange(num) % count
-        cond = self._texts.rows(rows)
-        return rows, cond, np.broadcast_to(self._texts.negative, cond.shape)
-
-    def preview_conditions(self) -> tuple[np.ndarray, np.ndarray]:
-        """(conditions, unconditional inputs) of the samples to show."""
-        return self.measured_conditions(min(SHOWN, len(self._texts)))[1:]
-
-    def pictures(self, x0: np.ndarray) -> np.ndarray:
-        """Latents float [N, F, H, W, C] as uint8 [N, H, F W, 3] pictures, frames side by side.
-
-        Three channels stand for red, green and blue: enough for shapes and their motion. Pixels
-        need the VAE, which `python -m dmd_jax.sample` runs on the exported student.
-        """
-        return side_by_side(to_uint8(x0[..., :3] / 2))
+        return super().conditions(rows)
 
 
 def side_by_side(videos: np.ndarray) -> np.ndarray:

@@ -1,33 +1,50 @@
-"""The pipeline of networks that learned moving digits: no text encoder and no VAE.
+"""The pipeline of networks that learned moving or bouncing digits: no text encoder and no VAE.
 
 It has the members of `wan.WanPipeline` that sampling uses: `sample_shape`, `conditions`, `frames`.
 Imports data.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from einops import repeat
 
-from dmd_jax.data import moving_digits
+from dmd_jax.data import bouncing_digits, moving_digits, word_vectors
+
+DATA = {"moving_digits": moving_digits, "bouncing_digits": bouncing_digits}
 
 
 class DigitsPipeline:
-    """Captions to conditions, and latents to frames."""
+    """Captions to conditions, and latents to frames.
 
-    sample_shape = moving_digits.MovingDigits.sample_shape
+    Attributes:
+        sample_shape: (F, H, W, C) of the latents.
+    """
+
+    def __init__(self, notes: Mapping[str, Any]):
+        """`notes` are those of the network's file, with `data` one of `DATA`."""
+        self._data = DATA[notes["data"]]
+        self.sample_shape = tuple(
+            notes.get("sample_shape", moving_digits.MovingDigits.sample_shape)
+        )
 
     def conditions(self, prompts, negative, config, images=None):
         """As `WanPipeline.conditions`. Words that are in no caption are ignored.
 
         Raises:
-            ValueError: images are given.
+            ValueError: images are given, or a prompt is too long.
         """
         if images is not None:
-            raise ValueError("networks of moving digits take no images: drop --images")
+            raise ValueError("networks of digits take no images: drop --images")
         del config
-        embedded = moving_digits.padded([*prompts, negative])
+        try:
+            embedded = word_vectors.padded([*prompts, negative], self._data.TEXT_LENGTH)
+        except ValueError as error:
+            raise ValueError(f"{error}; say {self._data.PROMPTS[0]!r}") from error
         return embedded[:-1], np.broadcast_to(embedded[-1], embedded[:-1].shape)
 
     def frames(self, latents):
         """uint8 [T, H, W, 3], one video after the other."""
-        for one in moving_digits.decode(latents):
+        for one in self._data.decode(latents):
             yield repeat(one, "t h w 1 -> t h w c", c=3)

@@ -17,8 +17,7 @@ from dmd_jax import weights
 from dmd_jax.devices.disk import local_path
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Experts, WanConfig
-from dmd_jax.pipelines import wan
-from dmd_jax.pipelines.digits import DigitsPipeline
+from dmd_jax.pipelines import digits, wan
 from dmd_jax.rollouts.samplers import draw, sampler_for
 from dmd_jax.weights import files
 
@@ -96,7 +95,7 @@ def sample_videos(
         negative: the negative prompt, the unconditional input of guidance.
         images: files of first frames, one for all videos or one for each; None for text alone.
         pipeline: the checkpoint that has VAE, text encoder and tokenizer; `checkpoint` if None.
-            Networks of moving digits need none, and their videos have a fixed size.
+            Networks of digits need none, and their videos have a fixed size.
         boundary: as for `load_denoiser`.
         num_frames, height, width: size of the videos in pixels.
         seed: of the noise; that of video i does not depend on `batch`.
@@ -139,8 +138,8 @@ def _parts(checkpoint, boundary):
 
 def _pipeline(checkpoint, pipeline, size, dtype):
     """The pipeline around the network at `checkpoint`."""
-    if weights.notes(checkpoint).get("data") == "moving_digits":
-        return DigitsPipeline()
+    if (notes := weights.notes(checkpoint)).get("data") in digits.DATA:
+        return digits.DigitsPipeline(notes)
     if pipeline is None and local_path(checkpoint).is_file():
         raise ValueError(
             f"{checkpoint} is a transformer alone: name with --pipeline the checkpoint that has "

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dmd_jax.data import MovingDigits
+from dmd_jax.data import MovingDigits, word_vectors
 from dmd_jax.data import moving_digits as md
+from dmd_jax.data.scans import INK
 from dmd_jax.models.wan import WanConfig
 
 VIDEOS, PROMPTS = md.moving_digits(160, seed=3)
@@ -46,10 +47,10 @@ def test_digits_are_training_scans_of_their_class_whole_and_small():
         scans, labels = file["train_images"][..., 0], file["train_labels"]
     for video, prompt in zip(VIDEOS[::23], PROMPTS[::23], strict=True):
         of_class = scans[labels == md.DIGITS.index(md.PROMPTS[prompt].split()[0])]
-        ink = video[0].sum(dtype=int) * (md.INK / md.DIGIT) ** 2
+        ink = video[0].sum(dtype=int) * (INK / md.DIGIT) ** 2
         of_class = of_class[np.abs(of_class.sum((1, 2), int) / ink - 1) < 0.1]
-        windows = np.lib.stride_tricks.sliding_window_view(of_class, (md.INK, md.INK), (1, 2))
-        known = {shrunk(window) for window in windows.reshape(-1, md.INK, md.INK)}
+        windows = np.lib.stride_tricks.sliding_window_view(of_class, (INK, INK), (1, 2))
+        known = {shrunk(window) for window in windows.reshape(-1, INK, INK)}
         digits = np.lib.stride_tricks.sliding_window_view(video[0, ..., 0], (md.DIGIT, md.DIGIT))
         assert any(x.tobytes() in known for x in digits.reshape(-1, md.DIGIT, md.DIGIT))
 
@@ -93,14 +94,6 @@ def test_folding_turns_round():
     np.testing.assert_array_equal(only, [[0, 0, 2, 4]])
 
 
-def test_embeddings_are_a_vector_a_word():
-    one, two, none = md.embed(["three moves left", "three moves up and left", ""])
-    np.testing.assert_array_equal(one[:2], two[:2])
-    np.testing.assert_array_equal(one[2], two[4])
-    assert one.shape == (3, md.TEXT_DIM) and two.shape == (5, md.TEXT_DIM)
-    assert none.shape == (1, md.TEXT_DIM) and not none.any()
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("digits")
@@ -113,7 +106,7 @@ def source(tmp_path_factory):
 def test_source_gives_videos_with_the_captions_that_belong_to_them(source):
     batch = source.examples([5, 90])
     np.testing.assert_array_equal(md.decode(batch["data"]), VIDEOS[[5, 90]])
-    three, eleven = md.embed([md.PROMPTS[5], md.PROMPTS[10]])
+    three, eleven = word_vectors.embed([md.PROMPTS[5], md.PROMPTS[10]])
     np.testing.assert_allclose(batch["cond"][0, : len(three)].astype(float), three, rtol=2**-8)
     np.testing.assert_allclose(batch["cond"][1, : len(eleven)].astype(float), eleven, rtol=2**-8)
     assert not batch["cond"][0, len(three) :].any() and not batch["uncond"].any()

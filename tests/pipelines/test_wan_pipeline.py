@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from dmd_jax import sample, weights
-from dmd_jax.data import moving_digits, to_uint8
+from dmd_jax.data import moving_digits, to_uint8, word_vectors
 from dmd_jax.devices import randomness, sharding
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import step_times
@@ -36,7 +36,7 @@ def program(call):
 def digits(tmp_path_factory):
     """The file of a tiny student of moving digits that learnt nothing."""
     channels = moving_digits.FOLD**2
-    config = WanConfig(16, 16, 2, 1, channels, channels, moving_digits.TEXT_DIM)
+    config = WanConfig(16, 16, 2, 1, channels, channels, word_vectors.DIM)
     path = tmp_path_factory.mktemp("digits") / "student.safetensors"
     notes = {"data": "moving_digits", "times": (1.0, 0.5), "shift": 1.0}
     weights.save(path, Denoiser(Wan(config, rngs=nnx.Rngs(0))), **notes)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from dmd_jax.data import embeddings, moving_digits
+from dmd_jax.data import embeddings, moving_digits, word_vectors
 from dmd_jax.models.wan import Wan, WanConfig
 from dmd_jax.training import loop
 from dmd_jax.training.run import build
@@ -46,7 +46,7 @@ def train(config, workdir, devices):
 
 def test_a_run_starts_and_resumes_from_a_folder_and_refuses_another_one(tmp_path):
     channels = moving_digits.FOLD**2
-    model = WanConfig(16, 16, 2, 1, channels, channels, moving_digits.TEXT_DIM)
+    model = WanConfig(16, 16, 2, 1, channels, channels, word_vectors.DIM)
     folder, workdir = write_folder(tmp_path / "pipe", model), tmp_path / "run"
     config = programs.load_config("configs/dmd.py", "wan_tiny")
     values = QUICK | {"data.num": 80, "teacher.weights": str(folder)}

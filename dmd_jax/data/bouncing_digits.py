@@ -1,0 +1,148 @@
+"""Bouncing digits: videos whose future is random, for `configs/self_forcing.py`.
+
+A digit of `mnist5k` crosses a black box at constant speed. At a wall it takes a new direction, any
+that leads away from the wall: a causal model must invent what a bidirectional one can look up. The
+videos are computed, frame by frame and for any length, as they are read; nothing is stored. Latents
+are folded pixels, and words have fixed vectors: neither a VAE nor a language model is needed.
+
+Imports numpy and the files of this room that make toy videos.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dmd_jax.data import word_vectors
+from dmd_jax.data.pixels import fold, unfold
+from dmd_jax.data.prompts import TextVideos, side_by_side
+from dmd_jax.data.scans import DIGITS, small_scans
+
+FRAMES, SIZE, DIGIT, FOLD = 12, 24, 12, 4  # in pixels, except the number of frames
+MEAN, STD = -0.864, 0.444  # of the pixels
+TEXT_LENGTH = 3
+SPEEDS = {"slowly": 1.5, "fast": 3.0}  # pixels per frame
+PROMPTS = tuple(f"{digit} bounces {speed}" for digit in DIGITS for speed in SPEEDS)
+SHAPE = (SIZE // FOLD, SIZE // FOLD, FOLD**2)  # of a latent frame
+
+
+def video(prompt: int, seed: Sequence[int], frames: int = FRAMES, split: str = "train"):
+    """One video.
+
+    Args:
+        prompt: row of `PROMPTS`.
+        seed: of scan, start and directions; integers.
+        frames: length; the beginning of a longer video is the shorter one.
+        split: of the scans, "train" or "test".
+
+    Returns:
+        uint8 [frames, SIZE, SIZE, 1].
+    """
+    rng = np.random.default_rng(seed)
+    scans, labels = small_scans(split, DIGIT)
+    digit, speed = divmod(prompt, len(SPEEDS))
+    scan = scans[rng.choice(np.flatnonzero(labels == digit))]
+    out = np.zeros((frames, SIZE, SIZE, 1), np.uint8)
+    for frame, (row, column) in zip(out, path(rng, [*SPEEDS.values()][speed], frames), strict=True):
+        frame[row : row + DIGIT, column : column + DIGIT, 0] = scan
+    return out
+
+
+def path(rng: np.random.Generator, speed: float, frames: int) -> np.ndarray:
+    """Corners of the digit in whole pixels, int [frames, 2]: rows and columns."""
+    room = SIZE - DIGIT
+    place, direction = rng.uniform(0, room, 2), _direction(rng, np.zeros(2))
+    places = []
+    for _ in range(frames):
+        places.append(place)
+        beyond = place + speed * direction
+        place = beyond.clip(0, room)
+        wall = np.sign(place - beyond)  # the way back from the walls that were hit
+        if wall.any():
+            direction = _direction(rng, wall)
+    return np.rint(places).astype(int)
+
+
+def _direction(rng, away):
+    """A random unit vector; along each axis, none that goes against `away`."""
+    while True:
+        angle = rng.uniform(0, 2 * np.pi)
+        direction = np.array([np.sin(angle), np.cos(angle)])
+        # Not along the wall: the digit would slide.
+        if np.all((away == 0) | (direction * away > 0.2)):
+            return direction
+
+
+def encode(videos: np.ndarray) -> np.ndarray:
+    """Latents of videos, uint8 [..., H, W, 1]: float32 [..., H / FOLD, W / FOLD, FOLD^2]."""
+    return fold(videos, FOLD, MEAN, STD)
+
+
+def decode(latents: np.ndarray) -> np.ndarray:
+    """The inverse of `encode`: uint8 [..., H, W, 1]."""
+    return unfold(latents, FOLD, MEAN, STD)
+
+
+@dataclasses.dataclass(frozen=True)
+class BouncingDigits(TextVideos):
+    """Folded videos and their captions, computed as they are read; a class that configs name.
+
+    Attributes:
+        frames: of a video.
+        num: number of videos.
+        seed: for the choice of scans, starts and directions.
+    """
+
+    frames: int = FRAMES
+    num: int = 100_000
+    seed: int = 0
+
+    name = "bouncing digits"
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(F, H, W, C) of the latents."""
+        return (self.frames, *SHAPE)
+
+    @functools.cached_property
+    def _texts(self):
+        return word_vectors.WordVectors(PROMPTS, TEXT_LENGTH)
+
+    def open(self) -> None:
+        """Nothing is stored, so nothing can be missing."""
+        assert self._texts
+
+    def __len__(self) -> int:
+        return self.num
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """Fields of a new network's config that follow from the data."""
+        return dict(in_channels=SHAPE[-1], out_channels=SHAPE[-1], text_dim=word_vectors.DIM)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Entries for the header of an exported network."""
+        return super().notes | {"data": "bouncing_digits"}
+
+    def examples(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """{"data": float32 [n, F, H, W, C], "cond", "uncond"}; the prompts take turns."""
+        videos = [video(row % len(PROMPTS), (self.seed, row), self.frames) for row in rows]
+        return {"data": encode(np.stack(videos)), **self.conditions(rows)}
+
+    def conditions(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """`examples` without "data"."""
+        return super().conditions(np.asarray(rows) % len(PROMPTS))
+
+    def real(self, rows: Sequence[int], frames: int) -> np.ndarray:
+        """Videos of test scans, to compare with: uint8 [n, frames, SIZE, SIZE, 1]."""
+        seeds = [(self.seed, 1, i) for i in range(len(rows))]
+        return np.stack(
+            [video(row, seed, frames, "test") for row, seed in zip(rows, seeds, strict=True)]
+        )
+
+    def pictures(self, x0: np.ndarray) -> np.ndarray:
+        """Latents [N, F, H, W, C] as bytes, frames side by side."""
+        return side_by_side(decode(x0))

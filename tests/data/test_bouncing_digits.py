@@ -1,0 +1,70 @@
+"""Bouncing digits: real scans that move as their captions say and leave walls at random."""
+
+import numpy as np
+import pytest
+
+from dmd_jax.data import BouncingDigits, word_vectors
+from dmd_jax.data import bouncing_digits as bd
+from dmd_jax.data.scans import small_scans
+
+FAST, SLOW = bd.PROMPTS.index("seven bounces fast"), bd.PROMPTS.index("seven bounces slowly")
+ROOM = bd.SIZE - bd.DIGIT
+
+
+def paths(speed, frames=200, num=50):
+    return np.stack([bd.path(np.random.default_rng(i), speed, frames) for i in range(num)])
+
+
+def test_a_frame_is_one_scan_of_the_class_somewhere_in_the_box():
+    scans, labels = small_scans("train", bd.DIGIT)
+    known = {scan.tobytes() for scan in scans[labels == 7]}
+    video = bd.video(FAST, (0, 1), 30)[..., 0]
+    windows = np.lib.stride_tricks.sliding_window_view(video, (bd.DIGIT, bd.DIGIT), (1, 2))
+    for frame, of_frame in zip(video, windows, strict=True):
+        whole = of_frame.reshape(-1, bd.DIGIT, bd.DIGIT)
+        found = [w.tobytes() for w in whole if w.sum(dtype=int) == frame.sum(dtype=int)]
+        assert known.intersection(found)
+
+
+@pytest.mark.parametrize("speed", bd.SPEEDS.values())
+def test_steps_between_walls_have_the_speed_of_the_caption(speed):
+    places = paths(speed)
+    steps = np.linalg.norm(np.diff(places, axis=1), axis=-1)
+    inside = ((places > 0) & (places < ROOM)).all(-1)
+    free = steps[inside[:, 1:] & inside[:, :-1]]
+    # Places are rounded to pixels: a step is off by one pixel along each axis at most.
+    assert abs(free.mean() - speed) < 0.1 and abs(free - speed).max() <= np.sqrt(2)
+
+
+def test_the_direction_after_a_wall_is_random():
+    """From the left wall, as many digits go up as down, and all go right."""
+    rng = np.random.default_rng(0)
+    directions = np.stack([bd._direction(rng, np.array([0.0, 1.0])) for _ in range(4_000)])
+    assert (directions[:, 1] > 0.2).all()
+    assert abs(directions[:, 0].mean()) < 0.05  # 4.5 standard errors
+
+
+def test_a_longer_video_begins_with_the_shorter_and_a_path_stays_in_the_box():
+    np.testing.assert_array_equal(bd.video(SLOW, (3,), 40)[:12], bd.video(SLOW, (3,), 12))
+    places = paths(3.0)
+    assert places.min() == 0 and places.max() == ROOM
+
+
+def test_latents_are_normalised_and_decode_to_the_same_pixels():
+    source = BouncingDigits()
+    data = source.examples(range(400))["data"]
+    assert abs(data.mean()) < 0.03 and abs(data.std() - 1) < 0.03
+    videos = np.stack([bd.video(i % len(bd.PROMPTS), (0, i)) for i in range(2)])
+    np.testing.assert_array_equal(bd.decode(data[:2]), videos)
+
+
+def test_examples_have_their_captions_and_are_the_same_at_every_reading():
+    source = BouncingDigits(frames=6, seed=2)
+    batch = source.examples([5, 25, 2])
+    assert batch["data"].shape == (3, *source.sample_shape) == (3, 6, 6, 6, 16)
+    np.testing.assert_array_equal(batch["cond"][0], batch["cond"][1])  # 20 prompts take turns
+    three = word_vectors.embed([bd.PROMPTS[2]])[0]
+    np.testing.assert_array_equal(batch["cond"][2, : len(three)], three)
+    np.testing.assert_array_equal(batch["data"], source.examples([5, 25, 2])["data"])
+    np.testing.assert_array_equal(batch["cond"], source.conditions([5, 25, 2])["cond"])
+    assert not batch["uncond"].any()
