@@ -10,7 +10,6 @@ that of one block, however many blocks there are.
 Imports jax, the mesh and random draws, the schedule, and the cache of the networks.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,17 +18,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
-from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.diffusion.schedule import Schedule, check_step_times, shift_time
+from dmd_jax.diffusion.schedule import Schedule
 from dmd_jax.models import kv_cache
 from dmd_jax.models.attention import Causal
 from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout, constant
+from dmd_jax.rollouts.block_maker import EXIT, FIRST_EXIT, LAST, BlockMaker, Steps, predict
 from dmd_jax.rollouts.blocks import Layout
-
-# Tags of the random streams of a rollout.
-NOISE, CONTEXT, EXIT, FIRST_EXIT, LAST = range(5)
 
 
 def self_forcing(
@@ -104,8 +100,7 @@ def self_forcing(
             or, without a window, for the whole video. (In the last case, frames outside of the
             cache are NaN where `start` is traced.)
     """
-    for given in (times, first_times or times):
-        check_step_times(given)
+    steps = Steps.of(times, first_times, shift)
     lone_first = cache is None
     known = 0 if initial is None else initial.shape[1]
     layout = Layout.of("noise", noise, causal, lone_first=lone_first and not known)
@@ -116,15 +111,15 @@ def self_forcing(
     _require_room(cache, causal, graded)
     index = jnp.arange(noise.shape[0]) if index is None else index
     frozen, noise, cond, initial, cache = constant((generator, noise, cond, initial, cache))
-    steps = _Steps.of(times, first_times, shift)
-    writer = _Writer(frozen, cond, schedule, causal, steps, key, index, context_time, step_noise)
+    how = dict(steps=steps, context_time=context_time, step_noise=step_noise)
+    maker = BlockMaker(frozen, cond, schedule, causal, key, index, **how)
 
     if known:
-        cache = _write_all(writer, initial, cache, start, 0.0, lone_first=lone_first)
+        cache = maker.write_all(initial, cache, start, 0.0, lone_first=lone_first)
     left_out = 0 if blocks is None else layout.total - blocks
     starts = layout.starts(start + known, left_out)
     exits, shared = _exit_steps(key, starts, steps, exit_step, per_block_exit, last_step_share)
-    x0, calls, cache = _roll_out(writer, layout, noise, cache, starts, exits, left_out)
+    x0, calls, cache = _roll_out(maker, layout, noise, cache, starts, exits, left_out)
     x0 = _exit_calls((causal, layout, graded), generator, x0, calls)
     x0 = _nan_outside(x0, cache, causal, start + known)
     if known:
@@ -169,28 +164,8 @@ def recache(
     frozen, latents, cond = constant((generator, latents, cond))
     kept = (cache.frames < causal.sink) & keep_sink
     cache = cache._replace(frames=jnp.where(kept, cache.frames, kv_cache.EMPTY))
-    writer = _Writer(frozen, cond, schedule, causal, None, key, index, None, None)
-    return _write_all(writer, latents, cache, start, context_time or 0.0, lone_first=False)
-
-
-class _Steps(NamedTuple):
-    """The lists of times: row 1 is that of the block at frame 0, row 0 that of all others."""
-
-    levels: jax.Array  # float32 [2, S + 1]: times after the shift, zeros behind the last
-    lengths: jax.Array  # int32 [2]
-    own_first: bool  # whether the first block has a list of its own
-
-    @classmethod
-    def of(cls, times, first_times, shift):
-        lists = [tuple(times), tuple(first_times or times)]
-        width = max(map(len, lists)) + 1
-        rows = jnp.asarray([t + (0.0,) * (width - len(t)) for t in lists], jnp.float32)
-        lengths = jnp.asarray([len(t) for t in lists])
-        return cls(shift_time(rows, shift), lengths, first_times is not None)
-
-    def row(self, start):
-        """Which list the block holds to whose first frame is `start`."""
-        return (start == 0).astype(jnp.int32) if self.own_first else jnp.zeros_like(start)
+    maker = BlockMaker(frozen, cond, schedule, causal, key, index)
+    return maker.write_all(latents, cache, start, context_time or 0.0, lone_first=False)
 
 
 def _exit_steps(key, starts, steps, exit_step, per_block_exit, last_step_share):
@@ -214,61 +189,6 @@ def _exit_steps(key, starts, steps, exit_step, per_block_exit, last_step_share):
     return exits, shared
 
 
-@dataclasses.dataclass(frozen=True)
-class _Writer:
-    """What it takes to make a block without gradient and to write it to a cache."""
-
-    generator: Any
-    cond: Any
-    schedule: Any
-    causal: Any
-    steps: _Steps | None
-    key: jax.Array | None
-    index: jax.Array
-    context_time: float | None
-    step_noise: jax.Array | None
-
-    def call(self, x, t, cache, start):
-        return _predict(self.generator, x, t, self.cond, self.causal, cache, start)
-
-    def eps(self, tag, block, step, x, start):
-        """The noise of one step [B, n, ...]; `step` -1 is the context's."""
-        if self.step_noise is not None:
-            return self.step_noise[block, step][:, : x.shape[1]]
-        key = jax.random.fold_in(jax.random.fold_in(self.key, tag), start)
-        return randomness.normal(jax.random.fold_in(key, step + 1), self.index, x.shape[1:])
-
-    def denoise(self, noise, block, exit_step, cache, start):
-        """Runs a block to its exit step: (input of the exit call, its time, its Output)."""
-        levels = self.steps.levels[self.steps.row(start)]
-
-        def again(step, x):
-            x0 = self.call(x, levels[step], cache, start).x0
-            eps = self.eps(NOISE, block, step, x, start)
-            return self.schedule.add_noise(x0, eps, jnp.full(len(x), levels[step + 1]))
-
-        x = self.schedule.sigma(levels[0]) * noise.astype(jnp.float32)
-        x = jax.lax.fori_loop(0, exit_step, again, x)
-        t = levels[exit_step]
-        return x, t, self.call(x, t, cache, start)
-
-    def context(self, out, block, cache, start):
-        """The keys and values of a finished block at the context time."""
-        if self.context_time is None:
-            return out.aux
-        return self.encode(out.x0, self.context_time, block, cache, start)
-
-    def encode(self, x0, time, block, cache, start):
-        """The keys and values of clean latents [B, n, ...] at a time; exactly clean at 0."""
-        if time:
-            eps = self.eps(CONTEXT, block, -1, x0, start)
-            x0 = self.schedule.add_noise(x0, eps, jnp.full(len(x0), time))
-        return self.call(x0, time, cache, start).aux
-
-    def write(self, cache, own):
-        return kv_cache.write(cache, own, kv_cache.ring(self.causal, cache.slots))
-
-
 class _Calls(NamedTuple):
     """The exit calls of a rollout, constants all: what it takes to make them again."""
 
@@ -280,22 +200,22 @@ class _Calls(NamedTuple):
     cache: kv_cache.KVCache
 
 
-def _roll_out(writer, layout, noise, cache, starts, exits, left_out):
+def _roll_out(maker, layout, noise, cache, starts, exits, left_out):
     """Makes all blocks without gradient: (x0 [B, F, ...], _Calls, cache)."""
 
     def make(block, place, size, carry):
         x0, inputs, times, cache = carry
         start = starts[block]
         part = jax.lax.dynamic_slice_in_dim(noise, place, size, axis=1)
-        x, t, out = writer.denoise(part, block, exits[block], cache, start)
-        cache = writer.write(cache, writer.context(out, block, cache, start))
+        x, t, out = maker.denoise(part, cache, start, exits[block], block)
+        cache = maker.write(cache, maker.context(out, cache, start, block))
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=1)
         return put(x0, out.x0), put(inputs, x), times.at[block].set(t), cache
 
     zeros = jnp.zeros(noise.shape, jnp.float32)
     carry = zeros, zeros, jnp.zeros(layout.total), cache
     x0, inputs, times, cache = layout.for_each(make, carry, left_out=left_out)
-    return x0, _Calls(inputs, times, starts, left_out, writer.cond, cache), cache
+    return x0, _Calls(inputs, times, starts, left_out, maker.cond, cache), cache
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -328,7 +248,7 @@ def _replay(plan, saved, gradient):
 
         def exit_call(generator):
             t, start = calls.times[block], calls.starts[block]
-            return _predict(generator, x, t, calls.cond, causal, calls.cache, start).x0
+            return predict(generator, x, t, calls.cond, causal, calls.cache, start).x0
 
         return jax.vjp(exit_call, generator)[1](cotangent)[0]
 
@@ -342,24 +262,6 @@ def _replay(plan, saved, gradient):
 
 
 _exit_calls.defvjp(_keep, _replay)
-
-
-def _predict(generator, x, t, cond, causal, cache, start):
-    """One call for a block: x [B, n, ...] at time t []."""
-    t = jnp.full(len(x), t, jnp.float32)
-    return generator.predict(x, t, cond, causal=causal, cache=cache, start=start)
-
-
-def _write_all(writer, latents, cache, start, time, *, lone_first):
-    """Writes clean latents [B, F, ...], block by block, at a time."""
-    layout = Layout.of("latents", latents, writer.causal, lone_first=lone_first)
-    starts = layout.starts(start, 0)
-
-    def write(block, place, size, cache):
-        x0 = jax.lax.dynamic_slice_in_dim(latents, place, size, axis=1)
-        return writer.write(cache, writer.encode(x0, time, block, cache, starts[block]))
-
-    return layout.for_each(write, cache)
 
 
 def _empty_cache(generator, noise, causal, graded, end):
