@@ -5,7 +5,7 @@ that leads away from the wall: a causal model must invent what a bidirectional o
 videos are computed, frame by frame and for any length, as they are read; nothing is stored. Latents
 are folded pixels, and words have fixed vectors: neither a VAE nor a language model is needed.
 
-Imports numpy and the files of this room that make toy videos.
+Imports numpy, Pillow and the files of this room that make toy videos.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dmd_jax.data import word_vectors
 from dmd_jax.data.pixels import fold, unfold
 from dmd_jax.data.prompts import TextVideos, side_by_side
-from dmd_jax.data.scans import DIGITS, small_scans
+from dmd_jax.data.scans import DIGITS, INK, small_scans
 
 FRAMES, SIZE, DIGIT, FOLD = 12, 24, 12, 4  # in pixels, except the number of frames
 MEAN, STD = -0.864, 0.444  # of the pixels
@@ -73,6 +74,14 @@ def _direction(rng, away):
         # Not along the wall: the digit would slide.
         if np.all((away == 0) | (direction * away > 0.2)):
             return direction
+
+
+def centre(frames: np.ndarray) -> np.ndarray:
+    """Centres of mass of the ink in pixels, float [..., 2], of frames [..., H, W]."""
+    ink = frames.astype(np.float64) + 1e-6  # the middle of a black frame
+    total = ink.sum((-2, -1))
+    rows, columns = (ink.sum(axis) @ np.arange(ink.shape[-1]) / total for axis in (-1, -2))
+    return np.stack([rows, columns], -1)
 
 
 def encode(videos: np.ndarray) -> np.ndarray:
@@ -136,12 +145,35 @@ class BouncingDigits(TextVideos):
         """`examples` without "data"."""
         return super().conditions(np.asarray(rows) % len(PROMPTS))
 
+    # What follows is for reports (`quality.drift`).
+
+    def asked(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """What prompts ask for: (digits int [n], speeds in pixels per frame [n])."""
+        digits, speeds = np.divmod(np.asarray(rows), len(SPEEDS))
+        return digits, np.array([*SPEEDS.values()])[speeds]
+
     def real(self, rows: Sequence[int], frames: int) -> np.ndarray:
         """Videos of test scans, to compare with: uint8 [n, frames, SIZE, SIZE, 1]."""
         seeds = [(self.seed, 1, i) for i in range(len(rows))]
         return np.stack(
             [video(row, seed, frames, "test") for row, seed in zip(rows, seeds, strict=True)]
         )
+
+    def decode(self, x0: np.ndarray) -> np.ndarray:
+        """Videos of latents: uint8 [N, F, SIZE, SIZE, 1]."""
+        return decode(x0)
+
+    def digits(self, videos: np.ndarray) -> np.ndarray:
+        """The digit of every frame as a scan of `mnist5k`: uint8 [N, F, 28, 28, 1]."""
+        side = round(28 * DIGIT / INK)
+        frames = videos.reshape(-1, SIZE, SIZE)
+        padded = np.pad(frames, ((0, 0), (side, side), (side, side)))
+        corners = np.rint(centre(frames)).astype(int) + side - side // 2
+        scans = [
+            Image.fromarray(frame[row : row + side, column : column + side]).resize((28, 28))
+            for frame, (row, column) in zip(padded, corners, strict=True)
+        ]
+        return np.stack(scans).reshape(*videos.shape[:2], 28, 28, 1)
 
     def pictures(self, x0: np.ndarray) -> np.ndarray:
         """Latents [N, F, H, W, C] as bytes, frames side by side."""

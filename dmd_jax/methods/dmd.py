@@ -5,7 +5,7 @@ A method is a frozen dataclass of numbers.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ from dmd_jax.losses.distribution_matching import (
     teacher_error,
 )
 from dmd_jax.methods import Batch, Metrics, Nets, Observed
+from dmd_jax.methods.causal import CausalRollout
 from dmd_jax.rollouts.backward_simulation import Rollout, backward_simulation, one_step
+from dmd_jax.rollouts.samplers import FewStep, Sampler, fewer
 
 BANDS = 4  # intervals of t, of equal length, in which the metric gap/i is reported
 
@@ -41,9 +43,11 @@ class DMD:
     Attributes:
         sample_shape: shape of one sample, (H, W, C) or (F, H, W, C).
         times: times of the generator's calls before the shift; (1,) makes a one-step generator.
+        video: how a causal generator makes videos, `SelfForcing` or `CausVid`; None for a generator
+            that makes a sample at once.
         strides: one of them is drawn at every training step, and the rollout uses every stride-th
             of `times`; (1, 2, 4) trains one generator for four, two and one calls. Each must divide
-            the number of times.
+            the number of times. With `video`, only (1,).
         last_step_share: probability of forcing the last step (see `backward_simulation`). The fake
             score learns the mixture of all exit steps. A share above 0 gives more weight in
             that mixture to the last step, the only one whose samples inference returns.
@@ -68,10 +72,10 @@ class DMD:
 
     trainable: ClassVar = ("generator", "fake_score")
     frozen: ClassVar = ("teacher",)
-    uses_data: ClassVar = False
 
     sample_shape: tuple[int, ...]
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    video: CausalRollout | None = None
     strides: tuple[int, ...] = (1,)
     last_step_share: float = 0.0
     shift: float = 1.0
@@ -94,6 +98,10 @@ class DMD:
             raise ValueError(f"last_step_share={self.last_step_share} must be in [0, 1]")
         check_times(shift=self.shift, score_shift=self.score_shift, clip=self.clip)
         self._check_blocks()
+        if self.video is not None:
+            self.video.check(self.sample_shape)
+            if self.strides != (1,):
+                raise ValueError(f"strides={self.strides}: a causal rollout uses all of `times`")
 
     def _check_blocks(self):
         size, shape = self.frames_per_block, self.sample_shape
@@ -103,6 +111,31 @@ class DMD:
             raise ValueError(f"frames_per_block={size}, but images {shape} have no frames")
         if size < 1 or shape[0] % size:
             raise ValueError(f"frames_per_block={size} must divide the frames of {shape}")
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether rollouts start from real samples."""
+        return self.video is not None and self.video.uses_data
+
+    def sampler(self, steps: int, guidance: float) -> Sampler:
+        """How the trained generator is sampled in `steps` calls.
+
+        Raises:
+            ValueError: guidance, which is in the weights of a student already.
+        """
+        if guidance != 1:
+            raise ValueError(
+                f"guidance={guidance}: guidance is in the weights of a student; leave it at 1"
+            )
+        times = fewer(self.times, steps)
+        if self.video is not None:
+            return self.video.sampler(times, self.shift)
+        return FewStep(times, self.shift)
+
+    def notes(self) -> dict[str, Any]:
+        """Entries for the header of the exported generator: how to sample it."""
+        notes = {"times": self.times, "shift": self.shift}
+        return notes if self.video is None else notes | self.video.notes()
 
     @property
     def expected_exit_step(self) -> float:
@@ -117,6 +150,16 @@ class DMD:
         """Samples of the generator, [B, *sample_shape], under the condition `batch["cond"]`."""
         noise_key, stride_key, step_key = jax.random.split(key, 3)
         noise = randomness.normal(noise_key, batch["index"], self.sample_shape)
+        if self.video is not None:
+            return self.video(
+                generator,
+                noise,
+                batch,
+                step_key,
+                times=self.times,
+                shift=self.shift,
+                last_step_share=self.last_step_share,
+            )
         cond, schedule = batch["cond"], generator.schedule
         if self.times == (1.0,):
             return one_step(generator, noise, cond, schedule=schedule)

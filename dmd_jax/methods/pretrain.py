@@ -1,7 +1,7 @@
 """Pretrain: trains a teacher on data, by denoising. It needs no teacher and no critic."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import check_times, expand, sample_time
 from dmd_jax.losses.distribution_matching import denoising_loss
 from dmd_jax.methods import Batch, Nets, Observed
+from dmd_jax.rollouts.samplers import ManyStep, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Pretrain:
         if not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1]")
         check_times(shift=self.shift, clip=self.clip)
+
+    def sampler(self, steps: int, guidance: float) -> Sampler:
+        """How the trained network is sampled."""
+        return ManyStep(steps, guidance, self.shift, name="generator")
+
+    def notes(self) -> dict[str, Any]:
+        """Entries for the header of the exported network: none."""
+        return {}
 
     def generator_loss(
         self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]

@@ -47,6 +47,10 @@ class Evaluation:
         guidance: weight for a network that is sampled in many steps; 1 disables it.
         teacher_steps, teacher_guidance: the same for the teacher of a run that has one.
         recompute: compute the teacher's rows even where they are stored.
+        frames: of the videos whose quality is measured frame by frame (`drift`), for data that can;
+            0 measures none. It may exceed the length of the training videos: only causal students
+            reach it.
+        beside: other checkpoints to show in the same report, as pairs (name, checkpoint).
 
     Raises:
         ValueError: a number is out of range, or `steps` is empty.
@@ -62,11 +66,15 @@ class Evaluation:
     teacher_steps: tuple[int, ...] = ()
     teacher_guidance: float = 1.0
     recompute: bool = False
+    frames: int = 0
+    beside: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         for name in ("every", "samples", "num"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.frames < 0:
+            raise ValueError(f"frames={self.frames} must be 0 or more")
         if not self.steps:
             raise ValueError("steps=() must name one number of steps or more")
         for name in ("steps", "teacher_steps"):

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from dmd_jax import weights
 from dmd_jax.data import Images, load
+from dmd_jax.devices import sharding
 from dmd_jax.devices.disk import write_text
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.quality import evaluation, report
+from dmd_jax.quality import drift, evaluation, report
 from dmd_jax.quality.evaluation import LIMIT, SEED, Evaluation, draw_images
 from dmd_jax.quality.features import load_features
 from dmd_jax.rollouts import samplers
@@ -25,6 +27,7 @@ from dmd_jax.rollouts.samplers import Sampler
 REPORT = "report.md"
 FIGURE = "report.png"
 SETTINGS = "evaluation.json"
+SHOWN = 6  # videos of each network in the figures
 BEST_LIMIT = 10_000  # training images that the best network of a run is selected against
 
 
@@ -99,6 +102,10 @@ class Evaluator:
     def check(self) -> None:
         """Raises ValueError where the run could not be judged; computes nothing."""
         spec = self.settings
+        if spec.frames and not hasattr(self.source, "asked"):
+            raise ValueError(f"frames={spec.frames}: {self.source.name!r} is not measured by frame")
+        for name, path in spec.beside:
+            self._beside(name, path)
         if not spec.features:
             return
         if not isinstance(self.source, Images):
@@ -170,6 +177,8 @@ class Evaluator:
         """
         if self.settings.features:
             body = self._judged(directory, title, trained, teacher, teacher_path)
+        elif self.settings.frames:
+            body = self._by_frame(directory, title, trained, teacher)
         else:
             body = self._shown(directory, title, trained, teacher)
         text = report.page(title, body, cost)
@@ -245,6 +254,37 @@ class Evaluator:
         table += [self._measure(net, sampler) for net, sampler in networks]
         return report.measured(table, self.source.measures)
 
+    def _by_frame(self, directory, title, trained, teacher):
+        """Body of the report of a run on videos, frame by frame; writes rows, figures and a GIF."""
+        spec, source = self.settings, self.source
+        rows, *conditions = source.measured_conditions(spec.num)
+        videos = {"real": source.real(rows, spec.frames)}
+        networks = [] if teacher is None else [(teacher, self.teacher_samplers[0])]
+        for name, path in spec.beside:
+            networks.append((weights.denoiser(path), self._beside(name, path)))
+        networks += [(trained, sampler) for sampler in self.samplers]
+        for net, sampler in networks:
+            videos[sampler.name] = source.decode(
+                self._draw(sharding.replicate(net), sampler, *conditions, SEED, spec.frames)
+            )
+        table = [
+            {"name": name, "by_frame": drift.by_frame(videos[name], rows, source)}
+            for name in videos
+        ]
+        length = source.sample_shape[0]
+        if jax.process_index() == 0:
+            write_text(directory / "report.json", json.dumps({"rows": table}, indent=1) + "\n")
+            drift.figure(directory / "by_frame.png", table, length, title=title)
+            few = {name: x[:: len(x) // SHOWN][:SHOWN] for name, x in videos.items()}
+            report.gallery(directory / FIGURE, drift.strips(few, spec.frames // 12), 1, title=title)
+            drift.save_gif(directory / "videos.gif", few)
+        body = drift.markdown(table, length)
+        return f"![quality by frame](by_frame.png)\n\n![videos](videos.gif)\n\n{body}"
+
+    def _beside(self, name, path):
+        """The sampler of another checkpoint in the report."""
+        return dataclasses.replace(samplers.sampler_for(path), name=name)
+
     def _show(self, denoiser, sampler, seed):
         return self.source.pictures(
             self._draw(denoiser, sampler, *self.source.preview_conditions(), seed)
@@ -255,9 +295,11 @@ class Evaluator:
         x0 = self._draw(denoiser, sampler, *conditions, SEED)
         return evaluation.about(sampler) | self.source.measure(x0, rows)
 
-    def _draw(self, denoiser, sampler, cond, uncond, seed):
-        """Samples float32 [N, ...]."""
+    def _draw(self, denoiser, sampler, cond, uncond, seed, frames=None):
+        """Samples float32 [N, ...]; videos of `frames` frames, as far as the sampler goes."""
         shape, num = self.source.sample_shape, len(cond)
+        if frames is not None and isinstance(sampler, samplers.CausalFewStep):
+            shape = (frames, *shape[1:])
         drawn = samplers.draw(
             denoiser, sampler, cond, uncond, shape, seed, batch=min(num, self.batch)
         )

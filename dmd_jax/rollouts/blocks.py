@@ -68,7 +68,10 @@ class Layout:
         def other(i, carry):
             return body(self.lone + i, self.lone + self.size * i, self.size, carry)
 
-        return jax.lax.fori_loop(jnp.maximum(first, left_out), self.count, other, carry)
+        # Known bounds make it a loop of known length, whose FLOPs can be counted.
+        known = isinstance(left_out, int)
+        start = max(first, left_out) if known else jnp.maximum(first, left_out)
+        return jax.lax.fori_loop(start, self.count, other, carry)
 
     def starts(self, start, left_out):
         """int32 [blocks]: the first frame of each block in the video; `left_out` come before it."""

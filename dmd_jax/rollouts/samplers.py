@@ -18,8 +18,10 @@ from dmd_jax.devices import randomness, sharding
 from dmd_jax.diffusion import solvers
 from dmd_jax.diffusion.denoiser import guided
 from dmd_jax.diffusion.schedule import step_times
+from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.backward_simulation import backward_simulation
 from dmd_jax.rollouts.ode import ode
+from dmd_jax.rollouts.self_forcing import self_forcing
 
 BATCH = 250  # images per call of the compiled sampler
 SOLVERS = {"euler": ode, "unipc": solvers.unipc}
@@ -85,6 +87,50 @@ class FewStep(Sampler):
             schedule=denoiser.schedule,
             index=index,
             exit_step=len(self.times) - 1,
+        ).x0
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalFewStep(Sampler):
+    """The sampler of a causal student: block by block, a few calls each (`self_forcing`).
+
+    Attributes:
+        times: times of the calls before the shift, descending from 1.
+        shift, name: see `Sampler`.
+        causal, first_times, context_time: see `self_forcing`.
+    """
+
+    times: tuple[float, ...]
+    shift: float = 1.0
+    causal: Causal = dataclasses.field(default=Causal())
+    first_times: tuple[float, ...] | None = None
+    context_time: float | None = 0.0
+    name: str = dataclasses.field(default="student", repr=False, compare=False)
+
+    @property
+    def steps(self):
+        return len(self.times)
+
+    @property
+    def calls(self):
+        """Network calls per block, the one that writes its context included."""
+        return self.steps + (self.context_time is not None)
+
+    def __call__(self, denoiser, noise, cond, uncond, key, index):
+        return self_forcing(
+            denoiser,
+            noise,
+            cond,
+            key,
+            times=self.times,
+            shift=self.shift,
+            schedule=denoiser.schedule,
+            causal=self.causal,
+            first_times=self.first_times,
+            context_time=self.context_time,
+            last_step_share=1.0,
+            graded=0,
+            index=index,
         ).x0
 
 
@@ -194,7 +240,9 @@ def draw_images(denoiser, sampler, labels, seed=0, *, batch=BATCH):
 
 
 def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
-    """The sampler for the checkpoint at `path`: FewStep for a student, ManyStep for others.
+    """The sampler for the checkpoint at `path`, by the notes in its header.
+
+    FewStep or CausalFewStep for a student, ManyStep for others.
 
     Args:
         steps: the student's own if None, or 50.
@@ -224,7 +272,17 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
         )
     times = tuple(notes["times"])
     shift = notes["shift"] if shift is None else shift
-    return FewStep(fewer(times, len(times) if steps is None else steps), shift)
+    times = fewer(times, len(times) if steps is None else steps)
+    if "causal" not in notes:
+        return FewStep(times, shift)
+    first = notes["first_times"]
+    return CausalFewStep(
+        times,
+        shift,
+        Causal(**notes["causal"]),
+        None if first is None else tuple(first),
+        notes["context_time"],
+    )
 
 
 def balanced(num, num_classes):

@@ -323,9 +323,7 @@ def _export_best(run, shape, checkpoints, workdir):
 def _export(run, trained, path, step):
     """Writes an averaged network as a safetensors file."""
     notes = {"step": step, "method": type(run.method).__name__.lower()}
-    notes |= run.source.notes
-    if hasattr(run.method, "times"):
-        notes |= {"times": run.method.times, "shift": run.method.shift}
+    notes |= run.source.notes | run.method.notes()
     if jax.process_index() == 0:
         weights.save(path, trained, **notes)
 

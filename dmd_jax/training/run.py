@@ -268,21 +268,10 @@ def _evaluator(config, method, source):
         raise ValueError(
             "config.evaluate.teacher_steps is (): name one number of steps of the teacher or more"
         )
-    if hasattr(method, "times"):
-        if spec.guidance != 1:
-            raise ValueError(
-                f"config.evaluate.guidance is {spec.guidance}, but guidance is in the weights of a "
-                "student: leave it at 1"
-            )
-        own = [
-            samplers.FewStep(samplers.fewer(method.times, steps), method.shift)
-            for steps in spec.steps
-        ]
-    else:
-        own = [
-            samplers.ManyStep(steps, spec.guidance, method.shift, name="generator")
-            for steps in spec.steps
-        ]
+    try:
+        own = [method.sampler(steps, spec.guidance) for steps in spec.steps]
+    except ValueError as error:
+        raise ValueError(f"config.evaluate: {error}") from error
     teachers = [
         samplers.ManyStep(steps, spec.teacher_guidance, method.shift)
         for steps in spec.teacher_steps

@@ -1,0 +1,209 @@
+"""How a causal generator makes the videos that DMD and SiD compare: a field of these methods.
+
+    DMD(sample_shape, video=SelfForcing(Causal(3)))     block by block, from its own blocks
+    DMD(sample_shape, video=CausVid(Causal(3)))         in one call, from noised real videos
+
+Imports the rollouts and the samplers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Key
+
+from dmd_jax.devices import randomness
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.diffusion.schedule import check_step_times, shift_time
+from dmd_jax.methods import Batch
+from dmd_jax.models.attention import Causal
+from dmd_jax.rollouts.backward_simulation import Rollout
+from dmd_jax.rollouts.blocks import Layout
+from dmd_jax.rollouts.samplers import CausalFewStep
+from dmd_jax.rollouts.self_forcing import self_forcing
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalRollout:
+    """Base of the ways in which a causal generator makes videos in training.
+
+    Attributes:
+        causal: frames per block, lone first frame, window and sink, in training and in inference.
+        first_times: another list of times for the first block of a video; None for the same.
+        context_time: time at which a finished block is written to the cache (see `self_forcing`).
+    """
+
+    uses_data: ClassVar = False
+    title: ClassVar = "student"  # in tables
+
+    causal: Causal = dataclasses.field(default=Causal())
+    first_times: tuple[float, ...] | None = None
+    context_time: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        if self.first_times is not None:
+            check_step_times(self.first_times)
+        if self.context_time is not None and not 0.0 <= self.context_time < 1.0:
+            raise ValueError(f"context_time={self.context_time} must be in [0, 1), or None")
+
+    def check(self, sample_shape: tuple[int, ...]) -> None:
+        """Raises ValueError where samples of this shape cannot be rolled out."""
+        if len(sample_shape) != 4:
+            raise ValueError(f"a causal rollout makes videos, not samples {sample_shape}")
+        self._layout(sample_shape)
+
+    def _layout(self, sample_shape):
+        videos = jax.ShapeDtypeStruct((1, *sample_shape), jnp.float32)
+        return Layout.of("videos", videos, self.causal, lone_first=True)
+
+    def __call__(
+        self,
+        generator: Denoiser,
+        noise: Float32[Array, "B F H W C"],
+        batch: Batch,
+        key: Key[Array, ""],
+        *,
+        times: Sequence[float],
+        shift: float,
+        last_step_share: float,
+    ) -> Rollout:
+        """Videos of the generator, under the condition `batch["cond"]`."""
+        raise NotImplementedError
+
+    def sampler(self, times: Sequence[float], shift: float) -> CausalFewStep:
+        """How the trained generator is sampled."""
+        return CausalFewStep(
+            tuple(times),
+            shift,
+            self.causal,
+            self.first_times,
+            self.context_time,
+            name=self.title,
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """Entries for the header of the exported generator."""
+        return {
+            "causal": dataclasses.asdict(self.causal),
+            "first_times": self.first_times,
+            "context_time": self.context_time,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfForcing(CausalRollout):
+    """Self-Forcing (Huang et al. 2025): the rollout of inference, block by block, with its cache.
+
+    Attributes:
+        per_block_exit: an exit step for each block, not one for all.
+        graded: only the last so many frames pass gradient; None for all.
+        least_blocks: the number of blocks of a rollout is drawn from `least_blocks` up to all; None
+            for always all.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    title: ClassVar = "self-forcing"
+
+    per_block_exit: bool = False
+    graded: int | None = None
+    least_blocks: int | None = None
+
+    def check(self, sample_shape: tuple[int, ...]) -> None:
+        super().check(sample_shape)
+        layout = self._layout(sample_shape)
+        if self.graded is not None:
+            layout.graded(self.graded)
+        if self.least_blocks is not None and not 1 <= self.least_blocks <= layout.total:
+            raise ValueError(
+                f"least_blocks={self.least_blocks} must be in [1, {layout.total}]: so many blocks "
+                f"make the {layout.frames} frames of a video"
+            )
+
+    def __call__(
+        self,
+        generator: Denoiser,
+        noise: Float32[Array, "B F H W C"],
+        batch: Batch,
+        key: Key[Array, ""],
+        *,
+        times: Sequence[float],
+        shift: float,
+        last_step_share: float,
+    ) -> Rollout:
+        rollout_key, blocks_key = jax.random.split(key)
+        blocks = None
+        if self.least_blocks is not None:
+            most = self._layout(noise.shape[1:]).total
+            blocks = jax.random.randint(blocks_key, (), self.least_blocks, most + 1)
+        return self_forcing(
+            generator,
+            noise,
+            batch["cond"],
+            rollout_key,
+            times=times,
+            shift=shift,
+            schedule=generator.schedule,
+            causal=self.causal,
+            first_times=self.first_times,
+            per_block_exit=self.per_block_exit,
+            last_step_share=last_step_share,
+            context_time=self.context_time,
+            graded=self.graded,
+            blocks=blocks,
+            index=batch["index"],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CausVid(CausalRollout):
+    """CausVid (Yin et al. 2025): one call for all blocks, from real videos with noise.
+
+    Each block has a time of its own, drawn from `times`. The generator never meets its own errors:
+    this is what Self-Forcing mends.
+
+    Attributes:
+        teacher_forcing: blocks attend to the real, clean blocks before them; otherwise to noisy
+            ones, as in CausVid.
+    """
+
+    uses_data: ClassVar = True
+
+    teacher_forcing: bool = False
+
+    @property
+    def title(self) -> str:
+        """In tables."""
+        return "teacher forcing" if self.teacher_forcing else "diffusion forcing"
+
+    def __call__(
+        self,
+        generator: Denoiser,
+        noise: Float32[Array, "B F H W C"],
+        batch: Batch,
+        key: Key[Array, ""],
+        *,
+        times: Sequence[float],
+        shift: float,
+        last_step_share: float,
+    ) -> Rollout:
+        index, real = batch["index"], batch["data"]
+        layout = self._layout(noise.shape[1:])
+
+        def draw(key):
+            step_key, last_key = jax.random.split(key)
+            steps = jax.random.randint(step_key, (layout.total,), 0, len(times))
+            last = jax.random.bernoulli(last_key, last_step_share, steps.shape)
+            return jnp.where(last, len(times) - 1, steps)
+
+        levels = shift_time(jnp.asarray(times, jnp.float32), shift)
+        frames = np.array([1] * layout.lone + [layout.size] * layout.count)
+        t = jnp.repeat(levels[randomness.per_sample(draw, key, index)], frames, axis=1)
+        x_t = generator.schedule.add_noise(real, noise, t)
+        context = {"context": real} if self.teacher_forcing else {}
+        x0 = generator(x_t, t, batch["cond"], causal=self.causal, **context)
+        return Rollout(x0, None, jnp.float32(1.0), jnp.float32(0.0), batch["cond"])

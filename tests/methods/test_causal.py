@@ -1,0 +1,210 @@
+"""DMD and SiD on videos of a causal generator, with three networks of three configurations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import assert_close, weights
+
+from dmd_jax import weights as files
+from dmd_jax.devices import randomness
+from dmd_jax.diffusion.denoiser import Denoiser, guided
+from dmd_jax.diffusion.schedule import FlowMatching, shift_time
+from dmd_jax.losses.distribution_matching import dmd_gradient
+from dmd_jax.methods.causal import CausVid, SelfForcing
+from dmd_jax.methods.dmd import DMD
+from dmd_jax.methods.sid import SiD
+from dmd_jax.models.wan import Causal, Wan, WanConfig
+from dmd_jax.rollouts.samplers import CausalFewStep, sampler_for
+from dmd_jax.training.optimizer import AdamW, per_role
+from dmd_jax.training.step import init_state, train_step
+
+SHAPE = (6, 4, 4, 3)
+PAIRS = Causal(2)
+KEY = jax.random.key(5)
+
+
+def network(dim, depth, seed):
+    config = WanConfig(dim, 24, 2, depth, 3, 3, text_dim=5, freq_dim=8, reach=6)
+    return Denoiser(weights(lambda rngs: Wan(config, rngs=rngs), seed))
+
+
+@pytest.fixture(scope="module")
+def nets():
+    return {
+        "generator": network(16, 2, 0),
+        "teacher": network(32, 3, 1),
+        "fake_score": network(16, 1, 2),
+    }
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def batch(num=4):
+    return {
+        "cond": normal(1, num, 3, 5),
+        "uncond": jnp.zeros((num, 3, 5)),
+        "data": normal(2, num, *SHAPE),
+        "index": jnp.arange(num),
+    }
+
+
+def method(kind=DMD, video=None, **how):
+    how = dict(times=(1.0, 0.75, 0.5), shift=5.0, score_shift=5.0, guidance=2.0) | how
+    return kind(SHAPE, video=video or SelfForcing(PAIRS), **how)
+
+
+def test_the_gradient_is_the_normalised_difference_of_the_scores_through_the_rollout(nets):
+    """Composed by hand: rollout, noise, both scores, grad / N, and back through the rollout."""
+    dmd, data = method(), batch()
+    rollout_key, time_key, eps_key = jax.random.split(KEY, 3)
+
+    @jax.jit
+    def ours(generator):
+        return jax.grad(lambda g: dmd.generator_loss(g, nets, data, KEY)[0])(generator)
+
+    @jax.jit
+    def by_hand(generator):
+        rollout, back = jax.vjp(lambda g: dmd.rollout(g, nets, data, rollout_key).x0, generator)
+        x_t, t, _ = dmd.diffuse(
+            dmd.rollout(generator, nets, data, rollout_key),
+            FlowMatching(),
+            data["index"],
+            time_key,
+            eps_key,
+        )
+        real = guided(nets["teacher"], x_t, t, data["cond"], data["uncond"], 2.0)
+        fake = nets["fake_score"](x_t, t, data["cond"])
+        return back(dmd_gradient(rollout, real, fake) / rollout.size)[0]
+
+    assert_close(ours(nets["generator"]), by_hand(nets["generator"]), rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [DMD, SiD])
+@pytest.mark.parametrize(
+    "video", [SelfForcing(PAIRS), CausVid(PAIRS)], ids=["self-forcing", "causvid"]
+)
+def test_a_step_trains_both_networks_and_accumulation_changes_nothing(nets, kind, video):
+    tx = per_role({role: AdamW(1e-3).transform(10) for role in ("generator", "fake_score")})
+    trainable = {role: nets[role] for role in ("generator", "fake_score")}
+    state, frozen = init_state(trainable, tx), {"teacher": nets["teacher"]}
+    how = dict(method=method(kind, video), tx=tx, update_generator=True)
+    data = {name: x for name, x in batch().items() if name != "index"}
+
+    def step(accumulate):
+        return jax.jit(lambda s: train_step(s, frozen, data, KEY, accumulate=accumulate, **how))(
+            state
+        )
+
+    (whole, metrics), (parts, _) = step(1), step(2)
+    assert all(np.isfinite(x) for name, x in metrics.items() if "gap" not in name)
+    for role in trainable:
+        assert metrics[f"{role}/skipped"] == 0 and metrics[f"{role}/update_norm"] > 0
+    # Adam divides by the gradient's size: where that is rounding, so is the update.
+    assert_close(parts.opt_state, whole.opt_state, rtol=2e-3, atol=2e-6)
+
+
+def test_blocks_that_were_not_made_have_no_part_in_the_losses(nets):
+    """With 1 to 3 blocks, the loss is a mean over the frames that the mask keeps."""
+    dmd = method(video=SelfForcing(PAIRS, least_blocks=1))
+    masks = set()
+    rollout_of = jax.jit(lambda key: dmd.rollout(nets["generator"], nets, batch(), key))
+    for seed in range(12):
+        rollout = rollout_of(jax.random.key(seed))
+        masks.add(tuple(np.asarray(rollout.mask[0]).tolist()))
+    assert masks == {(False,) * left_out + (True,) * (6 - left_out) for left_out in (0, 2, 4)}
+    gradient = jax.grad(
+        lambda x0: dmd.compare(rollout._replace(x0=x0), nets, batch(), KEY, jax.random.key(8))[0]
+    )(rollout.x0)
+    kept = np.asarray(rollout.mask[0])
+    assert not np.any(gradient[:, ~kept]) and np.all(np.any(gradient[:, kept], (0, 2, 3, 4)))
+
+
+def test_the_scores_are_compared_above_the_time_after_the_exit_step(nets):
+    dmd = method(above_exit=True, score_shift=1.0, clip=(0.0, 1.0))
+    for seed in range(8):
+        rollout = dmd.rollout(nets["generator"], nets, batch(), jax.random.key(seed))
+        _, t, _ = dmd.diffuse(rollout, FlowMatching(), jnp.arange(4), KEY, KEY)
+        assert np.all(t >= rollout.t_to)
+
+
+def test_training_and_inference_share_blocks_window_sink_and_context(nets):
+    """A rollout that runs to its last step is what the sampler draws from the same noise."""
+    video = SelfForcing(Causal(2, window=4, sink=1), first_times=(1.0, 0.6), context_time=0.1)
+    dmd = method(video=video, last_step_share=1.0)
+    sampler = dmd.sampler(3, 1.0)
+    assert sampler == CausalFewStep((1.0, 0.75, 0.5), 5.0, video.causal, (1.0, 0.6), 0.1)
+    noise_key, _, step_key = jax.random.split(KEY, 3)
+    rollout = dmd.rollout(nets["generator"], nets, batch(), KEY)
+    noise = randomness.normal(noise_key, jnp.arange(4), SHAPE)
+    drawn = sampler(
+        nets["generator"],
+        noise,
+        batch()["cond"],
+        None,
+        jax.random.split(step_key)[0],
+        jnp.arange(4),
+    )
+    assert_close(drawn, rollout.x0, rtol=2e-5, atol=2e-5)
+
+
+def test_the_header_of_an_export_says_how_to_sample_it(nets, tmp_path):
+    dmd = method(video=SelfForcing(Causal(2, window=4, sink=1), context_time=None))
+    files.save(tmp_path / "student.safetensors", nets["generator"], **dmd.notes())
+    assert sampler_for(tmp_path / "student.safetensors") == dmd.sampler(3, 1.0)
+
+
+@pytest.mark.parametrize("teacher_forcing", [False, True])
+def test_causvid_calls_the_generator_once_with_a_time_for_each_block(teacher_forcing):
+    """The network is a probe: it returns its time as the velocity."""
+    calls = []
+
+    def probe(x, t, cond, **kw):
+        calls.append(kw)
+        return jnp.broadcast_to(t[..., None, None, None], x.shape)
+
+    video = CausVid(Causal(2, first_alone=True), teacher_forcing=teacher_forcing)
+    data = batch(64) | {"data": normal(2, 64, 7, 4, 4, 3)}
+    dmd = DMD((7, 4, 4, 3), times=(1.0, 0.5), shift=5.0, video=video)
+    rollout = dmd.rollout(Denoiser(probe), {}, data, KEY)
+    noise_key = jax.random.split(KEY, 3)[0]
+    noise = randomness.normal(noise_key, data["index"], (7, 4, 4, 3))
+    levels = np.asarray(shift_time(np.float32([1.0, 0.5]), 5.0))
+    times = []
+    for t in levels:  # which of them gives each element
+        x0 = (1 - t) * data["data"] + t * noise - t * 1000 * t
+        times.append(np.all(np.isclose(rollout.x0, x0, atol=1e-2), (2, 3, 4)))
+    assert np.all(times[0] ^ times[1])
+    for first, stop in [(0, 1), (1, 3), (3, 5), (5, 7)]:
+        assert np.all(times[0][:, first:stop] == times[0][:, first : first + 1])
+    assert 0.3 < times[0][:, [0, 1, 3, 5]].mean() < 0.7
+    (call,) = calls
+    assert call["causal"] == video.causal and ("context" in call) == teacher_forcing
+
+
+@pytest.mark.parametrize(
+    "how, complaint",
+    [
+        (dict(video=SelfForcing(Causal(4))), "videos: 6 frames do not divide into blocks of 4"),
+        (dict(video=SelfForcing(PAIRS, graded=3)), "graded=3 of 6 frames"),
+        (dict(video=SelfForcing(PAIRS, least_blocks=4)), r"least_blocks=4 must be in \[1, 3\]"),
+        (dict(strides=(1, 3)), "a causal rollout uses all of `times`"),
+    ],
+    ids=str,
+)
+def test_rollouts_that_cannot_be_are_refused(how, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        method(**how)
+
+
+def test_images_and_impossible_times_are_refused():
+    with pytest.raises(ValueError, match="makes videos, not samples"):
+        DMD((8, 8, 1), video=SelfForcing())
+    with pytest.raises(ValueError, match=r"context_time=1.0 must be in \[0, 1\), or None"):
+        SelfForcing(context_time=1.0)
+    with pytest.raises(ValueError, match="must descend"):
+        SelfForcing(first_times=(0.5, 1.0))
+    with pytest.raises(ValueError, match="guidance is in the weights"):
+        method().sampler(3, 2.0)
