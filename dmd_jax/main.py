@@ -155,7 +155,11 @@ def start():
         argv = app.parse_flags_with_usage(sys.argv)
         FLAGS.config.lock()  # reads the config program
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = error.args[0] if isinstance(error, KeyError) else error  # a KeyError quotes its text
+        text = error
+        while isinstance(text, AttributeError | KeyError):  # ml_collections puts one in the other
+            text = text.args[0]  # as text, a KeyError is in quotes
+        if isinstance(error, AttributeError):  # the text may be a bare name
+            text = f"there is no entry {text}"
         refuse(f"in the config or a --config.* override: {text}")
     try:
         app.run(main, argv=argv, flags_parser=lambda argv: argv)
