@@ -27,7 +27,7 @@ from dmd_jax.training.checkpoints import Checkpointer
 from dmd_jax.training.configuration import defaults, differences, flatten
 from dmd_jax.training.cost import cost
 from dmd_jax.training.preemption import Preemption
-from dmd_jax.training.profiling import Profiler
+from dmd_jax.training.profiling import Profiler, warn_of_taken
 from dmd_jax.training.writers import Progress, Writer
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ def _train(run, workdir, profile):
                 f"config.steps={run.config.steps}, but the run in {workdir} has taken {first}: ask "
                 "for as many or more, or choose another --workdir"
             )
+        warn_of_taken(profile, first)
         if first == run.config.steps and (finished := _reported(run, workdir)):
             return finished
         steps = compile_steps(run) if first < run.config.steps else {}

@@ -44,9 +44,9 @@ def no_report(monkeypatch):
     monkeypatch.setattr(loop, "_report", lambda *_: "no report")
 
 
-def start(run, workdir):
+def start(run, workdir, profile=range(0)):
     with jax.set_mesh(run.mesh):
-        return loop.train(run, workdir)
+        return loop.train(run, workdir, profile)
 
 
 def final(run, workdir, step=STEPS):
@@ -159,6 +159,12 @@ def test_a_finished_run_says_so_and_reprints_its_report(build, straight, monkeyp
     monkeypatch.setattr(loop, "Writer", None)
     assert start(build(**{"log.every": 4, "evaluate.every": 5}), workdir) == report
     assert report.read_text() in capsys.readouterr().out
+
+
+def test_a_finished_run_says_that_it_has_no_step_to_profile(build, straight, caplog):
+    start(build(), straight[0], profile=range(2, 4))
+    assert "already taken 12 steps: of the 2 of --profile=2:2, none will be traced" in caplog.text
+    assert not (straight[0] / "profile").exists()
 
 
 def test_another_config_is_refused_with_the_difference(build, straight, monkeypatch):
