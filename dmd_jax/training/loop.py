@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.disk import check_writable, exclusive, first_line, write_text
-from dmd_jax.devices.processes import from_first
+from dmd_jax.devices.processes import from_first, together
 from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
@@ -296,9 +296,12 @@ def _lacks_judgement(run, step, workdir):
 
 
 def _judge(run, average, step, checkpoints, writer):
-    """Shows and judges samples of the average, and saves the best. A failure is only a warning."""
+    """Shows and judges samples of the average, and saves the best. A failure is only a warning.
+
+    All processes take part; a failure on one ends the judgement on all.
+    """
     try:
-        picture, score = run.evaluator.preview(average)
+        picture, score = together(run.evaluator.preview, average)
     except Exception as error:  # from the feature network, the data set or the device
         log.debug("judging failed", exc_info=error)
         log.warning("step %d could not be judged, the run goes on: %s", step, first_line(error))
@@ -338,7 +341,8 @@ def _report(run, trained, frozen, workdir):
     the whole weights of the generator.
     """
     try:
-        text = run.evaluator.report(
+        text = together(
+            run.evaluator.report,
             workdir,
             f"{type(run.method).__name__} on {run.source.name}, {run.config.steps:,} steps",
             trained,

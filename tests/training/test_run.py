@@ -7,12 +7,14 @@ import signal
 import tarfile
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import programs
 import pytest
 import toys
+from jax.experimental import multihost_utils
 
 from dmd_jax import weights
 from dmd_jax.devices.disk import exclusive
@@ -301,6 +303,14 @@ def test_a_failure_while_judging_costs_the_judgement_and_not_the_run(
     assert "step 8 could not be judged, the run goes on: RuntimeError: RESOURCE" in caplog.text
     assert (tmp_path / "run" / "generator.safetensors").exists()
     assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_a_failure_while_judging_on_another_process_ends_the_judgement_here(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda flag: np.array([flag, True]))
+    judging = SimpleNamespace(evaluator=SimpleNamespace(preview=lambda average: (None, None)))
+    loop._judge(judging, None, 8, checkpoints=None, writer=None)  # nothing is written
+    assert "step 8 could not be judged, the run goes on: RuntimeError: process 1" in caplog.text
 
 
 def test_a_failure_of_the_report_costs_the_report_and_the_same_command_tries_it_again(
