@@ -7,7 +7,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from dmd_jax.devices.disk import local_path
+from dmd_jax.devices.disk import first_line, local_path
 from dmd_jax.weights import files
 
 # The parts of a model: sub-folders of diffusers and of Wan's repository, and files of the latter.
@@ -107,6 +107,8 @@ def _from_hub(name, subfolder, part):
     patterns += [f"{folder}/*" for folder in SUBFOLDERS[wanted]]
 
     def checked(root):
+        if subfolder and not (root / subfolder).exists():
+            raise FileNotFoundError(f"{name!r} has no {subfolder!r}")
         found = _part_of(root / (subfolder or ""), part)
         if not found.is_file():
             files.in_folder(found)  # all of them, or it raises
@@ -118,7 +120,7 @@ def _from_hub(name, subfolder, part):
 def _download(name, patterns, checked):
     """`checked(folder)` of a model: of the cache if it is complete there, else downloaded."""
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
     except ImportError:
         raise ImportError(
             f"there is no file or folder at {name!r}, and the Hugging Face hub needs "
@@ -132,9 +134,16 @@ def _download(name, patterns, checked):
     try:
         root = Path(download())
     except Exception as error:  # the hub's errors have no common class
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
         raise FileNotFoundError(
-            f"there is no file or folder at {name!r}, and it did not come from the Hugging Face "
-            f"hub: {error}\nCheck the name and the network, or give the folder of a download made "
-            f"elsewhere: hf download {name} --local-dir=..."
+            f"{name!r} is no file or folder, is not in the cache of the Hugging Face hub, and "
+            f"could not be downloaded ({why}): check the name and the network, or give the folder "
+            f"of a download made elsewhere, hf download {name} --local-dir=..."
         ) from error
-    return checked(root)
+    try:
+        return checked(root)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} (without network, this is what the cache of the Hugging Face hub has of "
+            f"{name!r})"
+        ) from None

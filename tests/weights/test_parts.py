@@ -15,15 +15,28 @@ pytestmark = pytest.mark.wan  # its packages bring the hub's client
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """The folder of "org/wan" in a cache as the hub's client has it, where there is no network."""
+def snapshot(tmp_path, monkeypatch):
+    """The folder of "org/wan" in a cache as the hub's client has it."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    unreachable(monkeypatch, importlib.import_module("huggingface_hub.errors").OfflineModeIsEnabled)
     model, revision = tmp_path / "models--org--wan", 40 * "a"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text(revision)
     return model / "snapshots" / revision
+
+
+@pytest.fixture
+def cache(snapshot, monkeypatch):
+    """The same where there is no network."""
+    unreachable(monkeypatch, importlib.import_module("huggingface_hub.errors").OfflineModeIsEnabled)
+    return snapshot
+
+
+@pytest.fixture
+def offline(snapshot, monkeypatch):
+    """The same where HF_HUB_OFFLINE=1."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
 
 
 def unreachable(monkeypatch, error):
@@ -56,12 +69,44 @@ def test_a_model_of_which_the_cache_lacks_a_shard_is_not_loaded(cache):
 def test_a_hub_that_is_not_reached_is_said_and_what_to_do(cache, monkeypatch, error):
     if error:  # one that the client lets through: a proxy's, say
         unreachable(monkeypatch, error)
-    with pytest.raises(FileNotFoundError, match="'org/other', and it did not come from") as raised:
+    with pytest.raises(
+        FileNotFoundError, match=r"could not be downloaded \(\w+: .*\): check"
+    ) as raised:
         weights.load("org/other")
-    assert str(raised.value).splitlines()[-1] == (
-        "Check the name and the network, or give the folder of a download made elsewhere: "
-        "hf download org/other --local-dir=..."
+    message = str(raised.value)
+    assert message.startswith(
+        "'org/other' is no file or folder, is not in the cache of the Hugging"
     )
+    assert message.endswith("a download made elsewhere, hf download org/other --local-dir=...")
+    assert "\n" not in message
+
+
+def test_offline_a_cached_model_has_the_fingerprint_of_its_folder(offline):
+    folder = checkpoints.write_folder(offline / "transformer", shards=2)
+    for name in ("org/wan", "org/wan/transformer"):
+        assert weights.fingerprint(name) == weights.fingerprint(folder)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "org/other",
+            r"'org/other' is no .* not be downloaded \(HF_HUB_OFFLINE is set\): check the",
+        ),
+        ("org/wan/other", r"'org/wan' has no 'other' \(without network, this is what the cache"),
+        (
+            "org/wan",
+            r"lacks 1 of 2 shards: .*; finish the download \(without network, this is what",
+        ),
+    ],
+)
+def test_offline_what_is_not_in_the_cache_is_told_in_a_sentence(offline, name, message):
+    folder = checkpoints.write_folder(offline / "transformer", shards=2)
+    next(folder.glob("*-00002-*")).unlink()
+    with pytest.raises(FileNotFoundError, match=message) as raised:
+        weights.fingerprint(name)
+    assert len(str(raised.value).splitlines()) == 1
 
 
 @pytest.fixture
