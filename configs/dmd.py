@@ -21,7 +21,9 @@ trained by configs/pretrain.py:wan_teacher and :wan_small.
 run. --config.data.embeddings is the folder that `python -m dmd_jax.embed` wrote.
 
 A flag overrides any entry, also one that may be None or a class:
---config.generator.optimizer.clip=None, --config.method.regression=X0.
+--config.generator.optimizer.clip=None, --config.method.regression=X0. It also puts another class of
+the same base in the place of a section's: --config.generator.optimizer.cls=Muon. Fields that only
+the new class has then keep their defaults; to set them, write the section in a config program.
 """
 
 import dataclasses

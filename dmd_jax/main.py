@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 # Before TensorFlow is imported: it prints notices that do not concern a user.
@@ -155,30 +156,39 @@ def start():
         argv = app.parse_flags_with_usage(sys.argv)
         FLAGS.config.lock()  # reads the config program
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = error.args[0] if isinstance(error, KeyError) else error  # a KeyError quotes its text
+        text = error
+        while isinstance(text, AttributeError | KeyError):  # ml_collections puts one in the other
+            text = text.args[0]  # as text, a KeyError is in quotes
+        if isinstance(error, AttributeError):  # the text may be a bare name
+            text = f"there is no entry {text}"
         refuse(f"in the config or a --config.* override: {text}")
     try:
         app.run(main, argv=argv, flags_parser=lambda argv: argv)
-    except (SystemExit, KeyboardInterrupt) as end:
+    except BaseException as end:
         if loop.compiling():
             leave(end)
         raise
 
 
 def leave(end):
-    """Exits without waiting for a compilation in the background. The run is saved by then.
+    """Exits without waiting for a compilation in the background. What was to be saved is.
 
     A normal exit would destroy objects that the compiler's thread still uses.
+
+    Args:
+        end: SystemExit, KeyboardInterrupt, or an error that nobody caught.
     """
-    interrupted = isinstance(end, KeyboardInterrupt)
-    code = 128 + signal.SIGINT if interrupted else end.code
+    interrupted, crashed = isinstance(end, KeyboardInterrupt), isinstance(end, Exception)
+    if crashed:
+        traceback.print_exception(end)
+    code = 128 + signal.SIGINT if interrupted else 1 if crashed else end.code
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not crashed:  # it waits for others, which may wait for this one
         jax.distributed.shutdown()
     os._exit(code or 0)
 

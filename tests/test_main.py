@@ -12,6 +12,8 @@ import pytest
 
 import dmd_jax
 from dmd_jax import main
+from dmd_jax.devices.paths import path_name
+from dmd_jax.methods.sid import SiD
 from dmd_jax.training import loop
 from dmd_jax.training.run import Run, build
 
@@ -56,6 +58,20 @@ def test_dry_run_prints_every_role_and_computes_nothing(start, capsys, teacher, 
         assert f"{role:<12}{16_100:>14,}" in table
     assert "one checkpoint: 0.4 MiB" in table
     assert not (tmp_path / "run").exists()
+
+
+def test_flags_choose_the_method_and_the_optimizer(start, teacher, data_dir, tmp_path, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(main, "describe", lambda run: recorded.append(run))
+    chosen = {"method.cls": "SiD", "generator.optimizer.cls": "Muon"}
+    values = programs.short(teacher, data_dir, **chosen)
+    assert start(*programs.flags(tmp_path / "run", values), "--dry_run") is None
+    [run] = recorded
+    assert type(run.method) is SiD
+    assert any(
+        "/muon/" in path_name(path)
+        for path, _ in jax.tree.leaves_with_path(run.state_shape().opt_state)
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +184,7 @@ def test_float32_means_float32_where_all_networks_compute_in_it(
 
 
 LEAVING = """
-    import contextlib, threading, types
+    import atexit, contextlib, threading, types
     from dmd_jax import main
     from dmd_jax.training import loop
 
@@ -186,19 +202,27 @@ LEAVING = """
     main.build = main.describe = lambda *_, **__: types.SimpleNamespace(mesh=None)
     main.jax.set_mesh = contextlib.nullcontext
     loop.train = train
+    atexit.register(print, "what a slow end does")
     main.start()
 """
 
 
 @pytest.mark.parametrize(
-    "how, code",
-    [("return", 0), ("raise ValueError('no')", 1), ("raise KeyboardInterrupt", 130)],
+    "how, code, message",
+    [
+        ("return", 0, ""),
+        ("raise ValueError('no')", 1, "error: no"),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug"),
+    ],
 )
-def test_the_end_waits_for_no_compilation(how, code):
+def test_the_end_waits_for_no_compilation(how, code, message):
     """A compilation that never ends: the process does."""
     ended = programs.python("-c", textwrap.dedent(LEAVING).format(how=how))
     assert ended.returncode == code, ended.stderr
-    assert ("error: no" in ended.stderr) == (code == 1)
+    assert ended.stderr.strip().endswith(message)
+    assert ("Traceback" in ended.stderr) == ("bug" in message)
+    assert "slow" not in ended.stdout
 
 
 @pytest.mark.parametrize(
@@ -207,6 +231,12 @@ def test_the_end_waits_for_no_compilation(how, code):
         ("method.guidanc", 2, 'Did you mean "guidance"'),
         ("batchsize", 2, 'Did you mean "batch_size"'),
         ("methd.guidance", 2, "'methd'\nDid you mean \"method\""),
+        ("method.alpha", 2, "there is no entry 'alpha'"),
+        (
+            "method.cls",
+            "Pretrain",
+            "config.method.cls is DMD, and 'Pretrain' cannot take its place",
+        ),
         ("steps", "many", "config.steps=many"),
         ("steps", 0, "config.steps is 0; it must be 1 or more"),
         ("log.every", 0, "config.log: every=0 must be 1 or more"),

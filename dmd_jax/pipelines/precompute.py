@@ -19,7 +19,7 @@ from dmd_jax.devices.paths import named_leaves
 from dmd_jax.pipelines import clips, text, wan
 from dmd_jax.pipelines.prompts import embed, read_prompts
 from dmd_jax.pipelines.video import read_video
-from dmd_jax.weights import files
+from dmd_jax.weights import parts
 
 
 def embed_prompts(
@@ -50,7 +50,7 @@ def embed_prompts(
     """
     texts, out = read_prompts(prompts), local_path(out)
     check_writable(out)
-    root = files.companion(tokenizer or checkpoint, text.FOLDERS[1:])
+    root = parts.companion(tokenizer or checkpoint, text.FOLDERS[1:])
     tokenize = text.Tokenizer(root, length)
     net = weights.load(checkpoint, dtype="bfloat16", part="text_encoder")
     encoder = weights.digest(named_leaves(net).items(), tokenize.path.read_bytes())

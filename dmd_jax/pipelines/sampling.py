@@ -19,7 +19,7 @@ from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Experts, WanConfig
 from dmd_jax.pipelines import digits, wan
 from dmd_jax.rollouts.samplers import draw, sampler_for
-from dmd_jax.weights import files
+from dmd_jax.weights import parts
 
 
 def network_config(checkpoint: str | PathLike, boundary: float | None = None):
@@ -31,8 +31,8 @@ def network_config(checkpoint: str | PathLike, boundary: float | None = None):
     Raises:
         FileNotFoundError, ValueError: as `load_denoiser`.
     """
-    parts = _parts(checkpoint, boundary)
-    config, *_ = (weights.abstract(checkpoint, part=part).net.config for part in parts)
+    wanted = _parts(checkpoint, boundary)
+    config, *_ = (weights.abstract(checkpoint, part=part).net.config for part in wanted)
     return config
 
 
@@ -129,7 +129,7 @@ def _parts(checkpoint, boundary):
     if boundary is not None:
         return "transformer", "transformer_2"
     root = local_path(checkpoint)
-    if any((root / name).is_dir() for name in files.SUBFOLDERS["transformer_2"]):
+    if any((root / name).is_dir() for name in parts.SUBFOLDERS["transformer_2"]):
         raise ValueError(
             f"{root} holds a pair of transformers: give the time that divides them, --boundary"
         )

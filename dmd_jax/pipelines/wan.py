@@ -18,7 +18,7 @@ from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Conditions
 from dmd_jax.pipelines import text, video
 from dmd_jax.pipelines.prompts import embed
-from dmd_jax.weights import files
+from dmd_jax.weights import parts
 
 
 class Start(NamedTuple):
@@ -135,7 +135,7 @@ class WanPipeline:
 
     def _embedded(self, prompts, batch):
         """[N, L, D] in `dtype`; the text encoder is loaded for this call only."""
-        tokenizer = text.Tokenizer(files.companion(self.path, text.FOLDERS[1:]))
+        tokenizer = text.Tokenizer(parts.companion(self.path, text.FOLDERS[1:]))
         encoder = weights.load(self.path, self.dtype, part="text_encoder")
         rows = embed(encoder, tokenizer, batch, prompts)
         padded = np.zeros((len(rows), tokenizer.length, rows[0].shape[-1]), jnp.dtype(self.dtype))
@@ -192,7 +192,7 @@ def clip_features(path, images):
             f"CLIP's features need transformers and torch ({error}): pip install transformers torch"
         ) from error
     folders = "image_processor", "image_encoder"
-    roots = [files.companion(path, (folder,)) for folder in folders]
+    roots = [parts.companion(path, (folder,)) for folder in folders]
     processor = CLIPImageProcessor.from_pretrained(roots[0] / folders[0])
     encoder = CLIPVisionModel.from_pretrained(roots[1] / folders[1])
     with torch.no_grad():

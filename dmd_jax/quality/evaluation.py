@@ -20,6 +20,7 @@ import numpy as np
 from dmd_jax import weights
 from dmd_jax.data import Images, arrays, load, to_uint8
 from dmd_jax.devices.disk import write_text
+from dmd_jax.devices.processes import together
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.quality.features import SHIPPED, Features, load_features
 from dmd_jax.quality.judge import Judge
@@ -95,6 +96,8 @@ def data_judge(
 ) -> Judge:
     """The Judge of a data set. Its images and their features are computed once per process.
 
+    In a job of many processes, all of them call it; where one cannot read its files, all raise.
+
     Args:
         name, data_dir: as for `data.load`.
         features: file or shipped name of a feature network, as for `load_features`.
@@ -102,19 +105,25 @@ def data_judge(
         train: the split that generators learn from, for copies and for the row of real images.
         limit: of a larger split, so many images are used, at even distances.
     """
-    network = load_features(features)
-    images, learned = load(name, split, data_dir), load(name, train, data_dir)
-    network.require_fit(images)
+
+    def read():
+        network, images = load_features(features), load(name, split, data_dir)
+        network.require_fit(images)
+        test = arrays(images, limit)
+        same = split == train
+        return network, test, test if same else arrays(load(name, train, data_dir), limit)
+
+    # Devices of all processes compute the features, so that all must have read their files.
+    network, test, learned = together(read)
     if network.data is not None and not network.classifies(name):
         log.warning(
             "%s is a classifier of %r: no accuracy is shown for %r",
             *(network.name, network.data, name),
         )
-    test = arrays(images, limit)
     return Judge(
         network,
         test=test,
-        train=test if split == train else arrays(learned, limit),
+        train=learned,
         data=name,
         reference=f"{len(test[0]):,} images of {name}, split {split}",
     )

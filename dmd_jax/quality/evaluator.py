@@ -113,6 +113,12 @@ class Evaluator:
                 f"features={spec.features!r} judges images of a named data set, and this run has "
                 f"other data: set features=''"
             )
+        if spec.split == self.source.split:
+            raise ValueError(
+                f"split={spec.split!r} is the split that the run learns from and that its best "
+                "network is selected against, and a report needs other images. Name another split, "
+                "or cut one: config.data.split='train[:90%]', config.evaluate.split='train[90%:]'"
+            )
         try:
             features = load_features(spec.features)
         except (ValueError, FileNotFoundError) as error:

@@ -20,22 +20,32 @@ from ml_collections import config_dict
 FREE = ("steps", "log", "checkpoint", "health", "evaluate", "mesh", "accumulate")
 
 
-def complete(config):
+def complete(config, where="config"):
     """Adds the defaults of all classes that a config names, so that flags can override all fields.
 
     A field of type `X | None` accepts any Python literal as a flag: `None` and `5.0` for
-    --config.generator.optimizer.clip. `construct` checks the type.
+    --config.generator.optimizer.clip. `construct` checks the type. A `cls` accepts the name of
+    another class, as `_Class` says: --config.generator.optimizer.cls=Muon.
 
     Args:
         config: an ml_collections.ConfigDict; a section with a `cls` entry describes a dataclass.
+        where: path of the section, for errors: "config.method".
 
     Returns:
         The same ConfigDict, completed and locked.
     """
-    for value in config.values():
+    for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
-            complete(value)
-    for field in dataclasses.fields(config.cls) if "cls" in config else ():
+            complete(value, f"{where}.{name}")
+    if "cls" in config:
+        _complete_section(config)
+        config["cls"] = _Class(config, where)
+    return config.lock()
+
+
+def _complete_section(config):
+    """Adds the defaults of the class of one section."""
+    for field in dataclasses.fields(config.cls):
         if field.name not in config and field.default is dataclasses.MISSING:
             continue
         value = config.get(field.name, field.default)
@@ -46,7 +56,56 @@ def complete(config):
         elif value is None:
             value = config_dict.placeholder(_alternatives(field.type)[0])
         config[field.name] = value
-    return config.lock()
+
+
+class _Class(config_dict.FieldReference):
+    """The `cls` of a completed section. A flag chooses another class by its name: cls=Muon.
+
+    The name is that of a class with the same base (AdamW and Muon: Optimizer), or of the base. Only
+    classes of imported modules are found. Fields that both classes have keep their values; those of
+    the new class alone get its defaults. Flags cannot set the latter, because flags are looked up
+    before the first of them is applied.
+
+    Raises:
+        ValueError: there is no such class, or the section states a value, not the old class's
+            default, of a field that the new class lacks.
+    """
+
+    def __init__(self, section, where):
+        self._section, self._where = section, where
+        super().__init__(section.cls, field_type=object)
+
+    def set(self, value, type_safe=True):
+        if isinstance(value, type | config_dict.FieldReference):  # by a program, not a flag
+            super().set(value, type_safe)
+            return
+        section, where, old = self._section, self._where, self.get()
+        name, choices = str(value), _dataclasses(_derived(old.__mro__[-2]))  # before `object`
+        if name not in choices:
+            raise ValueError(
+                f"{where}.cls is {old.__name__}, and {name!r} cannot take its place: known are "
+                f"{sorted(choices)}"
+            )
+        new = choices[name]
+        lost = _lost(section, old, new, where)
+        super().set(new)
+        with section.unlocked():
+            for name in lost:
+                del section[name]
+            _complete_section(section)
+
+
+def _lost(section, old, new, where):
+    """The entries of a section that class `old` has and `new` has not; all must be defaults."""
+    defaults = complete(ml_collections.ConfigDict({"cls": old}))
+    known = {"cls"} | {field.name for field in dataclasses.fields(new)}
+    lost = [name for name in section if name not in known]
+    if stated := [name for name in lost if section[name] != defaults.get(name, ...)]:
+        raise ValueError(
+            f"{where} states {', '.join(stated)} of {old.__name__}, which {new.__name__} does not "
+            "have: write the whole section in a config program"
+        )
+    return lost
 
 
 def _is_literal(annotation):
@@ -125,10 +184,17 @@ def _alternatives(annotation):
 def _subclasses(annotation):
     """{name: class} of the dataclasses that derive from the types that an annotation allows."""
     kinds = [kind for kind in _alternatives(annotation) if isinstance(kind, type)]
-    found = [
-        sub for kind in kinds for sub in kind.__subclasses__() if dataclasses.is_dataclass(sub)
-    ]
-    return {sub.__name__: sub for sub in found}
+    return _dataclasses(sub for kind in kinds for sub in _derived(kind)[1:])
+
+
+def _derived(kind):
+    """A class, then all that derive from it."""
+    return [kind, *(sub for child in kind.__subclasses__() for sub in _derived(child))]
+
+
+def _dataclasses(kinds):
+    """{name: class} of those classes that are dataclasses."""
+    return {kind.__name__: kind for kind in kinds if dataclasses.is_dataclass(kind)}
 
 
 def _fits(value, annotation):

@@ -20,14 +20,14 @@ from jax.experimental import multihost_utils
 from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.disk import check_writable, exclusive, first_line, write_text
-from dmd_jax.devices.processes import from_first
+from dmd_jax.devices.processes import from_first, together
 from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health
 from dmd_jax.training.checkpoints import Checkpointer
 from dmd_jax.training.configuration import defaults, differences, flatten
 from dmd_jax.training.cost import cost
 from dmd_jax.training.preemption import Preemption
-from dmd_jax.training.profiling import Profiler
+from dmd_jax.training.profiling import Profiler, warn_of_taken
 from dmd_jax.training.writers import Progress, Writer
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ def _train(run, workdir, profile):
                 f"config.steps={run.config.steps}, but the run in {workdir} has taken {first}: ask "
                 "for as many or more, or choose another --workdir"
             )
+        warn_of_taken(profile, first)
         if first == run.config.steps and (finished := _reported(run, workdir)):
             return finished
         steps = compile_steps(run) if first < run.config.steps else {}
@@ -295,9 +296,12 @@ def _lacks_judgement(run, step, workdir):
 
 
 def _judge(run, average, step, checkpoints, writer):
-    """Shows and judges samples of the average, and saves the best. A failure is only a warning."""
+    """Shows and judges samples of the average, and saves the best. A failure is only a warning.
+
+    All processes take part; a failure on one ends the judgement on all.
+    """
     try:
-        picture, score = run.evaluator.preview(average)
+        picture, score = together(run.evaluator.preview, average)
     except Exception as error:  # from the feature network, the data set or the device
         log.debug("judging failed", exc_info=error)
         log.warning("step %d could not be judged, the run goes on: %s", step, first_line(error))
@@ -335,7 +339,8 @@ def _report(run, trained, frozen, workdir):
     the whole weights of the generator.
     """
     try:
-        text = run.evaluator.report(
+        text = together(
+            run.evaluator.report,
             workdir,
             f"{type(run.method).__name__} on {run.source.name}, {run.config.steps:,} steps",
             trained,

@@ -3,11 +3,14 @@
 Imports only jax.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+
+log = logging.getLogger(__name__)
 
 
 def parse_steps(text: str, total: int) -> range:
@@ -27,6 +30,17 @@ def parse_steps(text: str, total: int) -> range:
     if first < 1 or count < 1 or first + count - 1 > total:
         raise ValueError(f"--profile={text}: the steps of this run are 1 to {total}")
     return range(first, first + count)
+
+
+def warn_of_taken(steps: range, done: int) -> None:
+    """Logs which of the steps to trace a resumed run, of `done` steps, has already taken."""
+    taken = sum(step <= done for step in steps)
+    if taken:
+        traced = f"only the last {len(steps) - taken}" if taken < len(steps) else "none"
+        log.warning(
+            "this run has already taken %d steps: of the %d of --profile=%d:%d, %s will be traced",
+            *(done, len(steps), steps.start, len(steps), traced),
+        )
 
 
 class Profiler:

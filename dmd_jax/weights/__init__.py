@@ -8,7 +8,8 @@ ours           files of this library: header, reading, writing
 foreign        files of other programs: which network is in them
 wan, wan_vae, umt5    their tensors by name, and how each becomes one of our arrays
 table          fills a network by such a table
-files          formats and places: safetensors, .pt, folders, the hub
+parts          the parts of a model: files, folders, names on the hub
+files          formats: safetensors, .pt, folders of shards
 pickles        reads PyTorch's files without executing anything
 loading        `denoiser`, `load`: opens any of these
 export         writes Wan transformers for other programs

@@ -16,7 +16,8 @@ def fingerprint(path: str | PathLike) -> str:
     """A digest of the denoiser's checkpoint at `path`, in hexadecimal.
 
     Of a single file it is the SHA-256 of its bytes. Of a folder or a model on the hub it is the
-    `digest` of its tensors and settings, which reads few of their bytes.
+    `digest` of its tensors and settings, which reads few of their bytes. A model that is complete
+    in the cache of the hub needs no network.
 
     Raises:
         FileNotFoundError, ValueError: as `weights.denoiser`.

@@ -14,7 +14,7 @@ from dmd_jax.devices.paths import path_name
 from dmd_jax.models.umt5 import UMT5
 from dmd_jax.models.wan import Wan
 from dmd_jax.models.wan_vae import WanVAE
-from dmd_jax.weights import files, umt5, wan, wan_vae
+from dmd_jax.weights import files, parts, umt5, wan, wan_vae
 from dmd_jax.weights.families import abstract_net
 from dmd_jax.weights.table import Row
 
@@ -22,7 +22,7 @@ from dmd_jax.weights.table import Row
 class Part(NamedTuple):
     """One kind of network that files of other programs hold."""
 
-    name: str  # of the part of a model, as `files.locate` takes it
+    name: str  # of the part of a model, as `parts.locate` takes it
     network: type[nnx.Module]
     tables: ModuleType  # `config_of`, `table` and, where tensors have several names, ALIASES
     layouts: dict[str, str]  # {layout: the name of a tensor that no other file has}
@@ -63,7 +63,7 @@ def resolve(
 
     Args:
         tensors: of a file or folder.
-        wanted: the part that it must be, as `files.locate` takes it; None for any.
+        wanted: the part that it must be, as `parts.locate` takes it; None for any.
         overrides: fields of the network's config that the file does not determine.
 
     Returns:
@@ -74,7 +74,7 @@ def resolve(
         ValueError: no part of PARTS, not the wanted part, or an unsupported variant.
     """
     part, layout = _recognised(tensors)
-    files.require_part(tensors.path, part.name, wanted and wanted.removesuffix("_2"))
+    parts.require_part(tensors.path, part.name, wanted and wanted.removesuffix("_2"))
     tensors = tensors.renamed(getattr(part.tables, "ALIASES", {}))
     try:
         config = part.tables.config_of(tensors.shapes, layout, tensors.settings)

@@ -14,7 +14,7 @@ from flax import nnx
 from dmd_jax.devices.disk import local_path
 from dmd_jax.diffusion.denoiser import Denoiser, Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
-from dmd_jax.weights import files, foreign, ours
+from dmd_jax.weights import files, foreign, ours, parts
 from dmd_jax.weights.families import shapes
 from dmd_jax.weights.table import Row, differing, fill, their_shapes
 
@@ -41,7 +41,7 @@ def denoiser(
 
     Args:
         path: a file that `save` wrote, or the name of a shipped one; or a Wan transformer of
-            another program: a file, a folder, or a name on the Hugging Face hub (`files.locate`).
+            another program: a file, a folder, or a name on the Hugging Face hub (`parts.locate`).
         part: of Wan 2.2's pair, "transformer" for high noise or "transformer_2" for low.
         shardings: a tree like `abstract(path)` of jax.sharding.Sharding; None for one device.
         **overrides: fields of the network's config that say how it runs (dtype, remat, unroll).
@@ -62,7 +62,7 @@ def load(
     """The network at `path`, of this library or of another program.
 
     Args:
-        path: a file, a folder, or a name on the Hugging Face hub (`files.locate`).
+        path: a file, a folder, or a name on the Hugging Face hub (`parts.locate`).
         dtype: of the weights; None for the stored one of each.
         part: of a model of several parts: "transformer", "transformer_2", "vae" or
             "text_encoder"; None is the only part, or the transformer.
@@ -91,8 +91,8 @@ def locate(path: str | PathLike, part: str | None) -> Path:
     Raises:
         FileNotFoundError: there is no such file, folder or name.
     """
-    known = local_path(path).exists() or files.hub_name(path)
-    return files.locate(path, part) if known else ours.find(path)
+    known = local_path(path).exists() or parts.hub_name(path)
+    return parts.locate(path, part) if known else ours.find(path)
 
 
 class _Source(NamedTuple):
@@ -109,7 +109,7 @@ def _source(path, part, overrides):
     if header is None:
         module, rows, tensors = foreign.resolve(tensors, part, overrides)
     else:
-        files.require_part(tensors.path, "transformer", part)
+        parts.require_part(tensors.path, "transformer", part)
         module = ours.abstract_denoiser(tensors.path, header, overrides)
         rows = [Row(name, name) for name in shapes(module.net)]
     if lines := differing(their_shapes(_net(module), rows), tensors.shapes):

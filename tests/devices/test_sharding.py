@@ -191,7 +191,7 @@ import jax
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 import numpy as np
 from dmd_jax.devices import sharding
-from dmd_jax.devices.processes import from_first
+from dmd_jax.devices.processes import from_first, together
 from dmd_jax.data import Batches
 
 
@@ -215,6 +215,13 @@ for axes in dict(data=4), dict(data=2, context=2), dict(data=1, context=4), dict
         np.testing.assert_array_equal(shard.data, whole[shard.index])
 first = jax.process_index() == 0
 assert from_first(lambda: "on process 0" if first else 1 / 0) == "on process 0"
+assert together(lambda: jax.process_index()) == jax.process_index()
+try:
+    together(lambda: 1 / 0 if first else "fine")
+except (ZeroDivisionError if first else RuntimeError) as error:
+    assert first or "process 0 of the job failed" in str(error), error
+else:
+    raise AssertionError("a process did not learn of the failure")
 print("the same batch on every mesh")
 """
 

@@ -72,6 +72,12 @@ def test_a_split_that_is_not_there_or_too_small_is_refused(data_dir):
     "path, changes, message",
     [
         ("configs/dmd.py", {"evaluate.split": "dev"}, r"config\.evaluate: .*split='dev'"),
+        ("configs/dmd.py", {"evaluate.split": "train"}, r"split='train' is the split that the run"),
+        (
+            "configs/dmd.py",
+            {"data.split": "test"},
+            r"split='test' is the split that the run learns",
+        ),
         ("configs/dmd.py", {"data.split": "dev"}, r"config\.data: cannot read split 'dev'"),
         ("configs/dmd.py", {"evaluate.guidance": 2.0}, r"guidance is 2\.0, but guidance is in the"),
         ("configs/dmd.py", {"evaluate.teacher_steps": ()}, r"teacher_steps is \(\): name"),
@@ -86,6 +92,10 @@ def test_what_a_run_cannot_judge_is_refused_before_it(path, changes, message, te
     config.update_from_flattened_dict(values)
     with pytest.raises(ValueError, match=message):
         build(config, jax.devices()[:1])
+
+
+def test_a_run_that_is_not_judged_needs_no_second_split(data_dir):
+    evaluator(data_dir, features="", split="train").check()
 
 
 def test_a_run_learns_from_one_split_and_is_reported_on_another(teacher, data_dir):

@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from dmd_jax.methods.dmd import DMD
+from dmd_jax.methods.sid import SiD
 from dmd_jax.training.configuration import (
     complete,
     construct,
@@ -17,7 +18,7 @@ from dmd_jax.training.configuration import (
     expand_home,
     flatten,
 )
-from dmd_jax.training.optimizer import AdamW
+from dmd_jax.training.optimizer import AdamW, Muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,15 @@ def build_outer(**fields):
     return construct(described(**fields), "config.part", shape=(1, 2))
 
 
+def flagged(fields, *given):
+    """The config of one section, `part`, as these flags leave it."""
+    config = complete(ml_collections.ConfigDict({"part": fields}))
+    values, argv = flags.FlagValues(), ["", *given]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+
+
 def test_completed_config_holds_every_default_of_the_classes_it_names():
     config = complete(ml_collections.ConfigDict({"method": {"cls": DMD, "guidance": 1.5}}))
     defaults = {
@@ -106,12 +116,55 @@ def test_a_default_of_none_can_be_overridden_by_its_own_type_only():
     ],
 )
 def test_a_flag_sets_a_field_that_may_be_none(flag, name, value):
-    config = complete(ml_collections.ConfigDict({"part": {"cls": Outer, "limit": 1.0}}))
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", flag])
-    values(["", flag])
-    part = construct(values.config.part, "config.part", shape=(1,))
+    part = construct(flagged({"cls": Outer, "limit": 1.0}, flag).part, "config.part", shape=(1,))
     assert getattr(part, name) == value
+
+
+@pytest.mark.parametrize(
+    "fields, new",
+    [
+        (dict(cls=AdamW, b1=0.0, clip=None), Muon(b1=0.0, clip=None)),
+        (dict(cls=Muon, learning_rate=2e-4), AdamW(learning_rate=2e-4)),
+        (dict(cls=Square), Round()),
+        (dict(cls=DMD, guidance=1.5), SiD((28, 28, 1), guidance=1.5)),
+        (dict(cls=SiD, guidance=1.5), DMD((28, 28, 1), guidance=1.5)),
+    ],
+)
+def test_a_flag_replaces_a_class_by_another_of_its_base(fields, new):
+    name = type(new).__name__
+    part = flagged(fields, f"--config.part.cls={name}").part
+    given = {"sample_shape": (28, 28, 1)} if hasattr(new, "sample_shape") else {}
+    assert construct(part, "config.part", **given) == new
+    written = complete(ml_collections.ConfigDict(fields | {"cls": type(new)}))
+    assert flatten(part) == flatten(written) and part.is_locked
+    # A run that was started by the flag is resumed by a program that names the class.
+    assert differences(flatten(part), defaults(written) | flatten(written)) == ""
+
+
+def test_a_program_may_change_and_complete_a_completed_config():
+    config = complete(ml_collections.ConfigDict({"part": {"cls": AdamW, "b1": 0.0}}))
+    with config.unlocked():
+        config.part.cls = Muon
+        complete(config)
+    assert construct(config.part, "config.part") == Muon(b1=0.0)
+
+
+def test_a_flag_chooses_a_class_and_changes_what_both_classes_have():
+    part = flagged({"cls": AdamW}, "--config.part.cls=Muon", "--config.part.clip=None").part
+    assert construct(part, "config.part") == Muon(clip=None)
+
+
+@pytest.mark.parametrize(
+    "fields, name, message",
+    [
+        ({"cls": DMD}, "Pretrain", r"config\.part\.cls is DMD, and 'Pretrain' .* \['DMD', 'SiD'\]"),
+        ({"cls": Inner}, "None", r"config\.part\.cls is Inner, and 'None' cannot take its place"),
+        ({"cls": SiD, "alpha": 1.2}, "DMD", r"config\.part states alpha of SiD, which DMD"),
+    ],
+)
+def test_a_class_that_cannot_take_the_place_of_another_is_refused(fields, name, message):
+    with pytest.raises(ValueError, match=message):
+        flagged(fields, f"--config.part.cls={name}")
 
 
 def test_an_unknown_class_is_refused_as_a_value_of_another_type():

@@ -10,7 +10,7 @@ import toys
 
 from dmd_jax import weights
 from dmd_jax.training import checkpoint, loop
-from dmd_jax.training.profiling import Profiler, parse_steps
+from dmd_jax.training.profiling import Profiler, parse_steps, warn_of_taken
 from dmd_jax.training.run import build
 
 
@@ -50,6 +50,19 @@ def test_without_steps_nothing_is_written(tmp_path):
     with Profiler(tmp_path) as profiler:
         assert profiler.call(1, max, 3, 4) == 4
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "done, words",
+    [
+        (10, "10 steps: of the 3 of --profile=8:3, none will be traced"),
+        (9, "9 steps: of the 3 of --profile=8:3, only the last 1 will be traced"),
+        (7, ""),
+    ],
+)
+def test_steps_that_a_resumed_run_has_taken_are_told_to_stay_untraced(done, words, caplog):
+    warn_of_taken(range(8, 11), done)
+    assert words in caplog.text and bool(words) == bool(caplog.text)
 
 
 @pytest.mark.slow

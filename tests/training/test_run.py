@@ -7,12 +7,14 @@ import signal
 import tarfile
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import programs
 import pytest
 import toys
+from jax.experimental import multihost_utils
 
 from dmd_jax import weights
 from dmd_jax.devices.disk import exclusive
@@ -44,9 +46,9 @@ def no_report(monkeypatch):
     monkeypatch.setattr(loop, "_report", lambda *_: "no report")
 
 
-def start(run, workdir):
+def start(run, workdir, profile=range(0)):
     with jax.set_mesh(run.mesh):
-        return loop.train(run, workdir)
+        return loop.train(run, workdir, profile)
 
 
 def final(run, workdir, step=STEPS):
@@ -159,6 +161,12 @@ def test_a_finished_run_says_so_and_reprints_its_report(build, straight, monkeyp
     monkeypatch.setattr(loop, "Writer", None)
     assert start(build(**{"log.every": 4, "evaluate.every": 5}), workdir) == report
     assert report.read_text() in capsys.readouterr().out
+
+
+def test_a_finished_run_says_that_it_has_no_step_to_profile(build, straight, caplog):
+    start(build(), straight[0], profile=range(2, 4))
+    assert "already taken 12 steps: of the 2 of --profile=2:2, none will be traced" in caplog.text
+    assert not (straight[0] / "profile").exists()
 
 
 def test_another_config_is_refused_with_the_difference(build, straight, monkeypatch):
@@ -295,6 +303,14 @@ def test_a_failure_while_judging_costs_the_judgement_and_not_the_run(
     assert "step 8 could not be judged, the run goes on: RuntimeError: RESOURCE" in caplog.text
     assert (tmp_path / "run" / "generator.safetensors").exists()
     assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_a_failure_while_judging_on_another_process_ends_the_judgement_here(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda flag: np.array([flag, True]))
+    judging = SimpleNamespace(evaluator=SimpleNamespace(preview=lambda average: (None, None)))
+    loop._judge(judging, None, 8, checkpoints=None, writer=None)  # nothing is written
+    assert "step 8 could not be judged, the run goes on: RuntimeError: process 1" in caplog.text
 
 
 def test_a_failure_of_the_report_costs_the_report_and_the_same_command_tries_it_again(

@@ -10,7 +10,7 @@ import pytest
 
 from dmd_jax import weights
 from dmd_jax.devices.paths import named_leaves
-from dmd_jax.weights import files
+from dmd_jax.weights import parts
 
 
 def test_of_a_single_file_it_is_the_sha_256(teacher):
@@ -45,7 +45,7 @@ def test_of_a_folder_it_changes_with_a_weight_a_dtype_or_a_setting(tmp_path):
 
 def test_of_a_model_on_the_hub_it_is_that_of_its_folder(tmp_path, monkeypatch):
     folder = checkpoints.write_folder(tmp_path / "snapshot" / "transformer")
-    monkeypatch.setattr(files, "_download", lambda name, patterns, checked: checked(folder.parent))
+    monkeypatch.setattr(parts, "_download", lambda name, patterns, checked: checked(folder.parent))
     assert weights.fingerprint("somebody/wan") == weights.fingerprint(folder)
 
 
