@@ -60,6 +60,12 @@ def write(cache, own, ring):
     return KVCache(keys, values, cache.frames.at[slots].set(own.frames))
 
 
+def forget(cache, keep=0):
+    """The cache without its frames, except frames 0 ... keep - 1 of the video."""
+    kept = (cache.frames >= 0) & (cache.frames < keep)
+    return cache._replace(frames=jnp.where(kept, cache.frames, EMPTY))
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """Which frame is in which slot.

@@ -1,6 +1,7 @@
 """The pipeline of networks that learned moving or bouncing digits: no text encoder and no VAE.
 
-It has the members of `wan.WanPipeline` that sampling uses: `sample_shape`, `conditions`, `frames`.
+It has the members of `wan.WanPipeline` that sampling uses: `sample_shape`, `conditions`, `frames`,
+and for streams `decoder`, `latent_frames`.
 Imports data.
 """
 
@@ -46,5 +47,17 @@ class DigitsPipeline:
 
     def frames(self, latents):
         """uint8 [T, H, W, 3], one video after the other."""
-        for one in self._data.decode(latents):
-            yield repeat(one, "t h w 1 -> t h w c", c=3)
+        for one in latents:
+            yield self.decoder()(one[None])
+
+    def decoder(self):
+        """As `WanPipeline.decoder`; a frame depends on its own latents alone."""
+
+        def decode(latents):
+            return repeat(self._data.decode(np.asarray(latents[0])), "t h w 1 -> t h w c", c=3)
+
+        return decode
+
+    def latent_frames(self, frames):
+        """As many: see `WanPipeline.latent_frames`."""
+        return frames

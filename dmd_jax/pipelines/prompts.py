@@ -3,6 +3,10 @@
 Imports `clips` and `text`.
 """
 
+import re
+from os import PathLike
+from typing import NamedTuple
+
 import numpy as np
 
 from dmd_jax.devices.disk import local_path
@@ -31,6 +35,44 @@ def read_prompts(path):
     if not prompts:
         raise ValueError(f"{path} holds no prompt: write one on each line")
     return prompts
+
+
+class Scene(NamedTuple):
+    """One video to make: prompts and the frames from which on they hold, the first from 0."""
+
+    starts: tuple[int, ...]
+    prompts: tuple[str, ...]
+
+
+def read_scenes(path: str | PathLike) -> list[Scene]:
+    """The videos of a text file of prompts, one a line.
+
+        a slow three
+        120: a fast seven
+        waves at night
+
+    A line that begins with a frame number, a colon and a space changes the prompt of the video of
+    the lines before it, from the first block on that begins at that frame or later. Any other line
+    begins another video.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_prompts`; or the first line of a video has a
+            number, or the numbers of a video do not rise.
+    """
+    scenes: list[Scene] = []
+    for line in read_prompts(path):
+        number, prompt = re.fullmatch(r"(?:(\d+):\s+)?(.+)", line).groups()
+        if number is None:
+            scenes.append(Scene((0,), (prompt,)))
+            continue
+        if not scenes or int(number) <= scenes[-1].starts[-1]:
+            raise ValueError(
+                f"{path}: {line[:60]!r} changes the prompt of a video from a frame on: put it "
+                "below the video's first line, which has no number, in the order of the numbers"
+            )
+        starts, prompts = scenes[-1]
+        scenes[-1] = Scene((*starts, int(number)), (*prompts, prompt))
+    return scenes
 
 
 def embed(net, tokenizer, batch, prompts):

@@ -36,6 +36,14 @@ def network_config(checkpoint: str | PathLike, boundary: float | None = None):
     return config
 
 
+def video_config(checkpoint: str | PathLike, boundary: float | None = None) -> WanConfig:
+    """`network_config` of a network of videos; ValueError for any other."""
+    config = network_config(checkpoint, boundary)
+    if not isinstance(config, WanConfig):
+        raise ValueError(f"{checkpoint} is a network of images: it takes no prompts")
+    return config
+
+
 def load_denoiser(
     checkpoint: str | PathLike, *, boundary: float | None = None, dtype: str = "float32"
 ) -> Denoiser:
@@ -111,10 +119,8 @@ def sample_videos(
     """
     options = dict(steps=steps, guidance=guidance, shift=shift, solver=solver)
     sampler = sampler_for(checkpoint, **options)
-    config = network_config(checkpoint, boundary)
-    if not isinstance(config, WanConfig):
-        raise ValueError(f"{checkpoint} is a network of images: it takes no prompts")
-    around = _pipeline(checkpoint, pipeline, (num_frames, height, width), dtype)
+    config = video_config(checkpoint, boundary)
+    around = pipeline_around(checkpoint, pipeline, (num_frames, height, width), dtype)
     frames = None if images is None else wan.first_frames(images, len(prompts), height, width)
     cond, uncond = around.conditions(prompts, negative, config, frames)
     denoiser = load_denoiser(checkpoint, boundary=boundary, dtype=dtype)
@@ -136,8 +142,17 @@ def _parts(checkpoint, boundary):
     return ("transformer",)
 
 
-def _pipeline(checkpoint, pipeline, size, dtype):
-    """The pipeline around the network at `checkpoint`."""
+def pipeline_around(checkpoint, pipeline, size, dtype, *, keep_text_encoder=False):
+    """The DigitsPipeline or WanPipeline around the network at `checkpoint`.
+
+    Args:
+        checkpoint, pipeline, dtype: as for `sample_videos`.
+        size: (frames, height, width) of the videos in pixels.
+        keep_text_encoder: as for `WanPipeline`.
+
+    Raises:
+        FileNotFoundError, ValueError: a part is missing, or the size does not fit it.
+    """
     if (notes := weights.notes(checkpoint)).get("data") in digits.DATA:
         return digits.DigitsPipeline(notes)
     if pipeline is None and local_path(checkpoint).is_file():
@@ -145,4 +160,4 @@ def _pipeline(checkpoint, pipeline, size, dtype):
             f"{checkpoint} is a transformer alone: name with --pipeline the checkpoint that has "
             "its VAE, text encoder and tokenizer"
         )
-    return wan.WanPipeline(str(pipeline or checkpoint), *size, dtype)
+    return wan.WanPipeline(str(pipeline or checkpoint), *size, dtype, keep_text_encoder)

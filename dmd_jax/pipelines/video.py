@@ -6,7 +6,7 @@ its name when it is complete: a failure leaves the old file.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
@@ -34,17 +34,49 @@ def save_video(path: str | PathLike, frames: np.ndarray, fps: float = 16) -> Non
         ValueError: another ending, shape, dtype or rate; odd sizes for .mp4.
         ImportError: .mp4 without PyAV.
     """
-    path = Path(path)
     _require_pixels("frames", frames, "THWC")
-    if not fps > 0:
-        raise ValueError(f"fps={fps} must be positive")
-    if path.suffix == ".png":
+    if Path(path).suffix == ".png":
         return save_image(path, contact_sheet(frames[None]))
-    writers = {".mp4": _write_mp4, ".gif": _write_gif}
+    with video_writer(path, fps) as write:
+        write(frames)
+
+
+@contextlib.contextmanager
+def video_writer(path: str | PathLike, fps: float = 16) -> Iterator[Callable[[np.ndarray], None]]:
+    """Writes a video piece by piece; .mp4 in constant memory.
+
+        with video_writer("a.mp4") as write:
+            for frames in pieces:
+                write(frames)
+
+    Args:
+        path: .mp4 or .gif, as for `save_video`.
+        fps: frames per second.
+
+    Yields:
+        A function of the next frames, uint8 [T, H, W, 3].
+
+    Raises:
+        ValueError, ImportError: as `save_video`.
+    """
+    path = Path(path)
+    writers = {".mp4": _mp4_writer, ".gif": _gif_writer}
     if path.suffix not in writers:
         raise ValueError(f"{path}: the ending says the format, .mp4, .gif or .png")
-    with _complete(path) as partial:
-        writers[path.suffix](partial, frames, fps)
+    if not fps > 0:
+        raise ValueError(f"fps={fps} must be positive")
+    with _complete(path) as partial, writers[path.suffix](partial, fps) as append:
+        written = 0
+
+        def write(frames):
+            nonlocal written
+            _require_pixels("frames", frames, "THWC")
+            append(frames)
+            written += len(frames)
+
+        yield write
+        if not written:
+            raise ValueError(f"{path}: no frame was written")
 
 
 def save_image(path: str | PathLike, image: np.ndarray) -> None:
@@ -165,29 +197,40 @@ def read_image(path: str | PathLike, height: int, width: int) -> np.ndarray:
     return np.asarray(_fit(upright, height, width))
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+@contextlib.contextmanager
+def _mp4_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
     av = import_av()
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise ValueError(
-            f"MP4 has one colour for 2 x 2 pixels: frames of {height} x {width} do not fit. "
-            "Crop or pad them to even sizes, or write a .gif."
-        )
     encoder = next(name for name in ENCODERS if name in av.codecs_available)
     with av.open(str(path), "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream(encoder, rate, options=ENCODERS[encoder])
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        coder = stream.codec_context
-        coder.colorspace = coder.color_primaries = coder.color_trc = BT709
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=BT709)))
+
+        def begin(height: int, width: int) -> None:
+            if height % 2 or width % 2:
+                raise ValueError(
+                    f"MP4 has one colour for 2 x 2 pixels: frames of {height} x {width} do not "
+                    "fit. Crop or pad them to even sizes, or write a .gif."
+                )
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            coder = stream.codec_context
+            coder.colorspace = coder.color_primaries = coder.color_trc = BT709
+
+        def append(frames: np.ndarray) -> None:
+            if not stream.codec_context.is_open:
+                begin(*frames.shape[1:3])
+            for pixels in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=BT709)))
+
+        yield append
         container.mux(stream.encode())
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
-    first, *rest = [Image.fromarray(frame) for frame in frames]
+@contextlib.contextmanager
+def _gif_writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
+    images: list[Image.Image] = []
+    yield lambda frames: images.extend(map(Image.fromarray, frames))
+    first, *rest = images
     first.save(path, "GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
 
 

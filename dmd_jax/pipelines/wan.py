@@ -16,6 +16,7 @@ from dmd_jax import weights
 from dmd_jax.data import to_float, to_uint8
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Conditions
+from dmd_jax.models.wan_vae import decode_step
 from dmd_jax.pipelines import text, video
 from dmd_jax.pipelines.prompts import embed
 from dmd_jax.weights import parts
@@ -56,6 +57,7 @@ class WanPipeline:
         path: a folder of either layout, or a name on the Hugging Face hub.
         num_frames, height, width: of the videos, in pixels.
         dtype: of the text encoder's weights; those of the VAE keep their stored dtype.
+        keep_text_encoder: whether the text encoder stays in memory, for prompts that come later.
 
     Raises:
         ValueError: the VAE's strides do not divide the number of frames or the sides.
@@ -66,6 +68,7 @@ class WanPipeline:
     height: int = 480
     width: int = 832
     dtype: str = "bfloat16"
+    keep_text_encoder: bool = False
 
     def __post_init__(self):
         c = self._vae_config
@@ -134,14 +137,21 @@ class WanPipeline:
             )
 
     def _embedded(self, prompts, batch):
-        """[N, L, D] in `dtype`; the text encoder is loaded for this call only."""
+        """[N, L, D] in `dtype`; see `keep_text_encoder`."""
         tokenizer = text.Tokenizer(parts.companion(self.path, text.FOLDERS[1:]))
-        encoder = weights.load(self.path, self.dtype, part="text_encoder")
+        encoder = self._text_encoder if self.keep_text_encoder else self._load_text_encoder()
         rows = embed(encoder, tokenizer, batch, prompts)
         padded = np.zeros((len(rows), tokenizer.length, rows[0].shape[-1]), jnp.dtype(self.dtype))
         for place, row in zip(padded, rows, strict=True):
             place[: len(row)] = row
         return padded
+
+    @functools.cached_property
+    def _text_encoder(self):
+        return self._load_text_encoder()
+
+    def _load_text_encoder(self):
+        return weights.load(self.path, self.dtype, part="text_encoder")
 
     def encode(self, videos):
         """[N, T, H, W, 3] in [-1, 1] -> normalised latents [N, F, h, w, C], one at a time."""
@@ -162,8 +172,28 @@ class WanPipeline:
     def frames(self, latents):
         """Decodes latents [N, F, H, W, C]; yields N videos, uint8 [T, H, W, 3]."""
         for one in latents:
-            blocks = self.vae.decode_blocks(one[None])
-            yield np.concatenate([to_uint8(block[0]) for block in blocks])
+            yield self.decoder()(one[None])
+
+    def decoder(self):
+        """A function that decodes one video in pieces, in order; it keeps the VAE's caches.
+
+        It takes latents [1, n, H, W, C] and returns uint8 [T, height, width, 3].
+        """
+        caches = None
+
+        def decode(latents):
+            nonlocal caches
+            frames = []
+            for index in range(latents.shape[1]):
+                frame, caches = decode_step(self.vae, latents[:, index : index + 1], caches)
+                frames.append(to_uint8(frame[0]))
+            return np.concatenate(frames)
+
+        return decode
+
+    def latent_frames(self, frames):
+        """How many latent frames a video of so many frames has; the last may be longer."""
+        return -(-(frames - 1) // self._vae_config.time_factor) + 1
 
 
 @jax.jit

@@ -102,13 +102,6 @@ class BlockMaker:
     context_time: float | None = None
     step_noise: Float[Array, "blocks steps B n H W C"] | None = None
 
-    def first_noise(
-        self, shape: tuple[int, ...], start: Int[ArrayLike, ""]
-    ) -> Float32[Array, "B n H W C"]:
-        """The standard normal noise [B, n, H, W, C] that a block of `shape` [n, H, W, C] starts
-        from, a function of the key, the sample and `start`."""
-        return self._draw(START, -1, shape, start)
-
     def denoise(
         self,
         noise: Float[Array, "B n H W C"],
@@ -194,8 +187,25 @@ class BlockMaker:
         """The noise of a step, of the shape of x [B, n, ...]; `step` -1 is the context's."""
         if self.step_noise is not None:
             return self.step_noise[block, step][:, : x.shape[1]]
-        return self._draw(tag, step, x.shape[1:], start)
+        return _draw(self.key, self.index, tag, step, x.shape[1:], start)
 
-    def _draw(self, tag, step, shape, start):
-        key = jax.random.fold_in(jax.random.fold_in(self.key, tag), start)
-        return randomness.normal(jax.random.fold_in(key, step + 1), self.index, shape)
+
+def first_noise(
+    key: Key[Array, ""],
+    index: Int[ArrayLike, " B"],
+    shape: tuple[int, ...],
+    start: Int[ArrayLike, ""],
+) -> Float32[Array, "B n H W C"]:
+    """Standard normal noise for a stream: a function of the key, the sample and the frame number.
+
+    Args:
+        key, index: those of the rollout.
+        shape: (n, H, W, C) of a block.
+        start: number of its first frame in the video.
+    """
+    return _draw(key, index, START, -1, shape, start)
+
+
+def _draw(key, index, tag, step, shape, start):
+    key = jax.random.fold_in(jax.random.fold_in(key, tag), start)
+    return randomness.normal(jax.random.fold_in(key, step + 1), index, shape)

@@ -162,8 +162,7 @@ def recache(
     """
     index = jnp.arange(latents.shape[0]) if index is None else index
     frozen, latents, cond = constant((generator, latents, cond))
-    kept = (cache.frames < causal.sink) & keep_sink
-    cache = cache._replace(frames=jnp.where(kept, cache.frames, kv_cache.EMPTY))
+    cache = kv_cache.forget(cache, causal.sink if keep_sink else 0)
     maker = BlockMaker(frozen, cond, schedule, causal, key, index)
     return maker.write_all(latents, cache, start, context_time or 0.0, lone_first=False)
 

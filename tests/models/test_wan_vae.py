@@ -197,12 +197,12 @@ def test_equals_the_stored_numbers_of_diffusers(kind):
 def test_streamed_frames_are_those_of_the_whole(kind):
     vae, (_, latents) = network(KINDS[kind]), inputs(KINDS[kind], frames=7)
     _, whole = both(vae, *inputs(KINDS[kind], frames=7))
-    before = autoencoder._decode_frame._cache_size()
-    stream = vae.decode_blocks(latents)
-    pieces = [next(stream)]
-    assert autoencoder._decode_frame._cache_size() == before + 1  # the rest is not even compiled
-    pieces += stream
-    assert autoencoder._decode_frame._cache_size() == before + 2
+    before = autoencoder.decode_step._cache_size()
+    pieces, caches = [], None
+    for index in range(latents.shape[1]):
+        frames, caches = autoencoder.decode_step(vae, latents[:, index : index + 1], caches)
+        pieces.append(frames)
+    assert autoencoder.decode_step._cache_size() == before + 2
     assert [piece.shape[1] for piece in pieces] == [1, 2, 2, 2]
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, rtol=0, atol=1e-6)
 
@@ -244,7 +244,7 @@ def test_81_frames_of_480_by_832_fit_into_16_gigabytes():
     latent = jax.ShapeDtypeStruct((1, 1, 60, 104, 16), "float32")
     _, caches = jax.eval_shape(lambda vae, z: vae.decode_frame(z), vae, latent)
     for program, given in (
-        (autoencoder._decode_frame, (vae, latent, caches)),
+        (autoencoder.decode_step, (vae, latent, caches)),
         (jax.jit(WanVAE.encode), (vae, video)),
     ):
         memory = program.lower(*given).compile().memory_analysis()
@@ -282,7 +282,7 @@ def test_eight_devices_give_what_one_gives():
         (lambda vae: vae.encode(np.zeros((1, 3, 3, 8, 8))), r"\[B, T, H, W, 3\]"),
         (lambda vae: vae.encode(np.zeros((1, 0, 8, 8, 3))), r"\[B, T, H, W, 3\]"),
         (lambda vae: vae.decode(np.zeros((1, 2, 2, 2, 16))), r"\[B, F, h, w, 3\]"),
-        (lambda vae: vae.decode_blocks(np.zeros((2, 2, 2, 3))), r"\[B, F, h, w, 3\]"),
+        (lambda vae: vae.decode_frame(np.zeros((2, 2, 2, 3))), r"\[B, F, h, w, 3\]"),
         (lambda vae: vae.decode_frame(np.zeros((1, 3, 2, 2, 3))), "one frame at a time"),
     ],
 )

@@ -1,5 +1,6 @@
 """Files of videos and pictures: round trips, sizes and rates, and nothing lost where it fails."""
 
+import contextlib
 import sys
 
 import numpy as np
@@ -7,7 +8,14 @@ import pytest
 from PIL import Image
 
 from dmd_jax.pipelines import video
-from dmd_jax.pipelines.video import contact_sheet, read_image, read_video, save_image, save_video
+from dmd_jax.pipelines.video import (
+    contact_sheet,
+    read_image,
+    read_video,
+    save_image,
+    save_video,
+    video_writer,
+)
 
 pytestmark = pytest.mark.wan
 
@@ -65,6 +73,26 @@ def test_gif_has_all_frames_at_nearly_the_rate(tmp_path):
         assert mean_error(np.asarray(gif.convert("RGB")), frames[7]) < 8  # 256 colours
 
 
+@pytest.mark.parametrize("name", ["video.mp4", "video.gif"])
+def test_a_video_in_pieces_is_the_file_of_the_whole(tmp_path, name):
+    pytest.importorskip("av")
+    whole, pieces, frames = tmp_path / name, tmp_path / "pieces" / name, soft_frames()
+    save_video(whole, frames, fps=12)
+    with video_writer(pieces, fps=12) as write:
+        for piece in (frames[:1], frames[1:8], frames[8:]):
+            write(piece)
+        assert not pieces.exists()  # until it is complete
+    assert pieces.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "video.gif"])
+def test_a_video_without_frames_is_refused(tmp_path, name):
+    pytest.importorskip("av")
+    with pytest.raises(ValueError, match="no frame was written"), video_writer(tmp_path / name):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_gif_can_be_read_too(tmp_path):
     pytest.importorskip("av")
     save_video(tmp_path / "video.gif", soft_frames())
@@ -95,13 +123,16 @@ def test_a_failure_loses_nothing_and_leaves_nothing(tmp_path, monkeypatch, name)
     path = tmp_path / name
     path.write_bytes(b"before")
 
-    def fail(partial, *args):
+    def fail(image, partial, *args, **kw):
         partial.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(video, "_write_mp4", fail)
-    monkeypatch.setattr(video, "_write_gif", fail)
-    monkeypatch.setattr(Image.Image, "save", lambda image, partial, *args: fail(partial))
+    @contextlib.contextmanager
+    def failing_writer(partial, fps):
+        yield lambda frames: fail(None, partial)
+
+    monkeypatch.setattr(video, "_mp4_writer", failing_writer)
+    monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="no space"):
         save_video(path, soft_frames())
     assert [file.name for file in tmp_path.iterdir()] == [name]

@@ -195,29 +195,6 @@ class WanVAE(nnx.Module):
         video = rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=c.patch, r=c.patch)
         return jnp.clip(video.astype(jnp.float32), -1, 1), caches
 
-    def decode_blocks(self, latents):
-        """The video of `decode`, piece by piece: the frames of one latent frame at a time.
-
-        Two programs are compiled: one for the first latent frame, one for all others.
-
-        Args:
-            latents: [B, F, h, w, channels].
-
-        Returns:
-            An iterator over float32 [B, 1, H, W, 3] and then [B, time_factor, H, W, 3].
-
-        Raises:
-            ValueError: the latents have another shape.
-        """
-        self._check_latents(latents.shape)
-        return self._decode_blocks(latents)
-
-    def _decode_blocks(self, latents):
-        caches = None
-        for index in range(latents.shape[1]):
-            frames, caches = _decode_frame(self, latents[:, index : index + 1], caches)
-            yield frames
-
     def _check_video(self, shape):
         c = self.config
         if len(shape) != 5 or shape[-1] != 3 or 0 in shape:
@@ -240,5 +217,9 @@ class WanVAE(nnx.Module):
 
 
 @functools.partial(jax.jit, donate_argnums=2)
-def _decode_frame(vae, latent, caches):
+def decode_step(vae, latent, caches):
+    """`WanVAE.decode_frame`, compiled; the memory of `caches` is reused.
+
+    There are two programs, one for the first frame of a video and one for all others.
+    """
     return vae.decode_frame(latent, caches)
