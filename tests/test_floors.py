@@ -21,7 +21,7 @@ COMMANDS = (*("main", "sample", "evaluate", "embed", "encode", "export", "metric
 ONLY = {
     "diffusion": {"jax", "jaxtyping", "numpy", "einops"},
     "losses": {"jax", "jaxtyping", "diffusion"},
-    "methods": {"jax", "jaxtyping", "devices", "diffusion", "losses", "rollouts"},
+    "methods": {"jax", "jaxtyping", "devices", "diffusion", "losses", "models", "rollouts"},
 }
 
 # Libraries that are not for everybody, and the rooms that may use them.
