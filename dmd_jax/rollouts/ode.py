@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, PyTree
 
 from dmd_jax.diffusion.denoiser import DenoiserFn
-from dmd_jax.diffusion.schedule import Samples, Schedule, align, check_step_times, shift_time
+from dmd_jax.diffusion.schedule import (
+    Samples,
+    Schedule,
+    Times,
+    align,
+    check_step_times,
+    shift_time,
+)
 
 
 def ode(
@@ -46,11 +53,22 @@ def ode(
 
     def step(x, t_pair):
         t, t_next = (jnp.full(x.shape[0], s) for s in t_pair)
-        x0 = denoiser(x, t, cond).astype(jnp.float32)
-        eps = (x - align(schedule.alpha(t), x) * x0) / align(schedule.sigma(t), x)
-        # Not add_noise at t = 0: EDM's sigma(0) is sigma_min, and clean data have no noise.
-        return jnp.where(t_pair[1] > 0, schedule.add_noise(x0, eps, t_next), x0), None
+        return euler_step(x, denoiser(x, t, cond), t, t_next, schedule), None
 
     x = schedule.sigma(shifted[0]) * noise.astype(jnp.float32)
     x, _ = jax.lax.scan(step, x, (shifted[:-1], shifted[1:]))
     return x
+
+
+def euler_step(
+    x_t: Samples, x0: Samples, t: Times, t_next: Times, schedule: Schedule
+) -> Float32[Array, " B *data"]:
+    """One step along the path from x_t, whose clean data are predicted to be x0: x at t_next.
+
+    Times are float32 and never rounded further: published code that forms t - t_next in bfloat16
+    makes it wrong by a tenth.
+    """
+    x_t, x0 = x_t.astype(jnp.float32), x0.astype(jnp.float32)
+    eps = (x_t - align(schedule.alpha(t), x_t) * x0) / align(schedule.sigma(t), x_t)
+    # Not add_noise at t = 0: EDM's sigma(0) is sigma_min, and clean data have no noise.
+    return jnp.where(align(t_next, x0) > 0, schedule.add_noise(x0, eps, t_next), x0)
