@@ -3,6 +3,7 @@
 This file imports jax, jaxtyping and diffusion/.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -48,16 +49,55 @@ def ode(
     Raises:
         ValueError: `times` do not descend from 1 at most to above 0.
     """
+    return trajectory(denoiser, noise, cond, times=times, kept=(), schedule=schedule, shift=shift)[
+        :, -1
+    ]
+
+
+def trajectory(
+    denoiser: DenoiserFn,
+    noise: Samples,
+    cond: PyTree,
+    *,
+    times: Sequence[float],
+    kept: Sequence[float],
+    schedule: Schedule,
+    shift: float = 1.0,
+) -> Float32[Array, " B points *data"]:
+    """`ode`, with points of the path: x at the times `kept`, then the end.
+
+    Args:
+        kept: some of `times`, in their order.
+
+    Raises:
+        ValueError: also where `kept` has a time that is not one of `times`.
+    """
     check_step_times(times)
+    places = _places(times, kept)
     shifted = shift_time(jnp.asarray((*times, 0.0), jnp.float32), shift)
 
-    def step(x, t_pair):
-        t, t_next = (jnp.full(x.shape[0], s) for s in t_pair)
-        return euler_step(x, denoiser(x, t, cond), t, t_next, schedule), None
+    def step(carry, now):
+        x, points = carry
+        t, t_next, place = now
+        points = points.at[:, place].set(x)
+        t, t_next = (jnp.full(x.shape[0], s) for s in (t, t_next))
+        return (euler_step(x, denoiser(x, t, cond), t, t_next, schedule), points), None
 
     x = schedule.sigma(shifted[0]) * noise.astype(jnp.float32)
-    x, _ = jax.lax.scan(step, x, (shifted[:-1], shifted[1:]))
-    return x
+    points = jnp.zeros((x.shape[0], len(kept) + 1, *x.shape[1:]), jnp.float32)
+    (x, points), _ = jax.lax.scan(step, (x, points), (shifted[:-1], shifted[1:], places))
+    return points.at[:, -1].set(x)
+
+
+def _places(times, kept):
+    """int32 [steps]: which kept point each step starts from; the last place, the end's, if none."""
+    if missing := [t for t in kept if not any(math.isclose(t, s) for s in times)]:
+        raise ValueError(
+            f"the time {missing[0]} lies between two of the {len(times)} steps: change the number "
+            "of steps, or keep another point"
+        )
+    near = [[i for i, t in enumerate(kept) if math.isclose(t, s)] for s in times]
+    return jnp.asarray([i[0] if i else len(kept) for i in near], jnp.int32)
 
 
 def euler_step(
