@@ -73,6 +73,7 @@ def trajectory(
         ValueError: also where `kept` has a time that is not one of `times`.
     """
     check_step_times(times)
+    check_kept(times, kept)
     places = _places(times, kept)
     shifted = shift_time(jnp.asarray((*times, 0.0), jnp.float32), shift)
 
@@ -89,13 +90,17 @@ def trajectory(
     return points.at[:, -1].set(x)
 
 
-def _places(times, kept):
-    """int32 [steps]: which kept point each step starts from; the last place, the end's, if none."""
+def check_kept(times: Sequence[float], kept: Sequence[float]) -> None:
+    """Raises ValueError where `trajectory` cannot keep a point because no step starts there."""
     if missing := [t for t in kept if not any(math.isclose(t, s) for s in times)]:
         raise ValueError(
             f"the time {missing[0]} lies between two of the {len(times)} steps: change the number "
             "of steps, or keep another point"
         )
+
+
+def _places(times, kept):
+    """int32 [steps]: which kept point each step starts from; the last place, the end's, if none."""
     near = [[i for i, t in enumerate(kept) if math.isclose(t, s)] for s in times]
     return jnp.asarray([i[0] if i else len(kept) for i in near], jnp.int32)
 
