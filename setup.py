@@ -47,6 +47,7 @@ setup(
             "sentencepiece>=0.2",
             "huggingface_hub>=0.30",
         ],
+        "lmdb": ["lmdb>=1.4"],  # the files of Self-Forcing that dmd_jax.ode_pairs converts
         "wandb": ["wandb>=0.31"],
         "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17", "beartype>=0.20"],
     },

@@ -15,13 +15,15 @@ ROOMS = (
     *("devices", "data", "diffusion", "losses", "models", "weights"),
     *("rollouts", "pipelines", "quality", "methods", "training"),
 )
-COMMANDS = (*("main", "sample", "evaluate", "embed", "encode", "export", "metric_network"),)
+COMMANDS = (
+    *("main", "sample", "evaluate", "embed", "encode", "export", "metric_network", "ode_pairs"),
+)
 
 # The heart is mathematics on jax: no layer library, optimizer, mesh, file or config in it.
 ONLY = {
     "diffusion": {"jax", "jaxtyping", "numpy", "einops"},
     "losses": {"jax", "jaxtyping", "diffusion"},
-    "methods": {"jax", "jaxtyping", "devices", "diffusion", "losses", "rollouts"},
+    "methods": {"jax", "jaxtyping", "devices", "diffusion", "losses", "models", "rollouts"},
 }
 
 # Libraries that are not for everybody, and the rooms that may use them.
@@ -30,6 +32,7 @@ RESERVED = {
     "ml_collections": {"training", *COMMANDS},
     "absl": {*COMMANDS},
     "flax": {"models", "weights", "quality"},
+    "lmdb": {"data"},
     "optax": {"training", "quality"},
     "orbax": {"training"},
     "tensorflow_datasets": {"data"},

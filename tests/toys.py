@@ -132,3 +132,43 @@ def assert_same(actual, wanted):
         actual,
         wanted,
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussianVideo:
+    """Exact networks for a video of Gaussian frames: N(mean + rho (the frame before - mean), v).
+
+    v is std^2 for the first frame and std^2 (1 - rho^2) for the others, so that each frame alone is
+    N(mean, std^2). It is a causal network with blocks of one frame: it needs a clean `context`.
+
+    Attributes:
+        solves: False for the denoiser E[x0 | x_t, context]; True for the end of its ODE from x_t,
+            the map of a perfect student: mean + sqrt(v / var(x_t)) (x_t - alpha mean).
+    """
+
+    mean: Any
+    std: Any
+    rho: Any
+    solves: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __call__(self, x_t, t, cond, *, causal, context, context_time):
+        assert causal.frames_per_block == 1
+        mean, variance = self.given(context)
+        alpha, sigma = align(FLOW.alpha(t), x_t), align(FLOW.sigma(t), x_t)
+        total = jnp.square(alpha) * variance + jnp.square(sigma)
+        gain = jnp.sqrt(variance / total) if self.solves else alpha * variance / total
+        return mean + gain * (x_t - alpha * mean)
+
+    def given(self, context):
+        """Mean and variance of each frame, given the real one before it."""
+        first = jnp.arange(context.shape[1]).reshape(-1, *[1] * (context.ndim - 2)) == 0
+        before = jnp.roll(context, 1, axis=1)
+        mean = jnp.where(first, self.mean, self.mean + self.rho * (before - self.mean))
+        return mean, jnp.where(first, 1.0, 1.0 - self.rho**2) * self.std**2
+
+
+def gaussian_video(mean=0.0, std=1.0, rho=0.0, *, solves=False):
+    """The Denoiser of a `GaussianVideo`."""
+    net = GaussianVideo(*(jnp.float32(x) for x in (mean, std, rho)), solves)
+    return Denoiser(net, FLOW, X0(time_scale=1.0))

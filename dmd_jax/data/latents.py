@@ -1,8 +1,9 @@
-"""Latents of videos in a folder: encoded once, then read at random positions without an encoder.
+"""Latents of videos in a folder: computed once, then read at random positions.
 
     latents.json        shape, count (null until `write` is done), latents per shard, source
     00000.prompts.npy   int32 [n]: for each latent of a shard, the row of its text embedding
-    00000.npy           float16 [n, F, H, W, C], memory-mapped by the reader
+    00000.npy           float16 [n, F, H, W, C], memory-mapped by the reader; of trajectories
+                        (`data.trajectories`), [n, T, F, H, W, C]
 
 A file gets its name when it is complete, and a shard's latents are written last: `write` resumes
 after the complete shards. This file imports only numpy.
@@ -37,7 +38,7 @@ def write(
         videos: pairs of a video, in any form that `encode` accepts, and the row of its prompt in
             the text embeddings; the same pairs in the same order in every call.
         encode: a video -> its latents [F, H, W, C], normalised for the network.
-        shape: (F, H, W, C).
+        shape: (F, H, W, C), or (T, F, H, W, C) of trajectories.
         shard: latents per file; so many are in memory at once.
         source: origin of the latents (names of videos and encoder, a seed), a JSON value.
 
@@ -86,6 +87,7 @@ class Latents:
 
     Attributes:
         shape: (F, H, W, C) of one latent.
+        sample_shape: the same; of trajectories, the shape of one of their points.
         prompt: int32 [N], the row of each latent's prompt in the text embeddings.
         source: the argument of `write`.
 
@@ -94,20 +96,23 @@ class Latents:
         ValueError: they are incomplete, damaged, or not latents.
     """
 
+    command = "dmd_jax.encode"  # that writes such a folder
+
     def __init__(self, path: str | PathLike):
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise FileNotFoundError(
                 f"{path} has no {MANIFEST}: there are no latents. Make them with "
-                f"`python -m dmd_jax.encode --out={path} ...`, or name the folder that has them."
+                f"`python -m {self.command} --out={path} ...`, or name the folder that has them."
             )
         manifest = _read_manifest(path)
         count, shard = manifest["count"], manifest["shard"]
         self.shape: tuple[int, ...] = tuple(manifest["shape"])
+        self.sample_shape = self.shape
         self.source = manifest["source"]
         if count is None:
             raise ValueError(
-                f"{path}: the encoding was stopped. Run it again as before: it will go on."
+                f"{path}: `python -m {self.command}` was stopped. Run it again, and it goes on."
             )
         sizes = [min(shard, count - first) for first in range(0, count, shard)]
         self._shard = shard
@@ -143,8 +148,11 @@ class Latents:
 
 
 def _manifest(shape: Sequence[int], shard: int, source: Any) -> dict[str, Any]:
-    if len(shape) != 4 or min(*shape, shard) < 1:
-        raise ValueError(f"shape={shape} must be [F, H, W, C] and shard={shard}, all positive")
+    if len(shape) not in (4, 5) or min(*shape, shard) < 1:
+        raise ValueError(
+            f"shape={shape} must be [F, H, W, C], or [T, F, H, W, C] of trajectories, and "
+            f"shard={shard}, all positive"
+        )
     # JSON turns tuples into lists: compare the values that reading gives.
     return json.loads(
         json.dumps(
@@ -217,17 +225,17 @@ def _save(path: Path, array: np.ndarray) -> None:
 def _load(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing. Copy the folder whole, or delete it and encode the videos again."
+            f"{path} is missing. Copy the folder whole, or delete it and make it again."
         )
     try:
         array = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}). Copy the folder whole, or delete it and encode again."
+            f"{path} is damaged ({error}). Copy the folder whole, or delete it and make it again."
         ) from error
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(
             f"{path} holds {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}: "
-            "it belongs to other latents. Copy the folder whole, or delete it and encode again."
+            "it belongs to other latents. Copy the folder whole, or delete it and make it again."
         )
     return array

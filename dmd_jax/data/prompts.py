@@ -109,6 +109,8 @@ class Prompts(TextVideos):
     sample_shape: tuple[int, ...]
     latents: str | None = None
 
+    _store: ClassVar = Latents
+
     def open(self) -> None:
         """Opens the files.
 
@@ -118,9 +120,9 @@ class Prompts(TextVideos):
         texts, latents = self._texts, self._latents
         if latents is None:
             return
-        if latents.shape != tuple(self.sample_shape):
+        if latents.sample_shape != tuple(self.sample_shape):
             raise ValueError(
-                f"{self.latents} holds latents {latents.shape}, but sample_shape is "
+                f"{self.latents} holds latents {latents.sample_shape}, but sample_shape is "
                 f"{tuple(self.sample_shape)}"
             )
         if (last := int(latents.prompt.max())) >= len(texts):
@@ -143,7 +145,7 @@ class Prompts(TextVideos):
 
     @functools.cached_property
     def _latents(self) -> Latents | None:
-        return None if self.latents is None else Latents(self._latents_path)
+        return None if self.latents is None else self._store(self._latents_path)
 
     def __len__(self) -> int:
         return len(self._texts if self._latents is None else self._latents)

@@ -1,7 +1,7 @@
 """One file for each method: its losses, the times at which it takes them, and its rollout.
 
 docs/methods.md lists what a method has to define. Imports jax, jaxtyping and the rooms rollouts/,
-losses/, diffusion/ and devices/.
+models/, losses/, diffusion/ and devices/.
 """
 
 from collections.abc import Mapping

@@ -5,11 +5,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key
+from jaxtyping import Array, ArrayLike, Float32, Int, Key, PyTree
 
 from dmd_jax.devices import randomness
-from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.diffusion.schedule import check_times, expand, sample_time
+from dmd_jax.diffusion.denoiser import Denoiser, Output
+from dmd_jax.diffusion.schedule import Samples, Times, check_times, expand, sample_time
 from dmd_jax.losses.distribution_matching import denoising_loss
 from dmd_jax.methods import Batch, Nets, Observed
 from dmd_jax.rollouts.samplers import ManyStep, Sampler
@@ -65,7 +65,7 @@ class Pretrain:
         Returns:
             (loss, (no metrics, no rollout)).
         """
-        drop_key, time_key, eps_key = jax.random.split(key, 3)
+        drop_key, time_key, eps_key, context_key = jax.random.split(key, 4)
         index, x0, schedule = batch["index"], batch["data"], generator.schedule
 
         drop = randomness.per_sample(
@@ -74,10 +74,31 @@ class Pretrain:
         cond = jax.tree.map(
             lambda u, c: jnp.where(expand(drop, c), u, c), batch["uncond"], batch["cond"]
         )
-        t = randomness.per_sample(
-            lambda k: sample_time(k, shift=self.shift, clip=self.clip), time_key, index
-        )
+        t = self.draw_times(time_key, index)
         eps = randomness.normal(eps_key, index, self.sample_shape)
-        raw = generator.predict(schedule.add_noise(x0, eps, t), t, cond).raw
-        loss = denoising_loss(raw, generator.prediction.target(x0, eps, t, schedule))
-        return loss, ({}, None)
+        x_t = schedule.add_noise(x0, eps, t)
+        raw = self.predict(generator, x_t, t, cond, batch, context_key).raw
+        target = generator.prediction.target(x0, eps, t, schedule)
+        return denoising_loss(raw, target, self.weight(t)), ({}, None)
+
+    def draw_times(self, key: Key[Array, ""], index: Int[ArrayLike, " B"]) -> Times:
+        """The times of the samples, [B]; a subclass may draw one for each frame, [B, F]."""
+        return randomness.per_sample(
+            lambda k: sample_time(k, shift=self.shift, clip=self.clip), key, index
+        )
+
+    def weight(self, t: Times) -> Times | float:
+        """The weight of the loss at times t."""
+        return 1.0
+
+    def predict(
+        self,
+        generator: Denoiser,
+        x_t: Samples,
+        t: Times,
+        cond: PyTree,
+        batch: Batch,
+        key: Key[Array, ""],
+    ) -> Output:
+        """The network's call for x_t. Only a subclass uses `batch` and `key`."""
+        return generator.predict(x_t, t, cond)

@@ -25,7 +25,8 @@ def complete(config, where="config"):
 
     A field of type `X | None` accepts any Python literal as a flag: `None` and `5.0` for
     --config.generator.optimizer.clip. `construct` checks the type. A `cls` accepts the name of
-    another class, as `_Class` says: --config.generator.optimizer.cls=Muon.
+    another class, as `_Class` says: --config.generator.optimizer.cls=Muon. A default that is a
+    dataclass becomes a section: --config.method.causal.frames_per_block=1.
 
     Args:
         config: an ml_collections.ConfigDict; a section with a `cls` entry describes a dataclass.
@@ -49,6 +50,8 @@ def _complete_section(config):
         if field.name not in config and field.default is dataclasses.MISSING:
             continue
         value = config.get(field.name, field.default)
+        if _is_object(value):
+            value = _section(value)
         if _is_literal(field.type) and not isinstance(value, ml_collections.ConfigDict):
             if field.name in config:
                 del config[field.name]  # an assignment would keep its type
@@ -106,6 +109,17 @@ def _lost(section, old, new, where):
             "have: write the whole section in a config program"
         )
     return lost
+
+
+def _is_object(value):
+    """Whether a value is an instance of a dataclass."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _section(value):
+    """The completed section that describes an instance of a dataclass."""
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return complete(ml_collections.ConfigDict({"cls": type(value), **fields}))
 
 
 def _is_literal(annotation):
@@ -239,12 +253,18 @@ def defaults(config):
     repeat what was computed without them, so they complete what such a run stored.
     """
     flat = {}
-    for name, value in config.items():
+    # A class's own fields last: the default of a section is stated by the class that contains it.
+    for name, value in sorted(config.items(), key=lambda item: item[0] == "cls"):
         if isinstance(value, ml_collections.ConfigDict):
             flat |= {f"{name}.{inner}": default for inner, default in defaults(value).items()}
         elif name == "cls":
             for field in dataclasses.fields(value):
-                if field.name in config and field.default is not dataclasses.MISSING:
+                if field.name not in config or field.default is dataclasses.MISSING:
+                    continue
+                if _is_object(field.default):
+                    section = flatten(_section(field.default))
+                    flat |= {f"{field.name}.{inner}": value for inner, value in section.items()}
+                else:
                     flat[field.name] = json.loads(json.dumps(field.default))
     return flat
 

@@ -221,14 +221,9 @@ def test_no_frame_sees_a_later_block():
     np.testing.assert_allclose(run(changed)[:, :4], run(x)[:, :4], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("causal", CAUSAL, ids=str)
-def test_teacher_forcing_equals_a_cache_of_clean_blocks(causal):
-    """[clean | noisy] at once, against each noisy block after a cache of the clean blocks."""
-    net = network(SMALL)
-    frames = 7 if causal.first_alone or causal.frames_per_block == 1 else 6
-    x, timestep, text = inputs(SMALL, frames=frames, height=2, width=4, per_frame=True)
-    clean = foreign.tensor("clean", x.shape)
-    forced = jax.jit(lambda x: net(x, timestep, text, causal=causal, context=clean))(x)
+def forced_by_cache(net, x, timestep, text, causal, context, context_time):
+    """The velocity of each block of x, after a cache of the context's blocks at `context_time`."""
+    frames = x.shape[1]
     slots = frames if causal.window is None else causal.window + causal.sink
     cache = net.empty_cache(x.shape[0], slots, *x.shape[2:4])
     step = jax.jit(lambda x, t, *at: next_block(net, x, t, text, causal, *at))
@@ -236,9 +231,49 @@ def test_teacher_forcing_equals_a_cache_of_clean_blocks(causal):
     for first, end in blocks(causal, frames):
         part = slice(first, end)
         out, _ = step(x[:, part], timestep[:, part], cache, jnp.int32(first))
-        _, cache = step(clean[:, part], 0 * timestep[:, part], cache, jnp.int32(first))
+        written_at = np.repeat(context_time[:, None], end - first, axis=1)
+        _, cache = step(context[:, part], written_at, cache, jnp.int32(first))
         made.append(out)
-    assert foreign.relative_error(np.concatenate(made, axis=1), forced) < ROUNDING
+    return np.concatenate(made, axis=1)
+
+
+@pytest.mark.parametrize("causal", CAUSAL, ids=str)
+def test_teacher_forcing_equals_a_cache_of_clean_blocks(causal):
+    """[clean | noisy] at once, against each noisy block after a cache of the clean blocks."""
+    net = network(SMALL)
+    frames = 7 if causal.first_alone or causal.frames_per_block == 1 else 6
+    given = inputs(SMALL, frames=frames, height=2, width=4, per_frame=True)
+    clean = foreign.tensor("clean", given[0].shape)
+    forced = jax.jit(lambda *given: net(*given, causal=causal, context=clean))(*given)
+    made = forced_by_cache(net, *given, causal, clean, np.zeros(2, np.float32))
+    assert foreign.relative_error(made, forced) < ROUNDING
+
+
+@pytest.mark.parametrize("time", [np.float32([625.0, 90.0]), np.float32(400.0)], ids=["B", "one"])
+def test_a_noisy_context_equals_a_cache_that_was_written_at_its_time(time):
+    net, causal = network(SMALL), Causal(frames_per_block=2, first_alone=True, window=3, sink=1)
+    given = inputs(SMALL, frames=7, height=2, width=4, per_frame=True)
+    context = foreign.tensor("context", given[0].shape)
+
+    def run(**time):
+        return jax.jit(lambda *given: net(*given, causal=causal, context=context, **time))(*given)
+
+    forced = run(context_time=time)
+    made = forced_by_cache(net, *given, causal, context, np.broadcast_to(time, 2))
+    assert foreign.relative_error(made, forced) < 1e-5
+    assert foreign.relative_error(run(), forced) > 1e-3
+    np.testing.assert_array_equal(run(), run(context_time=0.0))
+
+
+def test_a_noisy_block_sees_the_context_before_it_and_no_other():
+    net, causal = network(SMALL), Causal(frames_per_block=2)
+    given = inputs(SMALL, frames=6, height=2, width=4, per_frame=True)
+    context = foreign.tensor("context", given[0].shape)
+    run = jax.jit(lambda context: net(*given, causal=causal, context=context))
+    changed = context.copy()
+    changed[:, 2:4] += 1
+    np.testing.assert_array_equal(run(changed)[:, :4], run(context)[:, :4])
+    assert np.abs(run(changed)[:, 4:] - run(context)[:, 4:]).min(axis=(1, 2, 3)).max() > 1e-4
 
 
 def test_a_rollout_far_beyond_the_window_compiles_once_and_sees_the_same_world():
@@ -373,6 +408,12 @@ def test_a_denoiser_takes_it_as_it_is():
         (dict(text=Conditions(np.zeros((2, 7, 10)), np.zeros((2, 3, 4, 6, 2)))), "no other takes"),
         (dict(context=np.zeros((2, 3, 4, 6, 4))), "need `causal`"),
         (dict(causal=Causal(), start=0), "a cache needs `start`"),
+        (dict(context_time=np.zeros(2)), "there is none"),
+        (dict(causal=Causal(), context_time=0.0), "there is none"),
+        (
+            dict(causal=Causal(), context=np.zeros((2, 3, 4, 6, 4)), context_time=np.zeros((2, 3))),
+            r"context_time \(2, 3\) must be \(\) or \(2,\)",
+        ),
         # As many tokens, of frames of another shape.
         (dict(causal=Causal(), context=np.zeros((2, 3, 6, 4, 4))), r"must be \[2, 3, 4, 6, 4\]"),
     ],

@@ -26,6 +26,11 @@ class Inner:
     size: int = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    inner: Inner = Inner(7)
+
+
 class Shape:
     """The base class of Round and Square."""
 
@@ -260,6 +265,29 @@ def test_a_field_that_a_stored_config_lacks_has_its_default():
     assert differences(defaults(config) | stored, flatten(config)).splitlines() == [
         "  role.optimizer.end_value: the run here has 0.0, this command 1e-06"
     ]
+
+
+def test_a_default_that_is_a_dataclass_becomes_a_section_that_a_flag_changes():
+    config = complete(ml_collections.ConfigDict({"part": {"cls": Holder}}))
+    assert config.part.inner.to_dict() == {"cls": Inner, "size": 7}
+    assert construct(config.part, "config.part") == Holder()
+    flag, values = "--config.part.inner.size=4", flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", flag])
+    values(["", flag])
+    assert construct(values.config.part, "config.part") == Holder(Inner(4))
+    stated = complete(ml_collections.ConfigDict({"part": {"cls": Holder, "inner": {"cls": Inner}}}))
+    assert construct(stated.part, "config.part") == Holder(Inner(3))
+
+
+def test_a_section_that_a_stored_config_lacks_is_the_default_of_its_class():
+    config = complete(ml_collections.ConfigDict({"part": {"cls": Holder}}))
+    stored = {"part.cls": "Holder"}  # stored before the field `inner` existed
+    assert differences(defaults(config) | stored, flatten(config)) == ""
+    with config.unlocked():
+        config.part.inner.size = 3
+    assert "the run here has 7, this command 3" in differences(
+        defaults(config) | stored, flatten(config)
+    )
 
 
 @pytest.mark.parametrize("name", ["steps", "log.every", "checkpoint.keep", "evaluate.samples"])

@@ -61,7 +61,18 @@ class Wan(nnx.Module):
         self.head_offset = nnx.Param(jax.random.normal(rngs.params(), (2, c.dim)) / c.dim**0.5)
         self.head = linear(c.dim, c.out_channels * int(np.prod(PATCH)), rngs=rngs, zero=True)
 
-    def __call__(self, x, timestep, text, *, causal=None, context=None, cache=None, start=None):
+    def __call__(
+        self,
+        x,
+        timestep,
+        text,
+        *,
+        causal=None,
+        context=None,
+        context_time=None,
+        cache=None,
+        start=None,
+    ):
         """The velocity eps - x0 of noisy latents.
 
         Args:
@@ -70,8 +81,10 @@ class Wan(nnx.Module):
             text: [B, L, text_dim]; all rows are attended, the zeros of the padding too. Or
                 `Conditions`.
             causal: a Causal, for blocks of frames in order; None for bidirectional attention.
-            context: clean latents [B, F, H, W, C]: the blocks of x attend to the clean blocks
-                before them (teacher forcing). Needs `causal`.
+            context: latents [B, F, H, W, C], clean or noised to `context_time`: the blocks of x
+                attend to the blocks of the context before them (teacher forcing). Needs `causal`.
+            context_time: with a context, the time to which it is noised, 0 ... 1000, [] or [B];
+                None for 0, clean.
             cache: a KVCache of `empty_cache`: x is one block, which attends to the frames of the
                 cache before it. Needs `causal` and `start`.
             start: with a cache, int32 []: the number of the first frame of x in the video; it must
@@ -84,7 +97,7 @@ class Wan(nnx.Module):
         Raises:
             ValueError: shapes or arguments that do not fit together.
         """
-        self._check(x, timestep, text, causal, context, cache, start)
+        self._check(x, timestep, text, causal, context, context_time, cache, start)
         frames, image = None, None
         if isinstance(text, Conditions):
             text, frames, image = text
@@ -93,7 +106,8 @@ class Wan(nnx.Module):
         embedding = self._time(timestep)
         if context is not None:
             tokens = jnp.concatenate([self._tokens(context, frames), tokens], axis=1)
-            embedding = self._with_clean(embedding, grid.frames)
+            context_time = jnp.broadcast_to(0.0 if context_time is None else context_time, len(x))
+            embedding = self._with_context(embedding, context_time, grid.frames)
         conditions = self._conditions(text, image)
         if cache is None:
             attend = over_sequence(self.config, grid, causal, context is not None)
@@ -115,7 +129,7 @@ class Wan(nnx.Module):
         tokens = height // PATCH[1] * (width // PATCH[2])
         return kv_cache.empty(c.depth, batch, frames, tokens, c.heads, c.head_dim, c.dtype)
 
-    def _check(self, x, timestep, text, causal, context, cache, start):
+    def _check(self, x, timestep, text, causal, context, context_time, cache, start):
         """Rejects arguments that would fail deep inside, or compute something else."""
         c = self.config
         _expect("x", x, "B", "F", "H", "W", c.out_channels)
@@ -130,8 +144,20 @@ class Wan(nnx.Module):
             raise ValueError("a cache needs `start`, and no `context`")
         if context is not None:
             _expect("context", context, *x.shape)
+        self._check_context_time(x, context, context_time)
         if cache is not None:
             self._check_cache(x, causal, cache)
+
+    def _check_context_time(self, x, context, context_time):
+        if context_time is None:
+            return
+        if context is None:
+            raise ValueError("context_time is the time of a `context`, and there is none")
+        if jnp.shape(context_time) not in ((), x.shape[:1]):
+            raise ValueError(
+                f"context_time {jnp.shape(context_time)} must be () or {x.shape[:1]}: all frames "
+                "of a context have one time"
+            )
 
     def _check_conditions(self, x, cond):
         c = self.config
@@ -172,12 +198,12 @@ class Wan(nnx.Module):
         embedding = self.time_mlp(timestep_embedding(timestep, self.config.freq_dim))
         return sharding.shard_batch(embedding)
 
-    def _with_clean(self, embedding, frames):
-        """The embeddings of clean frames, at time 0, before those of the noisy: [B, 2F, D]."""
+    def _with_context(self, embedding, context_time, frames):
+        """The embeddings of the context's frames, at its time, before those of x: [B, 2F, D]."""
         shape = (embedding.shape[0], frames, embedding.shape[-1])
-        clean = self._time(jnp.zeros(shape[:1]))
+        context = self._time(context_time)
         return jnp.concatenate(
-            [jnp.broadcast_to(clean, shape), jnp.broadcast_to(embedding, shape)], axis=1
+            [jnp.broadcast_to(context, shape), jnp.broadcast_to(embedding, shape)], axis=1
         )
 
     def _conditions(self, text, image):

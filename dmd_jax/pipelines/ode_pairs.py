@@ -1,0 +1,195 @@
+"""Trajectories for `methods.causal_ode`: solved by a causal teacher, or converted.
+
+Both functions write folders that `data.OdePairs` reads. Imports `sampling` and the rooms below.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from os import PathLike
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmd_jax import weights
+from dmd_jax.data import Prompts, embeddings, self_forcing_lmdb, trajectories
+from dmd_jax.data.latents import Latents
+from dmd_jax.devices import randomness, sharding
+from dmd_jax.devices.disk import check_writable, local_path
+from dmd_jax.devices.paths import named_leaves
+from dmd_jax.diffusion.denoiser import guided
+from dmd_jax.diffusion.schedule import check_step_times, check_times, shift_time, step_times
+from dmd_jax.models.attention import Causal
+from dmd_jax.pipelines.sampling import load_denoiser
+from dmd_jax.rollouts.ode import check_kept, trajectory
+from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, check_video
+
+TIMES = (1.0, 0.75, 0.5, 0.25)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """How a teacher's ODE is solved.
+
+    Attributes:
+        causal: blocks, window and sink of the teacher.
+        times: the stored points before the shift; among the times of the steps.
+        shift: time shift of the steps.
+        steps: Euler steps.
+        guidance: weight of the teacher's guidance (see `denoiser.guided`).
+        seed: of the noise.
+
+    Raises:
+        ValueError: a number is out of range, or a stored point lies between two steps.
+    """
+
+    causal: Causal = Causal()
+    times: tuple[float, ...] = TIMES
+    shift: float = 5.0
+    steps: int = 48
+    guidance: float = 6.0
+    seed: int = 0
+
+    def __post_init__(self):
+        check_step_times(self.times)
+        check_times(shift=self.shift, clip=(0.0, 1.0))
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        check_kept(step_times(self.steps), self.times)
+
+    @property
+    def levels(self):
+        """The times of the stored points, after the shift."""
+        return [float(shift_time(t, self.shift)) for t in self.times]
+
+
+def solve(
+    checkpoint: str | PathLike,
+    embedded: str | PathLike,
+    encoded: str | PathLike,
+    out: str | PathLike,
+    how: Solution,
+    *,
+    batch: int = 1,
+    dtype: str = "float32",
+    progress: Callable[[str], None] = lambda line: None,
+) -> trajectories.Trajectories:
+    """Solves a causal teacher's ODE along every real video, each block after the real ones.
+
+    (Causal-Forcing, arXiv 2602.02214.) On the current mesh (`jax.set_mesh`) or the first device.
+
+    Args:
+        checkpoint: the teacher, trained by `methods.causal_pretrain.TeacherForcing`.
+        embedded, encoded: folders of the captions and the latents of the videos
+            (`pipelines.precompute`).
+        out: the folder of the trajectories. A second call resumes.
+        how: which ODE.
+        batch: videos in one call.
+        dtype: in which the teacher computes.
+        progress: is called with a line of text after each batch.
+
+    Raises:
+        FileNotFoundError, ValueError: something is missing or damaged, does not fit together, or
+            `out` holds other trajectories or cannot be written to.
+    """
+    real = Latents(local_path(encoded))
+    source, out = Prompts(str(embedded), real.shape, str(encoded)), local_path(out)
+    source.open()
+    check_video(real.shape, how.causal)
+    check_writable(out)
+    teacher = load_denoiser(checkpoint, dtype=dtype)
+    source.require_fit(f"the teacher at {checkpoint}", teacher.net.config)
+    batch, start = sharding.even_batch(batch), time.time()
+
+    @functools.lru_cache(maxsize=1)
+    def solved(first):
+        index = np.arange(first, first + batch) % len(source)  # one shape, one compilation
+        examples = source.examples(index)
+        points = _solve(teacher, jax.random.key(how.seed), index, examples, how)
+        points = np.asarray(sharding.replicate(points))
+        done = min(first + batch, len(source))
+        progress(f"video {done} of {len(source)}, {time.time() - start:.1f} s")
+        return points
+
+    def row(number):
+        return solved(number - number % batch)[number % batch]
+
+    made_by = dataclasses.asdict(how) | {
+        "teacher": weights.digest(named_leaves(teacher.net).items()),
+        "videos": real.source,
+    }
+    numbered = enumerate(real.prompt.tolist())
+    trajectories.write(out, numbered, row, real.shape, levels=how.levels, source=made_by)
+    return trajectories.Trajectories(out)
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _solve(teacher, root, index, examples, how):
+    """float32 [B, points + 2, F, H, W, C]: the stored points, the end, the real video."""
+    index, examples = sharding.shard_batch((index, examples))
+    video = examples["data"]
+    cond, uncond = After(examples["cond"], video), After(examples["uncond"], video)
+    forced = TeacherForced(teacher, how.causal)
+
+    def denoiser(x_t, t, cond):
+        return guided(forced, x_t, t, cond, uncond, how.guidance)
+
+    points = trajectory(
+        denoiser,
+        randomness.normal(root, index, video.shape[1:]),
+        cond,
+        times=step_times(how.steps),
+        kept=how.times,
+        schedule=teacher.schedule,
+        shift=how.shift,
+    )
+    return jnp.concatenate([points, video[:, None]], axis=1)
+
+
+def convert(
+    lmdb: str | PathLike,
+    embedded: str | PathLike,
+    out: str | PathLike,
+    *,
+    times: Sequence[float] = TIMES,
+    shift: float = 8.0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> trajectories.Trajectories:
+    """Converts the trajectories that Self-Forcing or Causal-Forcing stored as LMDB.
+
+    Args:
+        lmdb: the folder of the database, or of its parts.
+        embedded: the folder that `precompute.embed_prompts` wrote for `out`/prompts.txt, which this
+            function writes first.
+        out: the folder of the trajectories. A second call resumes.
+        times, shift: those of the stored points; Self-Forcing's teacher had a shift of 8.
+        progress: is called with a line of text.
+
+    Raises:
+        FileNotFoundError, ValueError: as `solve`; or a prompt is not embedded, or the database has
+            another number of points.
+        ImportError: the package lmdb is missing.
+    """
+    stored, out = self_forcing_lmdb.Trajectories(local_path(lmdb)), local_path(out)
+    levels = [float(shift_time(t, shift)) for t in times]
+    check_writable(out)
+    listed, prompts = out / "prompts.txt", stored.prompts
+    listed.write_text("".join(f"{prompt}\n" for prompt in dict.fromkeys(prompts)))
+    progress(f"{len(prompts)} trajectories; their prompts: {listed}")
+    texts = embeddings.Embeddings(local_path(embedded))
+    rows = {prompt: row for row, prompt in enumerate(texts.prompts)}
+    if absent := [prompt for prompt in prompts if prompt not in rows]:
+        raise ValueError(
+            f"{embedded} lacks {len(absent)} of {len(prompts)} prompts, as {absent[0][:60]!r}: "
+            f"embed them with `python -m dmd_jax.embed --prompts={listed} ...`"
+        )
+
+    def points(number):
+        return stored.points(number, len(levels))
+
+    numbered = ((i, rows[prompt]) for i, prompt in enumerate(prompts))
+    made_by = {"lmdb": stored.name, "count": len(prompts)}
+    trajectories.write(out, numbered, points, stored.shape, levels=levels, source=made_by)
+    return trajectories.Trajectories(out)
