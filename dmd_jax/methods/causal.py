@@ -8,11 +8,10 @@ Imports the rollouts and the samplers.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float32, Key
 
 from dmd_jax.devices import randomness
@@ -22,8 +21,9 @@ from dmd_jax.methods import Batch
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.backward_simulation import Rollout
 from dmd_jax.rollouts.blocks import Layout
-from dmd_jax.rollouts.samplers import CausalFewStep
+from dmd_jax.rollouts.samplers import CausalFewStep, few_step
 from dmd_jax.rollouts.self_forcing import self_forcing
+from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, block_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,24 +73,14 @@ class CausalRollout:
         """Videos of the generator, under the condition `batch["cond"]`."""
         raise NotImplementedError
 
-    def sampler(self, times: Sequence[float], shift: float) -> CausalFewStep:
-        """How the trained generator is sampled."""
-        return CausalFewStep(
-            tuple(times),
-            shift,
-            self.causal,
-            self.first_times,
-            self.context_time,
-            name=self.title,
+    def sampler(
+        self, times: Sequence[float], steps: int, guidance: float, shift: float
+    ) -> CausalFewStep:
+        """How the trained generator is sampled; see `samplers.few_step`."""
+        how = dict(first_times=self.first_times, name=self.title)
+        return few_step(
+            times, steps, guidance, shift, self.causal, context_time=self.context_time, **how
         )
-
-    def notes(self) -> dict[str, Any]:
-        """Entries for the header of the exported generator."""
-        return {
-            "causal": dataclasses.asdict(self.causal),
-            "first_times": self.first_times,
-            "context_time": self.context_time,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +191,11 @@ class CausVid(CausalRollout):
             return jnp.where(last, len(times) - 1, steps)
 
         levels = shift_time(jnp.asarray(times, jnp.float32), shift)
-        frames = np.array([1] * layout.lone + [layout.size] * layout.count)
-        t = jnp.repeat(levels[randomness.per_sample(draw, key, index)], frames, axis=1)
+        block = block_of(noise.shape[1], self.causal)
+        t = levels[randomness.per_sample(draw, key, index)][:, block]
         x_t = generator.schedule.add_noise(real, noise, t)
-        context = {"context": real} if self.teacher_forcing else {}
-        x0 = generator(x_t, t, batch["cond"], causal=self.causal, **context)
+        if self.teacher_forcing:
+            x0 = TeacherForced(generator, self.causal)(x_t, t, After(batch["cond"], real))
+        else:
+            x0 = generator(x_t, t, batch["cond"], causal=self.causal)
         return Rollout(x0, None, jnp.float32(1.0), jnp.float32(0.0), batch["cond"])

@@ -1,7 +1,7 @@
 """Causal consistency distillation: a few-step start of a causal student, without stored data."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from dmd_jax.losses.distribution_matching import denoising_loss
 from dmd_jax.methods import Batch, Nets, Observed
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.ode import euler_step
+from dmd_jax.rollouts.samplers import CausalFewStep, few_step
 from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, check_video, context_at
 
 
@@ -69,6 +70,20 @@ class CausalConsistency:
         return shift_time(
             1.0 - jnp.arange(self.steps + 1, dtype=jnp.float32) / self.steps, self.shift
         )
+
+    def sampler(self, steps: int, guidance: float) -> CausalFewStep:
+        """How the trained generator is sampled; guidance is in its weights.
+
+        Raises:
+            ValueError: guidance is not 1.
+        """
+        return few_step(
+            self.times, steps, guidance, self.shift, self.causal, context_time=self.context_time
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """Entries for the header of the exported generator: how to sample it."""
+        return self.sampler(len(self.times), 1.0).notes()
 
     def generator_loss(
         self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]

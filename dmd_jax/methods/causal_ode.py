@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from dmd_jax.diffusion.schedule import check_step_times, check_times, shift_time
 from dmd_jax.losses.distribution_matching import denoising_loss
 from dmd_jax.methods import Batch, Nets, Observed
 from dmd_jax.models.attention import Causal
+from dmd_jax.rollouts.samplers import CausalFewStep, few_step
 from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, check_video
 
 
@@ -49,6 +50,18 @@ class CausalODE:
         check_step_times(self.times)
         check_times(shift=self.shift, clip=(0.0, 1.0))
         check_video(self.sample_shape, self.causal)
+
+    def sampler(self, steps: int, guidance: float) -> CausalFewStep:
+        """How the trained generator is sampled; guidance is in its weights.
+
+        Raises:
+            ValueError: guidance is not 1.
+        """
+        return few_step(self.times, steps, guidance, self.shift, self.causal)
+
+    def notes(self) -> dict[str, Any]:
+        """Entries for the header of the exported generator: how to sample it."""
+        return self.sampler(len(self.times), 1.0).notes()
 
     def generator_loss(
         self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]

@@ -15,6 +15,7 @@ from dmd_jax.diffusion.schedule import Samples, Times, sample_time, shift_time
 from dmd_jax.methods import Batch
 from dmd_jax.methods.pretrain import Pretrain
 from dmd_jax.models.attention import Causal
+from dmd_jax.rollouts.samplers import CausalManyStep
 from dmd_jax.rollouts.teacher_forcing import (
     After,
     TeacherForced,
@@ -44,6 +45,10 @@ class DiffusionForcing(Pretrain):
     def __post_init__(self):
         super().__post_init__()
         check_video(self.sample_shape, self.causal)
+
+    def sampler(self, steps: int, guidance: float) -> CausalManyStep:
+        """How the trained network is sampled."""
+        return CausalManyStep(steps, guidance, self.shift, self.causal, name="generator")
 
     def draw_times(self, key: Key[Array, ""], index: Int[ArrayLike, " B"]) -> Times:
         if not self.per_block:
@@ -88,6 +93,9 @@ class TeacherForcing(DiffusionForcing):
     def __post_init__(self):
         super().__post_init__()
         check_video(self.sample_shape, self.causal, self.context_time)
+
+    def sampler(self, steps: int, guidance: float) -> CausalManyStep:
+        return dataclasses.replace(super().sampler(steps, guidance), context_time=self.context_time)
 
     def predict(
         self,

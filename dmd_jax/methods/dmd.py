@@ -31,7 +31,7 @@ from dmd_jax.losses.distribution_matching import (
 from dmd_jax.methods import Batch, Metrics, Nets, Observed
 from dmd_jax.methods.causal import CausalRollout
 from dmd_jax.rollouts.backward_simulation import Rollout, backward_simulation, one_step
-from dmd_jax.rollouts.samplers import FewStep, Sampler, fewer
+from dmd_jax.rollouts.samplers import Sampler, few_step
 
 BANDS = 4  # intervals of t, of equal length, in which the metric gap/i is reported
 
@@ -123,19 +123,12 @@ class DMD:
         Raises:
             ValueError: guidance, which is in the weights of a student already.
         """
-        if guidance != 1:
-            raise ValueError(
-                f"guidance={guidance}: guidance is in the weights of a student; leave it at 1"
-            )
-        times = fewer(self.times, steps)
-        if self.video is not None:
-            return self.video.sampler(times, self.shift)
-        return FewStep(times, self.shift)
+        make = few_step if self.video is None else self.video.sampler
+        return make(self.times, steps, guidance, self.shift)
 
     def notes(self) -> dict[str, Any]:
         """Entries for the header of the exported generator: how to sample it."""
-        notes = {"times": self.times, "shift": self.shift}
-        return notes if self.video is None else notes | self.video.notes()
+        return self.sampler(len(self.times), 1.0).notes()
 
     @property
     def expected_exit_step(self) -> float:

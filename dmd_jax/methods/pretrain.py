@@ -48,8 +48,8 @@ class Pretrain:
         return ManyStep(steps, guidance, self.shift, name="generator")
 
     def notes(self) -> dict[str, Any]:
-        """Entries for the header of the exported network: none."""
-        return {}
+        """Entries for the header of the exported network: how to sample it."""
+        return self.sampler(1, 1.0).notes()
 
     def generator_loss(
         self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]

@@ -20,6 +20,7 @@ from dmd_jax.diffusion.denoiser import guided
 from dmd_jax.diffusion.schedule import step_times
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.backward_simulation import backward_simulation
+from dmd_jax.rollouts.block_ode import block_ode
 from dmd_jax.rollouts.ode import ode
 from dmd_jax.rollouts.self_forcing import self_forcing
 
@@ -48,6 +49,13 @@ class Sampler:
         if self.shift <= 0:
             raise ValueError(f"shift={self.shift} must be above 0; 1 shifts nothing")
 
+    def notes(self):
+        """Entries for the header of a network's file, from which `sampler_for` makes the sampler.
+
+        Of a network that is sampled in many steps, only what a user does not choose.
+        """
+        return {}
+
     @property
     def title(self):
         """As "student, 4 steps"."""
@@ -75,6 +83,9 @@ class FewStep(Sampler):
     def calls(self):
         """Network calls per sample."""
         return self.steps
+
+    def notes(self):
+        return {"times": self.times, "shift": self.shift}
 
     def __call__(self, denoiser, noise, cond, uncond, key, index):
         return backward_simulation(
@@ -115,6 +126,10 @@ class CausalFewStep(Sampler):
     def calls(self):
         """Network calls per block, the one that writes its context included."""
         return self.steps + (self.context_time is not None)
+
+    def notes(self):
+        notes = {"times": self.times, "shift": self.shift, "first_times": self.first_times}
+        return notes | _context_notes(self)
 
     def __call__(self, denoiser, noise, cond, uncond, key, index):
         return self_forcing(
@@ -180,6 +195,98 @@ class ManyStep(Sampler):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class CausalManyStep(Sampler):
+    """The sampler of a causal network that is no student: the guided ODE, block by block.
+
+    Attributes:
+        steps: number of steps of a block, evenly spaced before the shift.
+        guidance: weight of classifier-free guidance; 1 disables it.
+        shift, name: see `Sampler`.
+        causal, context_time: see `block_ode`.
+
+    Raises:
+        ValueError: no steps, or a shift that is not above 0.
+    """
+
+    steps: int
+    guidance: float = 1.0
+    shift: float = 1.0
+    causal: Causal = dataclasses.field(default=Causal())
+    context_time: float = 0.0
+    name: str = dataclasses.field(default="teacher", repr=False, compare=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be 1 or more")
+
+    @property
+    def calls(self):
+        """Network calls per block, the one that writes its context included."""
+        return (self.steps + 1) * (1 if self.guidance == 1 else 2)
+
+    def notes(self):
+        return _context_notes(self)
+
+    def __call__(self, denoiser, noise, cond, uncond, key, index):
+        return block_ode(
+            denoiser,
+            noise,
+            cond,
+            uncond,
+            key,
+            times=step_times(self.steps),
+            causal=self.causal,
+            guidance=self.guidance,
+            shift=self.shift,
+            context_time=self.context_time,
+            index=index,
+        )
+
+
+def _context_notes(sampler):
+    """The notes of a causal sampler about what a block attends to."""
+    return {"causal": dataclasses.asdict(sampler.causal), "context_time": sampler.context_time}
+
+
+def few_step(
+    times,
+    steps,
+    guidance,
+    shift,
+    causal=None,
+    *,
+    context_time=0.0,
+    first_times=None,
+    name="student",
+):
+    """The sampler of a student in `steps` calls.
+
+    Args:
+        times, shift: the student's own.
+        steps: calls per sample, or per block; see `fewer`.
+        guidance: 1; it is in the weights of a student.
+        causal: of a causal student; None for others.
+        context_time, first_times: of a causal student, see `self_forcing`.
+        name: of the network.
+
+    Returns:
+        FewStep or CausalFewStep.
+
+    Raises:
+        ValueError: guidance, or no steps.
+    """
+    if guidance != 1:
+        raise ValueError(
+            f"guidance={guidance}, but guidance is in the weights of a student: leave it at 1"
+        )
+    times = fewer(times, steps)
+    if causal is None:
+        return FewStep(times, shift, name=name)
+    return CausalFewStep(times, shift, causal, first_times, context_time, name=name)
+
+
 def fewer(times, steps):
     """The times of `steps` calls of a student: every n-th of `times` where that is possible, else
     evenly spaced ones."""
@@ -242,7 +349,7 @@ def draw_images(denoiser, sampler, labels, seed=0, *, batch=BATCH):
 def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
     """The sampler for the checkpoint at `path`, by the notes in its header.
 
-    FewStep or CausalFewStep for a student, ManyStep for others.
+    FewStep or CausalFewStep for a student, ManyStep or CausalManyStep for others.
 
     Args:
         steps: the student's own if None, or 50.
@@ -254,13 +361,18 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
         ValueError: guidance or a solver for a student, or a number out of range.
     """
     notes = weights.notes(path)
+    context = {}
+    if "causal" in notes:
+        context = {"causal": Causal(**notes["causal"]), "context_time": notes["context_time"]}
     if "times" not in notes:
-        return ManyStep(
-            50 if steps is None else steps,
-            1.0 if guidance is None else guidance,
-            1.0 if shift is None else shift,
-            "euler" if solver is None else solver,
-        )
+        steps = 50 if steps is None else steps
+        guidance = 1.0 if guidance is None else guidance
+        shift = 1.0 if shift is None else shift
+        if not context:
+            return ManyStep(steps, guidance, shift, "euler" if solver is None else solver)
+        if solver not in (None, "euler"):
+            raise ValueError(f"{path} is causal, and sampled by euler alone: drop --solver")
+        return CausalManyStep(steps, guidance, shift, **context)
     if guidance is not None:
         raise ValueError(
             f"{path} is a distilled student: guidance is in its weights already; drop --guidance"
@@ -270,19 +382,11 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
             f"{path} is a distilled student, which adds fresh noise at each step and solves no "
             f"ODE: drop --solver={solver}"
         )
-    times = tuple(notes["times"])
-    shift = notes["shift"] if shift is None else shift
-    times = fewer(times, len(times) if steps is None else steps)
-    if "causal" not in notes:
-        return FewStep(times, shift)
-    first = notes["first_times"]
-    return CausalFewStep(
-        times,
-        shift,
-        Causal(**notes["causal"]),
-        None if first is None else tuple(first),
-        notes["context_time"],
-    )
+    times, first = tuple(notes["times"]), notes.get("first_times")
+    if context:
+        context["first_times"] = None if first is None else tuple(first)
+    steps = len(times) if steps is None else steps
+    return few_step(times, steps, 1, notes["shift"] if shift is None else shift, **context)
 
 
 def balanced(num, num_classes):

@@ -107,7 +107,7 @@ def self_forcing(
     graded = noise.shape[1] if graded is None else graded
     layout.graded(graded)  # refuses a border within a block
     if cache is None:
-        cache = _empty_cache(generator, noise, causal, graded, start + known + noise.shape[1])
+        cache = empty_cache(generator, noise, causal, graded, start + known + noise.shape[1])
     _require_room(cache, causal, graded)
     index = jnp.arange(noise.shape[0]) if index is None else index
     frozen, noise, cond, initial, cache = constant((generator, noise, cond, initial, cache))
@@ -263,8 +263,18 @@ def _replay(plan, saved, gradient):
 _exit_calls.defvjp(_keep, _replay)
 
 
-def _empty_cache(generator, noise, causal, graded, end):
-    """Room for the window, the sink and the graded frames; for the whole video without a window."""
+def empty_cache(
+    generator: Denoiser,
+    noise: Float[Array, "B F H W C"],
+    causal: Causal,
+    graded: int,
+    end: Int[ArrayLike, ""],
+) -> KVCache:
+    """A cache for the window, the sink and the graded frames; without a window, for `end` frames.
+
+    Raises:
+        ValueError: `end` is traced, and there is no window.
+    """
     batch, _, height, width, _ = noise.shape
     slots = end if causal.window is None else causal.window + causal.sink + graded
     if not isinstance(slots, int):
