@@ -51,9 +51,9 @@ def read_scenes(path: str | PathLike) -> list[Scene]:
         120: a fast seven
         waves at night
 
-    A line that begins with a frame number, a colon and a space changes the prompt of the video of the lines
-    before it, from the first block on that begins at that frame or later. Any other line begins
-    another video.
+    A line that begins with a frame number, a colon and a space changes the prompt of the video of
+    the lines before it, from the first block on that begins at that frame or later. Any other line
+    begins another video.
 
     Raises:
         FileNotFoundError, ValueError: as `read_prompts`; or the first line of a video has a

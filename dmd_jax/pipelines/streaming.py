@@ -13,7 +13,7 @@ rooms below.
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -107,6 +107,26 @@ def block_sampler(
         None if first_times is None else tuple(first_times),
         notes.get("context_time", 0.0),
     )
+
+
+def parse_causal(settings: Sequence[str]) -> Causal | None:
+    """The Causal of ["frames_per_block=3", "first_alone=1", "window=12", "sink=3"]; None for [].
+
+    Raises:
+        ValueError: it is written otherwise, or a number is out of range.
+    """
+    if not settings:
+        return None
+    try:
+        numbers = {name: int(number) for name, number in (s.split("=") for s in settings)}
+        if "first_alone" in numbers:
+            numbers["first_alone"] = bool(numbers["first_alone"])
+        return Causal(**numbers)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--causal={','.join(settings)}: write it as frames_per_block=3,first_alone=1,"
+            f"window=12,sink=3, leaving out what does not hold ({error})"
+        ) from None
 
 
 class Stream:
