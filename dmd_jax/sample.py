@@ -175,7 +175,7 @@ def stream():
         dtype=FLAGS.dtype,
         keep_sink=FLAGS.keep_sink,
     )
-    print(f"{model.sampler}\ncompiled in {model.warm_up():.1f} s", flush=True)
+    print(f"{model.sampler.title}; compiled in {model.warm_up():.1f} s", flush=True)
     for i, scene in enumerate(scenes):
         names = [numbered(out, i, len(scenes)) for out in outs]
         with contextlib.ExitStack() as files:

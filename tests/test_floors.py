@@ -15,7 +15,9 @@ ROOMS = (
     *("devices", "data", "diffusion", "losses", "models", "weights"),
     *("rollouts", "pipelines", "quality", "methods", "training"),
 )
-COMMANDS = (*("main", "sample", "evaluate", "embed", "encode", "export", "metric_network"),)
+COMMANDS = (
+    *("main", "sample", "evaluate", "embed", "encode", "export", "metric_network", "stream"),
+)
 
 # The heart is mathematics on jax: no layer library, optimizer, mesh, file or config in it.
 ONLY = {
@@ -36,6 +38,7 @@ RESERVED = {
     "tensorflow": {"training", "data"},
     "clu": {"training"},
     "matplotlib": {"quality"},
+    "websockets": {"pipelines"},
 }
 
 

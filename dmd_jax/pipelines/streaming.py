@@ -60,6 +60,15 @@ class BlockSampler:
         if self.context_time is not None and not 0 <= self.context_time <= 1:
             raise ValueError(f"context_time={self.context_time} must be in [0, 1], or None")
 
+    @property
+    def title(self) -> str:
+        """As "blocks of 3 frames in 4 steps, window of 12, sink of 3"."""
+        causal, steps = self.causal, len(self.times)
+        parts = [f"blocks of {causal.frames_per_block} frames in {steps} steps"]
+        parts += [f"window of {causal.window}"] if causal.window else []
+        parts += [f"sink of {causal.sink}"] if causal.sink else []
+        return ", ".join(parts)
+
     def maker(self, denoiser, cond, key, index):
         """The BlockMaker of a stream."""
         steps = Steps.of(self.times, self.first_times, self.shift)
