@@ -267,6 +267,7 @@ class Player:
                     self._set_state("playing")
                     self._make(model, play)
         except Exception as error:
+            self.reset()
             log.exception("the player has stopped")
             self._set_state("error", f"{type(error).__name__}: {error}")
 
