@@ -10,7 +10,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dmd_jax", "dmd_jax.*"]),
     include_package_data=True,
-    package_data={"dmd_jax": ["py.typed", "assets/*", "data/*.npz", "data/*.md"]},
+    package_data={
+        "dmd_jax": ["py.typed", "assets/*", "data/*.npz", "data/*.md", "pipelines/*.html"]
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -48,7 +50,15 @@ setup(
             "huggingface_hub>=0.30",
         ],
         "lmdb": ["lmdb>=1.4"],  # the files of Self-Forcing that dmd_jax.ode_pairs converts
+        # The page of dmd_jax.stream; [wan] for its downloads as MP4.
+        "stream": ["websockets>=15"],
         "wandb": ["wandb>=0.31"],
-        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17", "beartype>=0.20"],
+        "test": [
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "beartype>=0.20",
+            "websockets>=15",
+        ],
     },
 )

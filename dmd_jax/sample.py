@@ -15,9 +15,17 @@ Several prompts give a-000.mp4, a-001.mp4, ..., and one PNG, a contact sheet:
     python -m dmd_jax.sample --checkpoint=student.safetensors --mesh=fsdp=8 \
         --pipeline=Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts=prompts.txt --out=waves.mp4
 
+A causal student, block by block, for as long as you like: the frames are written as they are made.
+A line of the prompts such as "120: a fast seven" changes the prompt of the video of the line before
+it from that frame on:
+
+    python -m dmd_jax.sample --stream --checkpoint=student.safetensors --prompts=prompts.txt \
+        --frames=240 --out=a.mp4
+
 Without --mesh, the cores of a CPU split the samples of a call; an accelerator is used alone.
 """
 
+import contextlib
 import sys
 import time
 
@@ -30,12 +38,16 @@ from dmd_jax.devices.disk import check_writable, local_path
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.models.wan import WanConfig
 from dmd_jax.pipelines import sampling, video
-from dmd_jax.pipelines.prompts import read_prompts
+from dmd_jax.pipelines.prompts import read_prompts, read_scenes
+from dmd_jax.pipelines.streaming import parse_causal
+from dmd_jax.pipelines.video_stream import load_stream_model, play
 from dmd_jax.quality import report
 from dmd_jax.rollouts.samplers import BATCH, SOLVERS, balanced, draw_images, sampler_for
 
 FLAGS = flags.FLAGS
 SAMPLER = ("steps", "guidance", "shift", "solver")
+# Flags that a stream does not take.
+WHOLE = ("guidance", "solver", "negative", "images", "boundary", "batch", "num")
 
 
 def define_flags():
@@ -83,6 +95,15 @@ def define_flags():
         lower_bound=0,
         upper_bound=1,
     )
+    flags.DEFINE_bool("stream", False, "Videos: make them block by block, by a causal student.")
+    flags.DEFINE_list(
+        "causal",
+        [],
+        "Streams: frames_per_block=3,first_alone=1,window=12,sink=3; a student's own if not given.",
+    )
+    flags.DEFINE_bool(
+        "keep_sink", False, "Streams: keep the sink of the old prompt where the prompt changes."
+    )
     flags.mark_flag_as_required("checkpoint")
 
 
@@ -121,6 +142,8 @@ def mesh(axes, batch):
 
 def sample():
     """Draws the samples that the flags describe, and writes them."""
+    if FLAGS.stream:
+        return stream()
     start, ways = time.time(), {name: FLAGS[name].value for name in SAMPLER}
     sampler = sampler_for(FLAGS.checkpoint, **ways)
     config = sampling.network_config(FLAGS.checkpoint, FLAGS.boundary)
@@ -130,6 +153,44 @@ def sample():
     count = write_videos(outs, ways) if videos else write_images(outs, sampler, config)
     named = ", ".join(map(str, outs))
     print(f"{count} samples, {sampler}, {time.time() - start:.1f} s: {named}")
+
+
+def stream():
+    """Makes the videos of --prompts block by block, and writes their frames as they are made."""
+    if given := [f"--{name}" for name in WHOLE if FLAGS[name].present]:
+        raise ValueError(f"--stream takes no {', '.join(given)}: a student's calls are its own")
+    if FLAGS.prompts is None:
+        raise ValueError("--stream makes videos of prompts: give a file as --prompts")
+    outs, scenes = [local_path(out) for out in FLAGS.out], read_scenes(FLAGS.prompts)
+    require_files(outs, (".mp4", ".gif"))
+    model = load_stream_model(
+        FLAGS.checkpoint,
+        steps=FLAGS.steps,
+        shift=FLAGS.shift,
+        causal=parse_causal(FLAGS.causal),
+        pipeline=FLAGS.pipeline,
+        frames=FLAGS.frames,
+        height=FLAGS.height,
+        width=FLAGS.width,
+        dtype=FLAGS.dtype,
+        keep_sink=FLAGS.keep_sink,
+    )
+    print(f"{model.sampler.title}; compiled in {model.warm_up():.1f} s", flush=True)
+    for i, scene in enumerate(scenes):
+        names = [numbered(out, i, len(scenes)) for out in outs]
+        with contextlib.ExitStack() as files:
+            writers = [files.enter_context(video.video_writer(n, FLAGS.fps)) for n in names]
+            made, pieces = play(model, scene, FLAGS.frames, FLAGS.seed)
+            for frames in pieces:
+                for write in writers:
+                    write(frames)
+        named = ", ".join(map(str, names))
+        print(f"{named}: first frame after {made.first_frame:.2f} s, {made.times}", flush=True)
+
+
+def numbered(out, i, count):
+    """The file of the i-th of `count` videos."""
+    return out.with_stem(f"{out.stem}-{i:03d}") if count > 1 else out
 
 
 def require_files(outs, known):
@@ -186,8 +247,7 @@ def write_videos(outs, ways):
             if out.suffix == ".png":
                 sheet.append(video.contact_sheet(frames[None]))
             else:
-                name = f"{out.stem}-{i:03d}" if len(prompts) > 1 else out.stem
-                video.save_video(out.with_stem(name), frames, FLAGS.fps)
+                video.save_video(numbered(out, i, len(prompts)), frames, FLAGS.fps)
         print(f"video {i + 1} of {len(prompts)}: {prompt[:60]}", flush=True)
     for out in outs:
         if out.suffix == ".png":

@@ -292,6 +292,22 @@ def test_the_example_of_sampling_videos_runs(tmp_path, monkeypatch):
     assert names["video"].shape == (moving_digits.FRAMES, *2 * [moving_digits.SIZE], 3)
 
 
+def test_the_example_of_a_stream_runs(tmp_path, capsys):
+    """With a small network in place of the shipped teacher."""
+    from dmd_jax import weights
+    from dmd_jax.data import moving_digits
+    from dmd_jax.models.wan import WanConfig
+
+    channels = moving_digits.FOLD**2
+    config = WanConfig(16, 16, 2, 1, channels, channels, moving_digits.TEXT_DIM)
+    path = tmp_path / "teacher.safetensors"
+    weights.save(path, Denoiser(weights.build(config)), data="moving_digits")
+    [source] = blocks("docs/streaming.md")
+    names = execute([source.replace("moving_digits_teacher", str(path))])
+    assert names["after"].block == 4 and names["after"].frames.shape == (2, 20, 20, 3)
+    assert "frames per second (denoising" in capsys.readouterr().out
+
+
 COMMANDS = [(page, *command) for page in PAGES for command in commands(page)]
 
 
@@ -315,5 +331,5 @@ def test_every_command_of_a_page_has_flags_that_exist(
 def test_the_pages_commands_are_found():
     """So that the test above cannot pass by finding none."""
     names = {name for _, name, _ in COMMANDS}
-    rooms = ("main", "sample", "evaluate", "embed", "encode", "export", "metric_network")
-    assert names == {f"dmd_jax.{room}" for room in rooms}
+    known = "main sample evaluate embed encode export metric_network stream"
+    assert names == {f"dmd_jax.{command}" for command in known.split()}

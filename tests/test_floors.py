@@ -17,6 +17,7 @@ ROOMS = (
 )
 COMMANDS = (
     *("main", "sample", "evaluate", "embed", "encode", "export", "metric_network", "ode_pairs"),
+    "stream",
 )
 
 # The heart is mathematics on jax: no layer library, optimizer, mesh, file or config in it.
@@ -39,6 +40,7 @@ RESERVED = {
     "tensorflow": {"training", "data"},
     "clu": {"training"},
     "matplotlib": {"quality"},
+    "websockets": {"pipelines"},
 }
 
 

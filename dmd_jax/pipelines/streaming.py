@@ -13,7 +13,7 @@ rooms below.
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -59,6 +59,15 @@ class BlockSampler:
             raise ValueError(f"shift={self.shift} must be above 0; 1 shifts nothing")
         if self.context_time is not None and not 0 <= self.context_time <= 1:
             raise ValueError(f"context_time={self.context_time} must be in [0, 1], or None")
+
+    @property
+    def title(self) -> str:
+        """As "blocks of 3 frames in 4 steps, window of 12, sink of 3"."""
+        causal, steps = self.causal, len(self.times)
+        parts = [f"blocks of {causal.frames_per_block} frames in {steps} steps"]
+        parts += [f"window of {causal.window}"] if causal.window else []
+        parts += [f"sink of {causal.sink}"] if causal.sink else []
+        return ", ".join(parts)
 
     def maker(self, denoiser, cond, key, index):
         """The BlockMaker of a stream."""
@@ -107,6 +116,26 @@ def block_sampler(
         None if first_times is None else tuple(first_times),
         notes.get("context_time", 0.0),
     )
+
+
+def parse_causal(settings: Sequence[str]) -> Causal | None:
+    """The Causal of ["frames_per_block=3", "first_alone=1", "window=12", "sink=3"]; None for [].
+
+    Raises:
+        ValueError: it is written otherwise, or a number is out of range.
+    """
+    if not settings:
+        return None
+    try:
+        numbers = {name: int(number) for name, number in (s.split("=") for s in settings)}
+        if "first_alone" in numbers:
+            numbers["first_alone"] = bool(numbers["first_alone"])
+        return Causal(**numbers)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--causal={','.join(settings)}: write it as frames_per_block=3,first_alone=1,"
+            f"window=12,sink=3, leaving out what does not hold ({error})"
+        ) from None
 
 
 class Stream:

@@ -14,7 +14,7 @@ from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models import kv_cache
 from dmd_jax.models.wan import Causal, Wan, WanConfig
 from dmd_jax.pipelines import streaming
-from dmd_jax.pipelines.streaming import BlockSampler, Stream, block_sampler
+from dmd_jax.pipelines.streaming import BlockSampler, Stream, block_sampler, parse_causal
 from dmd_jax.rollouts.block_maker import first_noise
 from dmd_jax.rollouts.self_forcing import recache, self_forcing
 
@@ -222,6 +222,18 @@ def test_a_file_that_does_not_say_is_refused(save):
     with pytest.raises(ValueError, match="is no distilled student: give --steps"):
         block_sampler(save(causal=CAUSAL))
     assert block_sampler(save(causal=CAUSAL), steps=2) == BlockSampler(TIMES, WINDOW)
+
+
+def test_a_causal_is_written_in_words():
+    written = "frames_per_block=2", "first_alone=1", "window=4"
+    assert parse_causal(written) == Causal(2, True, window=4)
+    assert parse_causal([]) is None
+
+
+@pytest.mark.parametrize("written", [["3"], ["window=x"], ["windows=3"], ["window=1"]])
+def test_a_causal_that_is_written_otherwise_is_refused(written):
+    with pytest.raises(ValueError, match="write it as frames_per_block=3,first_alone=1"):
+        parse_causal(written)
 
 
 @pytest.mark.parametrize(

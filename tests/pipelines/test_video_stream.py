@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toys
 
-from dmd_jax import weights
+from dmd_jax import sample, weights
 from dmd_jax.data import moving_digits, to_uint8
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Causal, Wan, WanConfig
@@ -131,6 +131,47 @@ def test_a_scene_that_does_not_go_forward_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="changes the prompt of a video from a frame on"):
         read_scenes(path)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("three moves left\n5: four moves up\nfive\n")
+    return path
+
+
+def test_the_command_writes_every_scene_and_says_how_fast(call, student, prompts, tmp_path, capsys):
+    from PIL import Image
+
+    out = tmp_path / "a.gif"
+    arguments = f"--checkpoint={student}", f"--prompts={prompts}", f"--out={out}", "--frames=8"
+    assert call(sample, "--stream", *arguments, "--seed=3") is None
+    printed = capsys.readouterr().out
+    assert "compiled in" in printed and "a-001.gif: first frame after" in printed
+    assert printed.count("frames per second (denoising") == 2
+    with Image.open(tmp_path / "a-000.gif") as gif:
+        assert gif.n_frames == 8 and gif.size == (SIDE, SIDE)
+    model = load_stream_model(student)
+    wanted = np.concatenate(list(play(model, read_scenes(prompts)[0], 8, seed=3)[1]))
+    with Image.open(tmp_path / "a-000.gif") as gif:
+        gif.seek(7)
+        shown = np.asarray(gif.convert("RGB")).astype(int)
+    assert np.abs(shown - wanted[7]).mean() < 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompts={prompts}", "--out=a.gif", "--batch=2"], "--stream takes no --batch"),
+        (["--out=a.gif"], "give a file as --prompts"),
+        (["--prompts={prompts}", "--out=a.png"], "the ending says the format, .mp4, .gif"),
+        (["--prompts={prompts}", "--out=a.gif", "--causal=3"], "--causal=3: write it as"),
+    ],
+)
+def test_the_command_refuses_before_it_computes(call, student, prompts, arguments, message):
+    given = (argument.format(prompts=prompts) for argument in arguments)
+    output = call(sample, "--stream", f"--checkpoint={student}", *given)
+    assert output.startswith("error: ") and message in output
 
 
 def test_a_student_that_does_not_stream_is_refused(student, teacher, tmp_path):
