@@ -16,6 +16,7 @@ from absl import app, flags
 from dmd_jax.diffusion.denoiser import X0, Denoiser, guided
 from dmd_jax.diffusion.schedule import FlowMatching, sample_time
 from dmd_jax.losses.distribution_matching import dmd_gradient, dmd_loss
+from dmd_jax.models.attention import BlockCausal, Causal, TeacherForcing
 from dmd_jax.training.optimizer import AdamW, per_role
 from dmd_jax.training.step import init_state, train_step
 
@@ -238,6 +239,30 @@ def test_mathematics_numbers_of_time_sampling():
     assert abs(float(jnp.mean(t)) - 0.75) < 5e-3
 
 
+def test_causal_start_table_of_the_blur():
+    """What x_t of the first of two frames does not tell about the end of the exact ODE."""
+    values, vectors = np.linalg.eigh(np.array([[1.0, 0.9], [0.9, 1.0]]))
+
+    def of(values):
+        return vectors @ np.diag(values) @ vectors.T
+
+    table = rows("docs/causal_start.md", "| t |")
+    for t, lost, _ in (map(float, cells) for cells in table):
+        at_t = (1 - t) ** 2 * values + t**2  # the variances of x_t = S^(1/2) eps
+        shared = of(np.sqrt(values * at_t))[0, 0]
+        assert lost == pytest.approx(1 - shared**2 / of(at_t)[0, 0], abs=6e-4)
+    assert len(table) == 4
+
+
+def test_causal_start_numbers_of_attention():
+    """Pairs of a packed pass over those of a bidirectional one, for 21 frames."""
+    for size, wanted in ((1, 1.05), (3, 1.14)):
+        mask = TeacherForcing(BlockCausal(Causal(size)), 21)
+        index = np.arange(42)
+        pairs = mask.allows(index[:, None], index[None]).sum()
+        assert pairs / 21**2 == pytest.approx(wanted, abs=5e-3)
+
+
 def test_the_normaliser_bounds_the_gradient():
     """mean |g| <= 1 + mean |x0 - f| / mean |x0 - r|, the claim of docs/mathematics.md."""
     x0, real, fake = jax.random.normal(jax.random.key(0), (3, 64, 50))
@@ -331,5 +356,5 @@ def test_every_command_of_a_page_has_flags_that_exist(
 def test_the_pages_commands_are_found():
     """So that the test above cannot pass by finding none."""
     names = {name for _, name, _ in COMMANDS}
-    known = "main sample evaluate embed encode export metric_network stream"
+    known = "main sample evaluate embed encode ode_pairs export metric_network stream"
     assert names == {f"dmd_jax.{command}" for command in known.split()}

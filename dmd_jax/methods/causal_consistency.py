@@ -14,7 +14,7 @@ from dmd_jax.losses.distribution_matching import denoising_loss
 from dmd_jax.methods import Batch, Nets, Observed
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.ode import euler_step
-from dmd_jax.rollouts.samplers import CausalFewStep, few_step
+from dmd_jax.rollouts.samplers import CausalFewStep, CausalManyStep, few_step
 from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, check_video, context_at
 
 
@@ -80,6 +80,10 @@ class CausalConsistency:
         return few_step(
             self.times, steps, guidance, self.shift, self.causal, context_time=self.context_time
         )
+
+    def teacher_sampler(self, steps: int, guidance: float) -> CausalManyStep:
+        """How the causal teacher is sampled."""
+        return CausalManyStep(steps, guidance, self.shift, self.causal, self.context_time)
 
     def notes(self) -> dict[str, Any]:
         """Entries for the header of the exported generator: how to sample it."""

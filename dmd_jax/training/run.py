@@ -273,8 +273,7 @@ def _evaluator(config, method, source):
     except ValueError as error:
         raise ValueError(f"config.evaluate: {error}") from error
     teachers = [
-        samplers.ManyStep(steps, spec.teacher_guidance, method.shift)
-        for steps in spec.teacher_steps
+        _teacher_sampler(method, steps, spec.teacher_guidance) for steps in spec.teacher_steps
     ]
     evaluator = Evaluator(spec, source, own, teachers, config.batch_size)
     try:
@@ -282,6 +281,13 @@ def _evaluator(config, method, source):
     except ValueError as error:
         raise ValueError(f"config.evaluate: {error}") from error
     return evaluator
+
+
+def _teacher_sampler(method, steps, guidance):
+    """How the teacher is sampled: as the method says, or all frames at once."""
+    if hasattr(method, "teacher_sampler"):
+        return method.teacher_sampler(steps, guidance)
+    return samplers.ManyStep(steps, guidance, method.shift)
 
 
 def describe(run):
