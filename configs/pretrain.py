@@ -15,11 +15,12 @@ about as long; their quality is in dmd_jax/assets/moving_digits_teacher.md and .
     python -m dmd_jax.main --config=configs/pretrain.py:wan_teacher
     python -m dmd_jax.main --config=configs/pretrain.py:wan_small
 
-Those of `configs/self_forcing.py`, on videos of bouncing digits, are a bidirectional teacher and a
-smaller network, from which the fake score starts:
+Those of `configs/self_forcing.py`, on videos of bouncing digits, are a bidirectional teacher, a
+smaller network from which the fake score starts, and that network made causal by teacher forcing:
 
     python -m dmd_jax.main --config=configs/pretrain.py:bouncing_teacher
     python -m dmd_jax.main --config=configs/pretrain.py:bouncing_small
+    python -m dmd_jax.main --config=configs/pretrain.py:bouncing_causal
 """
 
 import ml_collections
@@ -28,7 +29,9 @@ from ml_collections import config_dict
 from dmd_jax.data import BouncingDigits, MovingDigits
 from dmd_jax.diffusion.denoiser import Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
+from dmd_jax.methods.causal_pretrain import TeacherForcing
 from dmd_jax.methods.pretrain import Pretrain
+from dmd_jax.models.attention import Causal
 from dmd_jax.models.dit import DiTConfig
 from dmd_jax.models.wan import WanConfig
 from dmd_jax.quality.evaluation import Evaluation
@@ -115,15 +118,30 @@ def _bouncing(config, **model):
     _wan(config, **model)
     config.data = dict(cls=BouncingDigits)
     config.generator.model.reach = 12
-    config.batch_size, config.steps = 16, 8_000
+    config.batch_size = 16
 
 
 def _bouncing_teacher(config):
     _bouncing(config, dim=128, ffn=384, heads=4, depth=6)
+    config.steps = 8_000
 
 
 def _bouncing_small(config):
     _bouncing(config, dim=96, ffn=256, heads=4, depth=4)
+    config.steps = 6_000
+
+
+def _bouncing_causal(config):
+    """The small network goes on as a causal one."""
+    _bouncing_small(config)
+    config.steps = 3_000
+    config.method = dict(
+        cls=TeacherForcing, causal=dict(cls=Causal, frames_per_block=3, window=6, sink=3)
+    )
+    config.generator.weights = "bouncing_small"
+    config.generator.optimizer.learning_rate = 1e-3
+    config.ema.start = 0
+    config.evaluate.every = 1_000
 
 
 VARIANTS = {
@@ -132,4 +150,5 @@ VARIANTS = {
     "wan_small": _wan_small,
     "bouncing_teacher": _bouncing_teacher,
     "bouncing_small": _bouncing_small,
+    "bouncing_causal": _bouncing_causal,
 }

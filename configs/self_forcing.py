@@ -1,14 +1,36 @@
 """Self-Forcing: distils a bidirectional teacher into a causal student that streams.
 
-python -m dmd_jax.main --config=configs/self_forcing.py
+Variants and their commands:
+
+    python -m dmd_jax.main --config=configs/self_forcing.py                  bouncing digits
+    python -m dmd_jax.main --config=configs/self_forcing.py:consistency      its start
+    python -m dmd_jax.main --config=configs/self_forcing.py:teacher_forcing  what it is compared with
+    python -m dmd_jax.main --config=configs/self_forcing.py:wan_t2v_1_3b     Wan2.1: 14B to 1.3B
+
+The first three are for videos of digits that leave each wall in a random direction, on a CPU. The
+causal network of configs/pretrain.py:bouncing_causal becomes a student of four steps by
+`consistency`; Self-Forcing, the default, trains that student on its own videos, and
+`teacher_forcing` on real ones.
+
+`wan_t2v_1_3b` has the published numbers of Self-Forcing (Huang et al. 2025): 600 iterations of 64
+videos of 21 latent frames, in blocks of 3. It needs some 64 accelerators of 80 GB or a TPU slice;
+`--dry_run` prints the memory of each role. It has not been run. Give the causal start, a folder or
+a file, as --config.generator.weights, and --config.data.embeddings, which `python -m dmd_jax.embed`
+writes.
 """
+
+import dataclasses
 
 import ml_collections
 
-from dmd_jax.data import BouncingDigits
-from dmd_jax.methods.causal import SelfForcing
+from dmd_jax.data import BouncingDigits, Prompts
+from dmd_jax.diffusion.denoiser import Velocity
+from dmd_jax.diffusion.schedule import FlowMatching
+from dmd_jax.methods.causal import CausVid, SelfForcing
+from dmd_jax.methods.causal_consistency import CausalConsistency
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.models.attention import Causal
+from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
 from dmd_jax.quality.evaluation import Evaluation
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
@@ -16,6 +38,9 @@ from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
 from dmd_jax.training.step import EMA
 from dmd_jax.training.writers import Log
+
+# The first block stays visible, and with it what the digit looks like.
+BLOCKS = dict(frames_per_block=3, window=6, sink=3)
 
 
 def get_config(arg=""):
@@ -33,7 +58,7 @@ def get_config(arg=""):
         shift=3.0,
         score_shift=3.0,
         guidance=2.0,
-        video=dict(cls=SelfForcing, causal=dict(cls=Causal, frames_per_block=3, window=6, sink=3)),
+        video=dict(cls=SelfForcing, causal=dict(cls=Causal, **BLOCKS)),
     )
     compute = dict(dtype="float32", remat="none", unroll=6)
     adamw = dict(cls=AdamW, learning_rate=2e-4, b1=0.0, b2=0.99)
@@ -62,8 +87,81 @@ def get_config(arg=""):
     return complete(config)
 
 
-def _blocks_of_three(config):
+def _digits(config):
     """The default."""
 
 
-VARIANTS = {"": _blocks_of_three}
+def _teacher_forcing(config):
+    config.method.video = dict(cls=CausVid, teacher_forcing=True, causal=dict(cls=Causal, **BLOCKS))
+
+
+def _consistency(config):
+    config.method = dict(
+        cls=CausalConsistency,
+        causal=dict(cls=Causal, **BLOCKS),
+        steps=24,
+        shift=3.0,
+        guidance=2.0,
+    )
+    del config.fake_score
+    config.teacher.weights = config.generator.weights = "bouncing_causal"
+    config.generator_every = 1
+    config.steps = 1_500
+    config.generator.optimizer = dict(
+        cls=AdamW, learning_rate=5e-4, b1=0.0, b2=0.99, warmup=100, decay="linear", clip=1.0
+    )
+    config.ema.decay = 0.99
+    config.evaluate.every = 500
+
+
+def _wan(preset, weights, **more):
+    """A role whose network is stated, so that a dry run needs no weights."""
+    model = dataclasses.asdict(preset)
+    compute = {name: model.pop(name) for name in ("dtype", "remat", "unroll")}
+    return dict(
+        weights=weights,
+        model=dict(cls=WanConfig, **model),
+        schedule=dict(cls=FlowMatching),
+        prediction=dict(cls=Velocity),
+        compute=compute | dict(dtype="bfloat16", remat="full"),
+        **more,
+    )
+
+
+def _wan_t2v_1_3b(config):
+    adamw = dict(cls=AdamW, b1=0.0, b2=0.999, weight_decay=0.01, clip=10.0)
+    small = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    config.data = dict(cls=Prompts, embeddings="embeddings", sample_shape=(21, 60, 104, 16))
+    config.method = dict(
+        cls=DMD,
+        times=(1.0, 0.75, 0.5, 0.25),
+        shift=5.0,
+        score_shift=5.0,
+        guidance=4.0,  # Self-Forcing's 3.0: docs/guidance.md
+        batched_guidance=False,
+        video=dict(cls=SelfForcing, causal=dict(cls=Causal, frames_per_block=3)),
+    )
+    config.teacher = _wan(T2V_14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    config.generator = _wan(T2V_1_3B, "causal_start", optimizer=adamw | dict(learning_rate=2e-6))
+    config.fake_score = _wan(T2V_1_3B, small, optimizer=adamw | dict(learning_rate=4e-7))
+    config.ema = dict(cls=EMA, decay=0.99, start=200)
+    config.steps, config.batch_size = 600, 64
+    config.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)
+    config.evaluate = dict(
+        cls=Evaluation,
+        features="",
+        every=200,
+        samples=1,
+        num=1,
+        steps=(4,),
+        teacher_steps=(50,),
+        teacher_guidance=5.0,
+    )
+
+
+VARIANTS = {
+    "": _digits,
+    "consistency": _consistency,
+    "teacher_forcing": _teacher_forcing,
+    "wan_t2v_1_3b": _wan_t2v_1_3b,
+}

@@ -1,4 +1,4 @@
-"""The pod's recipe, whole, as a program for a TPU slice and for GPUs, on a host that has neither.
+"""The pods' recipes, whole, as a program for a TPU slice and for GPUs, on a host that has neither.
 
 Lowering proves shapes, kernels and collectives; it does not run the compiler of either.
 """
@@ -22,13 +22,14 @@ KERNELS = {
     "tpu": ["tpu_custom_call"],
     "cuda": ["__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("],
 }
-# Tokens of a video, whole and of one device, and as the kernel of a TPU pads them.
-LENGTHS = "(32760|32768|8190)"
+# Tokens of a video, whole and of one device, and as the kernel of a TPU pads them; of a block with
+# the cache of Self-Forcing, and of a block alone.
+LENGTHS = "(32760|32768|8190|37440|37888|4680)"
 
 
-@pytest.fixture(scope="module")
-def run():
-    return build(programs.load_config("configs/dmd.py", "wan_t2v_1_3b"), files=False)
+@pytest.fixture(scope="module", params=["dmd", "self_forcing"])
+def run(request):
+    return build(programs.load_config(f"configs/{request.param}.py", "wan_t2v_1_3b"), files=False)
 
 
 def lowered(run, platform, update_generator):

@@ -19,10 +19,11 @@ from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import check_step_times, shift_time
 from dmd_jax.methods import Batch
 from dmd_jax.models.attention import Causal
+from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout
 from dmd_jax.rollouts.blocks import Layout
 from dmd_jax.rollouts.samplers import CausalFewStep, few_step
-from dmd_jax.rollouts.self_forcing import self_forcing
+from dmd_jax.rollouts.self_forcing import empty_cache, self_forcing
 from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, block_of
 
 
@@ -58,6 +59,13 @@ class CausalRollout:
     def _layout(self, sample_shape):
         videos = jax.ShapeDtypeStruct((1, *sample_shape), jnp.float32)
         return Layout.of("videos", videos, self.causal, lone_first=True)
+
+    def cache_shape(self, generator: Denoiser, videos: jax.ShapeDtypeStruct) -> KVCache | None:
+        """The KV cache that a rollout of `videos` [B, F, H, W, C] fills; None where it fills none.
+
+        Arrays are jax.ShapeDtypeStructs.
+        """
+        return None
 
     def __call__(
         self,
@@ -113,6 +121,11 @@ class SelfForcing(CausalRollout):
                 f"least_blocks={self.least_blocks} must be in [1, {layout.total}]: so many blocks "
                 f"make the {layout.frames} frames of a video"
             )
+
+    def cache_shape(self, generator: Denoiser, videos: jax.ShapeDtypeStruct) -> KVCache | None:
+        frames = videos.shape[1]
+        graded = frames if self.graded is None else self.graded
+        return jax.eval_shape(lambda: empty_cache(generator, videos, self.causal, graded, frames))
 
     def __call__(
         self,

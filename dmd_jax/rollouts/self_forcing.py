@@ -265,7 +265,7 @@ _exit_calls.defvjp(_keep, _replay)
 
 def empty_cache(
     generator: Denoiser,
-    noise: Float[Array, "B F H W C"],
+    noise: Float[Array, "B F H W C"] | jax.ShapeDtypeStruct,
     causal: Causal,
     graded: int,
     end: Int[ArrayLike, ""],

@@ -306,8 +306,23 @@ def describe(run):
     lines += [
         f"{'average':<36}{mebibytes((state.ema, state.more_ema)):>10.1f} MiB",
         f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",
+        *_cache_lines(run),
         f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
         f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",
         *(f"{name}: {text}" for name, text in cost(run).lines().items()),
     ]
     return "\n".join(lines)
+
+
+def _cache_lines(run):
+    """The line about the KV cache of a causal rollout, of one part of the batch; [] without one."""
+    video = getattr(run.method, "video", None)
+    if video is None:
+        return []
+    size = run.config.batch_size // run.config.accumulate
+    videos = jax.ShapeDtypeStruct((size, *run.source.sample_shape), jnp.float32)
+    cache = video.cache_shape(run.nets["generator"], videos)
+    if cache is None:
+        return []
+    name = f"cache of {cache.slots} latent frames"
+    return [f"{name:<36}{tree_bytes(cache) / 2**20:>10.1f} MiB"]

@@ -2,19 +2,23 @@
 
 import dataclasses
 import io
+import json
 
 import jax
 import numpy as np
 import programs
 import pytest
 
-from dmd_jax import data
+from dmd_jax import data, weights
 from dmd_jax.data import Images
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.models.attention import Causal
+from dmd_jax.models.wan import WanConfig
 from dmd_jax.quality import evaluation, metrics
 from dmd_jax.quality.evaluation import Evaluation, Progress
 from dmd_jax.quality.evaluator import Evaluator, Measured, Preview
 from dmd_jax.quality.features import load_features
-from dmd_jax.rollouts.samplers import FewStep
+from dmd_jax.rollouts.samplers import CausalManyStep, FewStep, ManyStep, few_step
 from dmd_jax.training.configuration import differences
 from dmd_jax.training.run import build
 
@@ -168,3 +172,38 @@ def test_progress_is_updated_in_place_on_a_terminal_and_one_line_elsewhere():
             progress.advance(3)
             progress.advance(1)
         assert file.getvalue() == expected
+
+
+def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(tmp_path):
+    """A causal student far beyond the length of training; its teacher only as far as it goes."""
+    source = data.BouncingDigits(frames=4)
+    config = WanConfig(16, 16, 2, 1, **source.model_fields, freq_dim=8, reach=4)
+    net = Denoiser(weights.build(config))
+    causal = Causal(2, window=2)
+    student, start = few_step((1.0,), 1, 1, 1.0, causal, name="self-forcing"), CausalManyStep(2)
+    weights.save(tmp_path / "start.safetensors", net, **start.notes())
+    spec = Evaluation(
+        every=1,
+        features="",
+        num=20,
+        steps=(1,),
+        teacher_steps=(2,),
+        frames=12,
+        beside=(("start", str(tmp_path / "start.safetensors")),),
+    )
+    judge = Evaluator(spec, source, [student], [ManyStep(2)], 8)
+    judge.check()
+    text = judge.report(tmp_path, "title", net, teacher=net)
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert {row["name"]: len(row["by_frame"]["digit"]) for row in rows} == {
+        **{"real": 12, "teacher": 4, "start": 12, "self-forcing": 12}
+    }
+    for name in ("report.png", "by_frame.png", "videos.gif"):
+        assert name in text and (tmp_path / name).stat().st_size
+
+
+def test_what_cannot_be_measured_by_frame_is_refused_before_training(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="frames=12: 'mnist5k' is not measured by frame"):
+        evaluator(data_dir, frames=12).check()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        evaluator(data_dir, features="", beside=(("start", "nowhere.safetensors"),)).check()
