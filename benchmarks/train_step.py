@@ -23,7 +23,7 @@ from peak import matmul_peak
 
 from dmd_jax.devices.cores import split_cores
 from dmd_jax.diffusion.denoiser import guided
-from dmd_jax.rollouts import backward_simulation, samplers
+from dmd_jax.rollouts import backward_simulation
 from dmd_jax.training import flops, loop
 from dmd_jax.training.cost import cost
 from dmd_jax.training.run import build
@@ -47,8 +47,8 @@ def measure(run):
     nets = state.nets | frozen
     rivals = torch_steps(run, nets) if TORCH.value else {}
     work, seconds, limit = {}, {}, matmul_peak()
-    for name, part in parts(run, batch).items():
-        work[name] = flops.count(part, nets)
+    for name, (part, calls) in parts(run, batch).items():
+        work[name] = flops.count(part, nets, trips=calls)
         seconds[name] = partial(_ready, jax.jit(part), nets)
     timed = {name: statistics.median(times) for name, times in in_turn(seconds).items()}
     del nets, seconds  # the step donates the state
@@ -76,32 +76,42 @@ def measure(run):
 
 
 def parts(run, batch):
-    """{name: function of the networks}: the parts of a step."""
+    """{name: (function of the networks, calls of a rollout before its last)}: parts of a step."""
     method, size = run.method, run.config.batch_size
     batch = batch | {"index": jnp.arange(size)}
     cond, uncond, key = batch["cond"], batch["uncond"], jax.random.key(0)
     x, t = jnp.zeros((size, *method.sample_shape)), jnp.full(size, 0.5)
     rollout = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), cond)
-    longest = samplers.FewStep(method.times, method.shift)
+    longest = method.sampler(len(method.times), 1.0)
+    most, mean = len(method.times) - 1, method.expected_exit_step
 
-    def generator_loss(net):
-        return jnp.sum(net(x, t, cond))
+    def generator_loss(nets, net):
+        if method.video is None:
+            return jnp.sum(net(x, t, cond))
+        return jnp.sum(method.rollout(net, nets, batch, key).x0)
 
     def critic_loss(nets, net):
         return method.critic_loss({"fake_score": net}, nets, rollout, batch, key)[0]
 
     return {
-        "rollout to the last call, no gradient": lambda nets: longest(
-            nets["generator"], x, cond, None, key, batch["index"]
+        "rollout to the last call, no gradient": (
+            lambda nets: longest(nets["generator"], x, cond, None, key, batch["index"]),
+            most,
         ),
-        "teacher, guided": lambda nets: guided(
-            nets["teacher"], x, t, cond, uncond, method.guidance
+        "teacher, guided": (
+            lambda nets: guided(nets["teacher"], x, t, cond, uncond, method.guidance),
+            0,
         ),
-        "fake score, one pass": lambda nets: nets["fake_score"](x, t, cond),
-        "critic, forward and backward": lambda nets: jax.grad(partial(critic_loss, nets))(
-            nets["fake_score"]
+        "fake score, one pass": (lambda nets: nets["fake_score"](x, t, cond), 0),
+        "critic, forward and backward": (
+            lambda nets: jax.grad(partial(critic_loss, nets))(nets["fake_score"]),
+            0,
         ),
-        "generator, forward and backward": lambda nets: jax.grad(generator_loss)(nets["generator"]),
+        "generator, forward and backward"
+        + ("" if method.video is None else ", rollout included"): (
+            lambda nets: jax.grad(partial(generator_loss, nets))(nets["generator"]),
+            mean,
+        ),
     }
 
 

@@ -4,7 +4,7 @@ Variants and their commands:
 
     python -m dmd_jax.main --config=configs/self_forcing.py                  bouncing digits
     python -m dmd_jax.main --config=configs/self_forcing.py:consistency      its start
-    python -m dmd_jax.main --config=configs/self_forcing.py:teacher_forcing  what it is compared with
+    python -m dmd_jax.main --config=configs/self_forcing.py:teacher_forcing  for comparison
     python -m dmd_jax.main --config=configs/self_forcing.py:wan_t2v_1_3b     Wan2.1: 14B to 1.3B
 
 The first three are for videos of digits that leave each wall in a random direction, on a CPU. The

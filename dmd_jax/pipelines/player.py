@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dmd_jax.pipelines import streaming
 from dmd_jax.pipelines.video import video_writer
 from dmd_jax.pipelines.video_stream import StreamModel
 
@@ -257,7 +258,7 @@ class Player:
             model = self._load()
             self._set_state("compiling")
             seconds = model.warm_up()
-            ready = f"{model.sampler.title}; compiled in {seconds:.1f} s"
+            ready = f"{streaming.title(model.sampler)}; compiled in {seconds:.1f} s"
             while True:
                 self._set_state("ready", ready)
                 self._asked.wait()

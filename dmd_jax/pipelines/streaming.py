@@ -12,7 +12,6 @@ rooms below.
 """
 
 import collections
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -23,57 +22,11 @@ import jax.numpy as jnp
 
 from dmd_jax import weights
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.diffusion.schedule import check_step_times, step_times
+from dmd_jax.diffusion.schedule import step_times
 from dmd_jax.models import kv_cache
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.block_maker import BlockMaker, Steps, first_noise
-from dmd_jax.rollouts.samplers import fewer
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSampler:
-    """How a causal student makes a block: a static, hashable value.
-
-    Attributes:
-        times: times of the calls before the shift, descending from 1.
-        causal: frames per block, lone first frame, window, sink.
-        shift: time shift.
-        first_times: another list for the first block of a video; None for the same.
-        context_time: time, after the shift, at which a finished block is written to the cache; 0 is
-            clean. None writes the keys and values of the last call, which costs no further call.
-
-    Raises:
-        ValueError: times do not descend, or a number is out of range.
-    """
-
-    times: tuple[float, ...]
-    causal: Causal
-    shift: float = 1.0
-    first_times: tuple[float, ...] | None = None
-    context_time: float | None = 0.0
-
-    def __post_init__(self):
-        for given in (self.times, self.first_times or self.times):
-            check_step_times(given)
-        if self.shift <= 0:
-            raise ValueError(f"shift={self.shift} must be above 0; 1 shifts nothing")
-        if self.context_time is not None and not 0 <= self.context_time <= 1:
-            raise ValueError(f"context_time={self.context_time} must be in [0, 1], or None")
-
-    @property
-    def title(self) -> str:
-        """As "blocks of 3 frames in 4 steps, window of 12, sink of 3"."""
-        causal, steps = self.causal, len(self.times)
-        parts = [f"blocks of {causal.frames_per_block} frames in {steps} steps"]
-        parts += [f"window of {causal.window}"] if causal.window else []
-        parts += [f"sink of {causal.sink}"] if causal.sink else []
-        return ", ".join(parts)
-
-    def maker(self, denoiser, cond, key, index):
-        """The BlockMaker of a stream."""
-        steps = Steps.of(self.times, self.first_times, self.shift)
-        how = dict(steps=steps, context_time=self.context_time)
-        return BlockMaker(denoiser, cond, denoiser.schedule, self.causal, key, index, **how)
+from dmd_jax.rollouts.samplers import CausalFewStep, few_step
 
 
 def block_sampler(
@@ -82,8 +35,8 @@ def block_sampler(
     steps: int | None = None,
     shift: float | None = None,
     causal: Causal | Mapping[str, Any] | None = None,
-) -> BlockSampler:
-    """The BlockSampler of a causal student, from the notes in its file.
+) -> CausalFewStep:
+    """The sampler of a causal student, from the notes in its file.
 
     The notes are `times`, `shift`, `causal` (the fields of a Causal), `first_times` and
     `context_time`.
@@ -109,13 +62,31 @@ def block_sampler(
         raise ValueError(f"{checkpoint} is no distilled student: give --steps")
     times = tuple(notes["times"]) if "times" in notes else step_times(steps)
     first_times = notes.get("first_times")
-    return BlockSampler(
-        times if steps is None else fewer(times, steps),
-        causal if isinstance(causal, Causal) else Causal(**causal),
+    return few_step(
+        times,
+        len(times) if steps is None else steps,
+        1,
         notes.get("shift", 1.0) if shift is None else shift,
-        None if first_times is None else tuple(first_times),
-        notes.get("context_time", 0.0),
+        causal if isinstance(causal, Causal) else Causal(**causal),
+        context_time=notes.get("context_time", 0.0),
+        first_times=None if first_times is None else tuple(first_times),
     )
+
+
+def title(sampler: CausalFewStep) -> str:
+    """As "blocks of 3 frames in 4 steps, window of 12, sink of 3"."""
+    causal = sampler.causal
+    parts = [f"blocks of {causal.frames_per_block} frames in {sampler.steps} steps"]
+    parts += [f"window of {causal.window}"] if causal.window else []
+    parts += [f"sink of {causal.sink}"] if causal.sink else []
+    return ", ".join(parts)
+
+
+def _maker(sampler, denoiser, cond, key, index):
+    """The BlockMaker of a stream."""
+    steps = Steps.of(sampler.times, sampler.first_times, sampler.shift)
+    how = dict(steps=steps, context_time=sampler.context_time)
+    return BlockMaker(denoiser, cond, denoiser.schedule, sampler.causal, key, index, **how)
 
 
 def parse_causal(settings: Sequence[str]) -> Causal | None:
@@ -155,7 +126,7 @@ class Stream:
         self,
         denoiser: Denoiser,
         cond: Any,
-        sampler: BlockSampler,
+        sampler: CausalFewStep,
         *,
         size: tuple[int, int, int],
         longest: int | None = None,
@@ -259,7 +230,7 @@ class Stream:
 @partial(jax.jit, static_argnames=("sampler", "shape"))
 def _denoise(denoiser, cond, key, index, cache, start, sampler, shape):
     """(x0 of a block, its K/V where they are written as they are)."""
-    maker = sampler.maker(denoiser, cond, key, index)
+    maker = _maker(sampler, denoiser, cond, key, index)
     noise = first_noise(key, index, shape, start)
     _, _, out = maker.denoise(noise, cache, start, maker.steps.last(start))
     return out.x0, out.aux if sampler.context_time is None else None
@@ -268,7 +239,7 @@ def _denoise(denoiser, cond, key, index, cache, start, sampler, shape):
 @partial(jax.jit, static_argnames="sampler", donate_argnames="cache")
 def _write(denoiser, cond, key, index, cache, start, sampler, x0, own):
     """(the cache with a block, the number of the frame after it)."""
-    maker = sampler.maker(denoiser, cond, key, index)
+    maker = _maker(sampler, denoiser, cond, key, index)
     if own is None:
         own = maker.encode(x0, sampler.context_time or 0.0, cache, start)
     return maker.write(cache, own), start + x0.shape[1]

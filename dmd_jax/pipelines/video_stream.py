@@ -22,7 +22,8 @@ import numpy as np
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.pipelines import sampling
 from dmd_jax.pipelines.prompts import Scene
-from dmd_jax.pipelines.streaming import BlockSampler, Stream, block_sampler
+from dmd_jax.pipelines.streaming import Stream, block_sampler
+from dmd_jax.rollouts.samplers import CausalFewStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ class StreamModel:
 
     denoiser: Denoiser
     around: Any
-    sampler: BlockSampler
+    sampler: CausalFewStep
     longest: int
     keep_sink: bool = False
 

@@ -17,7 +17,7 @@ from dmd_jax.data import to_uint8
 from dmd_jax.devices import randomness, sharding
 from dmd_jax.diffusion import solvers
 from dmd_jax.diffusion.denoiser import guided
-from dmd_jax.diffusion.schedule import step_times
+from dmd_jax.diffusion.schedule import check_step_times, step_times
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.backward_simulation import backward_simulation
 from dmd_jax.rollouts.block_ode import block_ode
@@ -109,6 +109,9 @@ class CausalFewStep(Sampler):
         times: times of the calls before the shift, descending from 1.
         shift, name: see `Sampler`.
         causal, first_times, context_time: see `self_forcing`.
+
+    Raises:
+        ValueError: times do not descend, or a number is out of range.
     """
 
     times: tuple[float, ...]
@@ -117,6 +120,13 @@ class CausalFewStep(Sampler):
     first_times: tuple[float, ...] | None = None
     context_time: float | None = 0.0
     name: str = dataclasses.field(default="student", repr=False, compare=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for times in (self.times, self.first_times or self.times):
+            check_step_times(times)
+        if self.context_time is not None and not 0.0 <= self.context_time < 1.0:
+            raise ValueError(f"context_time={self.context_time} must be in [0, 1), or None")
 
     @property
     def steps(self):

@@ -14,8 +14,9 @@ from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models import kv_cache
 from dmd_jax.models.wan import Causal, Wan, WanConfig
 from dmd_jax.pipelines import streaming
-from dmd_jax.pipelines.streaming import BlockSampler, Stream, block_sampler, parse_causal
+from dmd_jax.pipelines.streaming import Stream, block_sampler, parse_causal
 from dmd_jax.rollouts.block_maker import first_noise
+from dmd_jax.rollouts.samplers import CausalFewStep
 from dmd_jax.rollouts.self_forcing import recache, self_forcing
 
 CONFIG = WanConfig(
@@ -77,12 +78,12 @@ def roll(denoiser, sampler, start, frames, given, **how):
 
 
 SAMPLERS = {
-    "all frames visible": BlockSampler(TIMES, Causal(2)),
-    "a window and a sink": BlockSampler(TIMES, WINDOW, shift=5.0),
-    "a lone first frame": BlockSampler(TIMES, Causal(2, first_alone=True, window=5)),
-    "another list for the first block": BlockSampler((1.0,), WINDOW, first_times=TIMES),
-    "noisy context": BlockSampler(TIMES, WINDOW, context_time=0.3),
-    "context of the last call": BlockSampler(TIMES, WINDOW, context_time=None),
+    "all frames visible": CausalFewStep(TIMES, causal=Causal(2)),
+    "a window and a sink": CausalFewStep(TIMES, causal=WINDOW, shift=5.0),
+    "a lone first frame": CausalFewStep(TIMES, causal=Causal(2, first_alone=True, window=5)),
+    "another list for the first block": CausalFewStep((1.0,), causal=WINDOW, first_times=TIMES),
+    "noisy context": CausalFewStep(TIMES, causal=WINDOW, context_time=0.3),
+    "context of the last call": CausalFewStep(TIMES, causal=WINDOW, context_time=None),
 }
 
 
@@ -113,7 +114,7 @@ def test_a_stream_is_one_rollout(denoiser, name):
 )
 def test_a_switch_is_a_rollout_a_recache_and_a_rollout(denoiser, context_time, before, keep_sink):
     """Where the window holds the sink still, and where it has left it behind."""
-    sampler = BlockSampler(TIMES, WINDOW, shift=5.0, context_time=context_time)
+    sampler = CausalFewStep(TIMES, causal=WINDOW, shift=5.0, context_time=context_time)
     made = stream(denoiser, sampler, keep_sink=keep_sink)
     first = take(made, before)
     made.switch(cond(2))
@@ -148,7 +149,7 @@ def test_two_programs_serve_a_stream_of_any_length(denoiser):
         return np.array([f._cache_size() for f in (streaming._denoise, streaming._write)])
 
     before = compiled()
-    made = stream(denoiser, BlockSampler(TIMES, WINDOW, shift=3.0))  # as in no other test
+    made = stream(denoiser, CausalFewStep(TIMES, causal=WINDOW, shift=3.0))  # as in no other test
     take(made, 4)
     bytes_at_first = made.cache.keys.nbytes
     with jax.transfer_guard("disallow"):
@@ -207,12 +208,12 @@ def save(denoiser, tmp_path):
 def test_a_students_file_says_how_it_is_streamed(save):
     notes = dict(causal=CAUSAL, context_time=None, first_times=[1.0, 0.5])
     student = save(**NOTES, **notes)
-    wanted = BlockSampler(tuple(NOTES["times"]), WINDOW, 5.0, (1.0, 0.5), None)
+    wanted = CausalFewStep(tuple(NOTES["times"]), 5.0, WINDOW, (1.0, 0.5), None)
     assert block_sampler(student) == wanted
     changed = block_sampler(student, steps=2, shift=1.0, causal=Causal(3))
-    assert changed == BlockSampler(TIMES, Causal(3), 1.0, (1.0, 0.5), None)
+    assert changed == CausalFewStep(TIMES, 1.0, Causal(3), (1.0, 0.5), None)
     plain = block_sampler(save(**NOTES, causal=CAUSAL))
-    assert plain == BlockSampler(tuple(NOTES["times"]), WINDOW, 5.0)
+    assert plain == CausalFewStep(tuple(NOTES["times"]), 5.0, WINDOW)
 
 
 def test_a_file_that_does_not_say_is_refused(save):
@@ -221,7 +222,7 @@ def test_a_file_that_does_not_say_is_refused(save):
     assert block_sampler(save(**NOTES), causal=CAUSAL).causal == WINDOW
     with pytest.raises(ValueError, match="is no distilled student: give --steps"):
         block_sampler(save(causal=CAUSAL))
-    assert block_sampler(save(causal=CAUSAL), steps=2) == BlockSampler(TIMES, WINDOW)
+    assert block_sampler(save(causal=CAUSAL), steps=2) == CausalFewStep(TIMES, causal=WINDOW)
 
 
 def test_a_causal_is_written_in_words():
@@ -247,7 +248,7 @@ def test_a_causal_that_is_written_otherwise_is_refused(written):
 )
 def test_numbers_out_of_range_are_refused(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
-        BlockSampler(**(dict(times=TIMES, causal=WINDOW) | changes))
+        CausalFewStep(**(dict(times=TIMES, causal=WINDOW) | changes))
 
 
 def test_the_iterator_goes_on(denoiser):
