@@ -1,16 +1,6 @@
 """Self-Forcing: distils a bidirectional teacher into a causal student that streams.
 
-Variants and their commands:
-
-    python -m dmd_jax.main --config=configs/self_forcing.py                  bouncing digits
-    python -m dmd_jax.main --config=configs/self_forcing.py:consistency      its start
-    python -m dmd_jax.main --config=configs/self_forcing.py:teacher_forcing  for comparison
     python -m dmd_jax.main --config=configs/self_forcing.py:wan_t2v_1_3b     Wan2.1: 14B to 1.3B
-
-The first three are for videos of digits that leave each wall in a random direction, on a CPU. The
-causal network of configs/pretrain.py:bouncing_causal becomes a student of four steps by
-`consistency`; Self-Forcing, the default, trains that student on its own videos, and
-`teacher_forcing` on real ones.
 
 `wan_t2v_1_3b` has the published numbers of Self-Forcing (Huang et al. 2025): 600 iterations of 64
 videos of 21 latent frames, in blocks of 3. It needs some 64 accelerators of 80 GB or a TPU slice;
@@ -23,11 +13,10 @@ import dataclasses
 
 import ml_collections
 
-from dmd_jax.data import BouncingDigits, Prompts
+from dmd_jax.data import Prompts
 from dmd_jax.diffusion.denoiser import Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
-from dmd_jax.methods.causal import CausVid, SelfForcing
-from dmd_jax.methods.causal_consistency import CausalConsistency
+from dmd_jax.methods.causal import SelfForcing
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.models.attention import Causal
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
@@ -39,79 +28,20 @@ from dmd_jax.training.optimizer import AdamW
 from dmd_jax.training.step import EMA
 from dmd_jax.training.writers import Log
 
-# The first block stays visible, and with it what the digit looks like.
-BLOCKS = dict(frames_per_block=3, window=6, sink=3)
 
-
-def get_config(arg=""):
+def get_config(arg="wan_t2v_1_3b"):
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.steps = 600
-    config.batch_size = 16
     config.accumulate = 1
     config.generator_every = 5
     config.reuse_rollout = True
-    config.data = dict(cls=BouncingDigits)
-    config.method = dict(
-        cls=DMD,
-        times=(1.0, 0.75, 0.5, 0.25),
-        shift=3.0,
-        score_shift=3.0,
-        guidance=2.0,
-        video=dict(cls=SelfForcing, causal=dict(cls=Causal, **BLOCKS)),
-    )
-    compute = dict(dtype="float32", remat="none", unroll=6)
-    adamw = dict(cls=AdamW, learning_rate=2e-4, b1=0.0, b2=0.99)
-    config.teacher = dict(weights="bouncing_teacher", compute=compute)
-    config.generator = dict(weights="bouncing_start", compute=compute, optimizer=adamw)
-    config.fake_score = dict(weights="bouncing_small", compute=compute, optimizer=adamw)
-    config.ema = dict(cls=EMA, decay=0.97, start=0)
-    config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.log = dict(cls=Log, every=25, tensorboard=True)
     config.health = dict(cls=Thresholds, saturation=1.0)  # latents are not bounded
     config.checkpoint = dict(cls=Checkpoints, every=100, keep=2)
-    config.evaluate = dict(
-        cls=Evaluation,
-        features="",
-        every=300,
-        samples=1,
-        num=200,
-        steps=(4,),
-        teacher_steps=(50,),
-        teacher_guidance=2.0,
-        frames=48,
-    )
     if arg not in VARIANTS:
         raise KeyError(unknown(f"variant configs/self_forcing.py:{arg}", arg, VARIANTS))
     VARIANTS[arg](config)
     return complete(config)
-
-
-def _digits(config):
-    """The default."""
-
-
-def _teacher_forcing(config):
-    config.method.video = dict(cls=CausVid, teacher_forcing=True, causal=dict(cls=Causal, **BLOCKS))
-
-
-def _consistency(config):
-    config.method = dict(
-        cls=CausalConsistency,
-        causal=dict(cls=Causal, **BLOCKS),
-        steps=24,
-        shift=3.0,
-        guidance=2.0,
-    )
-    del config.fake_score
-    config.teacher.weights = config.generator.weights = "bouncing_causal"
-    config.generator_every = 1
-    config.steps = 1_500
-    config.generator.optimizer = dict(
-        cls=AdamW, learning_rate=5e-4, b1=0.0, b2=0.99, warmup=100, decay="linear", clip=1.0
-    )
-    config.ema.decay = 0.99
-    config.evaluate.every = 500
 
 
 def _wan(preset, weights, **more):
@@ -159,9 +89,4 @@ def _wan_t2v_1_3b(config):
     )
 
 
-VARIANTS = {
-    "": _digits,
-    "consistency": _consistency,
-    "teacher_forcing": _teacher_forcing,
-    "wan_t2v_1_3b": _wan_t2v_1_3b,
-}
+VARIANTS = {"wan_t2v_1_3b": _wan_t2v_1_3b}

@@ -1,4 +1,4 @@
-"""Bouncing digits: videos whose future is random, for `configs/self_forcing.py`.
+"""Bouncing digits: videos whose future is random, to train and to judge causal students.
 
 A digit of `mnist5k` crosses a black box at constant speed. At a wall it takes a new direction, any
 that leads away from the wall: a causal model must invent what a bidirectional one can look up. The
