@@ -116,15 +116,16 @@ def _bouncing(config, **model):
     config.data = dict(cls=BouncingDigits)
     config.generator.model.reach = 12
     config.batch_size = 16
+    config.method.shift = 3.0
 
 
 def _bouncing_teacher(config):
-    _bouncing(config, dim=128, ffn=384, heads=4, depth=6)
-    config.steps = 8_000
+    _bouncing(config, dim=128, ffn=384, heads=4, depth=4)
+    config.steps = 6_000
 
 
 def _bouncing_small(config):
-    _bouncing(config, dim=96, ffn=256, heads=4, depth=4)
+    _bouncing(config, dim=96, ffn=256, heads=4, depth=3)
     config.steps = 6_000
 
 

@@ -16,7 +16,7 @@ import toys
 from PIL import Image
 
 from dmd_jax import stream, weights
-from dmd_jax.data import moving_digits
+from dmd_jax.data import moving_digits, word_vectors
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Wan, WanConfig
 
@@ -27,7 +27,7 @@ CAUSAL = dict(frames_per_block=2, first_alone=True, window=4, sink=1)
 def student(tmp_path_factory):
     """The file of a tiny causal student of moving digits that learnt nothing."""
     channels = moving_digits.FOLD**2
-    config = WanConfig(16, 16, 2, 1, channels, channels, moving_digits.TEXT_DIM)
+    config = WanConfig(16, 16, 2, 1, channels, channels, word_vectors.DIM)
     path = tmp_path_factory.mktemp("digits") / "student.safetensors"
     net = toys.weights(lambda rngs: Wan(config, rngs=rngs), 0)
     notes = {"data": "moving_digits", "times": (1.0, 0.5), "shift": 1.0, "causal": CAUSAL}

@@ -1,9 +1,10 @@
 """Bouncing digits: videos whose future is random, to train and to judge causal students.
 
-A digit of `mnist5k` crosses a black box at constant speed. At a wall it takes a new direction, any
-that leads away from the wall: a causal model must invent what a bidirectional one can look up. The
-videos are computed, frame by frame and for any length, as they are read; nothing is stored. Latents
-are folded pixels, and words have fixed vectors: neither a VAE nor a language model is needed.
+A digit of `mnist5k` crosses a black box, by its own width at each move. At a wall it takes a new
+direction, any of the eight that does not lead into the wall: a causal model must invent what a
+bidirectional one can look up. The videos are computed, frame by frame and for any length, as they
+are read; nothing is stored. Latents are folded pixels, and words have fixed vectors: neither a VAE
+nor a language model is needed. A digit fills one patch of a Wan network.
 
 Imports numpy, Pillow and the files of this room that make toy videos.
 """
@@ -21,10 +22,10 @@ from dmd_jax.data.pixels import fold, unfold
 from dmd_jax.data.prompts import TextVideos, side_by_side
 from dmd_jax.data.scans import DIGITS, INK, small_scans
 
-FRAMES, SIZE, DIGIT, FOLD = 12, 24, 12, 4  # in pixels, except the number of frames
-MEAN, STD = -0.864, 0.444  # of the pixels
+FRAMES, SIZE, DIGIT, FOLD = 12, 40, 10, 5  # in pixels, except the number of frames
+MEAN, STD = -0.968, 0.444  # mean of the pixels; a digit's pixels have the scale of the noise
 TEXT_LENGTH = 3
-SPEEDS = {"slowly": 1.5, "fast": 3.0}  # pixels per frame
+SPEEDS = {"slowly": 0.5, "fast": 1.0}  # moves per frame
 PROMPTS = tuple(f"{digit} bounces {speed}" for digit in DIGITS for speed in SPEEDS)
 SHAPE = (SIZE // FOLD, SIZE // FOLD, FOLD**2)  # of a latent frame
 
@@ -52,27 +53,32 @@ def video(prompt: int, seed: Sequence[int], frames: int = FRAMES, split: str = "
 
 
 def path(rng: np.random.Generator, speed: float, frames: int) -> np.ndarray:
-    """Corners of the digit in whole pixels, int [frames, 2]: rows and columns."""
-    room = SIZE - DIGIT
-    place, direction = rng.uniform(0, room, 2), _direction(rng, np.zeros(2))
+    """Corners of the digit in pixels, int [frames, 2]: rows and columns.
+
+    Args:
+        rng: of the start and the directions.
+        speed: moves per frame: 1, or 1/2 for one in every second frame.
+        frames: length of the path.
+    """
+    room = SIZE // DIGIT - 1
+    place, direction = rng.integers(0, room + 1, 2), np.zeros(2, int)
     places = []
-    for _ in range(frames):
+    for frame in range(frames):
         places.append(place)
-        beyond = place + speed * direction
-        place = beyond.clip(0, room)
-        wall = np.sign(place - beyond)  # the way back from the walls that were hit
-        if wall.any():
+        if (frame + 1) * speed % 1:
+            continue
+        wall = (place == 0) * 1 - (place == room)  # the way back from the walls that it touches
+        if not direction.any() or (direction * wall < 0).any():
             direction = _direction(rng, wall)
-    return np.rint(places).astype(int)
+        place = place + direction
+    return np.stack(places) * DIGIT
 
 
 def _direction(rng, away):
-    """A random unit vector; along each axis, none that goes against `away`."""
+    """One of the eight directions at random; along each axis, none that goes against `away`."""
     while True:
-        angle = rng.uniform(0, 2 * np.pi)
-        direction = np.array([np.sin(angle), np.cos(angle)])
-        # Not along the wall: the digit would slide.
-        if np.all((away == 0) | (direction * away > 0.2)):
+        direction = rng.integers(-1, 2, 2)
+        if direction.any() and (direction * away >= 0).all():
             return direction
 
 
@@ -150,7 +156,7 @@ class BouncingDigits(TextVideos):
     def asked(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """What prompts ask for: (digits int [n], speeds in pixels per frame [n])."""
         digits, speeds = np.divmod(np.asarray(rows), len(SPEEDS))
-        return digits, np.array([*SPEEDS.values()])[speeds]
+        return digits, DIGIT * np.array([*SPEEDS.values()])[speeds]
 
     def real(self, rows: Sequence[int], frames: int) -> np.ndarray:
         """Videos of test scans, to compare with: uint8 [n, frames, SIZE, SIZE, 1]."""

@@ -18,13 +18,14 @@ from dmd_jax.data.bouncing_digits import centre
 from dmd_jax.quality import report
 from dmd_jax.quality.features import SHIPPED, load_features
 
+LAG = 2  # frames over which motion is measured: a slow digit moves in every second one
 TURN = np.pi / 3  # least change of direction that counts as one
 
 MEASURES = {
     "digit": "share of frames whose digit is the one asked for, by the metric network",
     "sharpness": "squared differences of neighbouring pixels over squared pixels",
     "brightness": "mean of all pixels, from 0 to 1",
-    "speed": "distance between the digits of two frames, over that asked for",
+    "speed": f"distance that the digit moves in {LAG} frames, over that asked for",
     "turns": f"share of videos that turn by more than {round(np.degrees(TURN))} degrees",
 }
 
@@ -53,21 +54,22 @@ def by_frame(videos: np.ndarray, rows: Sequence[int], source: Videos) -> ByFrame
 
     Returns:
         {name: F numbers} by the names of `MEASURES`; None where a frame has no such number: the
-        first has no speed, the first and the last no turn.
+        first `LAG` have no speed, the first and the last no turn.
     """
     wanted, speeds = source.asked(rows)
     scans = source.digits(videos)
     _, logits = load_features(SHIPPED).extract(scans.reshape(-1, *scans.shape[2:]))
     right = logits.argmax(-1).reshape(videos.shape[:2]) == wanted[:, None]
     levels = videos[..., 0].astype(np.float32) / 255
-    steps = np.diff(centre(levels), axis=1)
-    turns = _turns(steps).mean(0)
+    places, unknown = centre(levels), [None] * LAG
+    steps = places[:, LAG:] - places[:, :-LAG]
+    speed = np.linalg.norm(steps, axis=-1) / (LAG * speeds[:, None])
     return {
         "digit": right.mean(0).tolist(),
         "sharpness": _sharpness(levels).mean(0).tolist(),
         "brightness": levels.mean((0, 2, 3)).tolist(),
-        "speed": [None, *(np.linalg.norm(steps, axis=-1) / speeds[:, None]).mean(0).tolist()],
-        "turns": [None, *turns.tolist(), None],
+        "speed": unknown + speed.mean(0).tolist(),
+        "turns": unknown + _turns(steps).mean(0).tolist() + unknown,
     }
 
 
@@ -78,9 +80,9 @@ def _sharpness(levels):
 
 
 def _turns(steps):
-    """Whether the direction turns between two steps: bool [N, F - 2] of [N, F - 1, 2]."""
+    """Whether the direction turns from one step to the next: bool [N, F - LAG] of [N, F, 2]."""
     angles = np.arctan2(steps[..., 0], steps[..., 1])
-    change = np.abs(np.diff(angles, axis=1))
+    change = np.abs(angles[:, LAG:] - angles[:, :-LAG])
     return np.minimum(change, 2 * np.pi - change) > TURN
 
 

@@ -8,7 +8,7 @@ import pytest
 import toys
 
 from dmd_jax import sample, weights
-from dmd_jax.data import moving_digits, to_uint8
+from dmd_jax.data import moving_digits, to_uint8, word_vectors
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Causal, Wan, WanConfig
 from dmd_jax.models.wan_vae import TINY, WanVAE
@@ -31,7 +31,7 @@ TWO = Scene((0, 5), ("three moves left", "four moves up"))
 def student(tmp_path_factory):
     """The file of a tiny causal student of moving digits that learnt nothing."""
     channels = moving_digits.FOLD**2
-    config = WanConfig(16, 16, 2, 1, channels, channels, moving_digits.TEXT_DIM)
+    config = WanConfig(16, 16, 2, 1, channels, channels, word_vectors.DIM)
     path = tmp_path_factory.mktemp("digits") / "student.safetensors"
     net = toys.weights(lambda rngs: Wan(config, rngs=rngs), 0)
     notes = {"data": "moving_digits", "times": (1.0, 0.5), "shift": 1.0, "causal": CAUSAL}

@@ -26,11 +26,12 @@ def real():
 def test_real_videos_are_recognised_and_do_not_drift(real):
     assert real.keys() == drift.MEASURES.keys() and {len(v) for v in real.values()} == {30}
     assert real["digit"].min() > 0.9
-    for name in ("sharpness", "brightness"):  # a digit keeps its pixels
-        np.testing.assert_allclose(real[name], real[name][0], rtol=0.02)
-    # A step that ends at a wall is shorter than the others.
-    assert 0.85 < np.nanmean(real["speed"]) < 1.0
-    assert np.isnan(real["speed"][0]) and np.isnan(real["turns"][[0, -1]]).all()
+    np.testing.assert_allclose(real["brightness"], real["brightness"][0], rtol=1e-6)
+    # A digit at a wall has no edge towards it.
+    np.testing.assert_allclose(real["sharpness"], real["sharpness"][0], rtol=0.05)
+    # Diagonal moves are longer, and a digit that comes back has not moved.
+    assert 0.8 < np.nanmean(real["speed"]) < 1.2
+    assert np.isnan(real["speed"][:2]).all() and np.isnan(real["turns"][[0, 1, -2, -1]]).all()
 
 
 def faded(videos):
@@ -58,15 +59,18 @@ def others(videos):
 def test_a_fault_shows_in_its_number_and_from_its_frame_on(real, fault, name):
     broken = numbers(np.concatenate([REAL[:, :15], fault(REAL[:, 15:])], 1))
     np.testing.assert_array_equal(broken[name][:15], real[name][:15])
-    assert np.all(broken[name][16:] < 0.8 * real[name][16:])
+    assert np.all(broken[name][17:28] < 0.8 * real[name][17:28])
 
 
 def test_turns_are_counted_where_the_direction_changes():
-    """A digit that goes right for three steps and then down."""
-    video = np.zeros((1, 6, 24, 24, 1), np.uint8)
-    for frame, (row, column) in enumerate([(2, 2), (2, 4), (2, 6), (4, 6), (6, 6), (8, 6)]):
+    """A digit that goes right for four steps and then down."""
+    video = np.zeros((1, 9, 40, 40, 1), np.uint8)
+    corners = [(2, 2 + 4 * i) for i in range(5)] + [(6 + 4 * i, 18) for i in range(4)]
+    for frame, (row, column) in enumerate(corners):
         video[0, frame, row : row + 8, column : column + 8] = 255
-    assert drift.by_frame(video, [0], SOURCE)["turns"] == [None, 0, 1, 0, 0, None]
+    # Over two frames each: the directions before and after frame 3 differ by 45 degrees.
+    turns = drift.by_frame(video, [0], SOURCE)["turns"]
+    assert turns == [None, None, 0, 0, 1, 0, 0, None, None]
 
 
 def test_the_table_has_a_line_for_each_stretch_that_a_row_reaches():
@@ -88,6 +92,6 @@ def test_figures_and_videos_are_written(tmp_path):
     assert Image.open(tmp_path / "a.png").size[0] > 1000
     drift.save_gif(tmp_path / "a.gif", {"real": REAL[:3], "short": REAL[3:6, :12]}, zoom=2)
     with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.n_frames == 30 and gif.size == (2 * (3 * 26 - 2), 2 * (2 * 26 - 2))
+        assert gif.n_frames == 30 and gif.size == (2 * (3 * 42 - 2), 2 * (2 * 42 - 2))
     strips = drift.strips({"real": REAL[:3]}, 10)["real"]
-    np.testing.assert_array_equal(strips[:, :, 24:48], REAL[:3, 10])
+    np.testing.assert_array_equal(strips[:, :, 40:80], REAL[:3, 10])
