@@ -8,6 +8,7 @@ Imports the rollouts and the samplers.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float32, Key
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import check_step_times, shift_time
-from dmd_jax.methods import Batch
+from dmd_jax.methods import Batch, Nets
 from dmd_jax.models.attention import Causal
 from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -38,6 +39,7 @@ class CausalRollout:
     """
 
     uses_data: ClassVar = False
+    needs_vae: ClassVar = False
     title: ClassVar = "student"  # in tables
 
     causal: Causal = dataclasses.field(default=Causal())
@@ -71,6 +73,7 @@ class CausalRollout:
         self,
         generator: Denoiser,
         noise: Float32[Array, "B F H W C"],
+        nets: Nets,
         batch: Batch,
         key: Key[Array, ""],
         *,
@@ -97,9 +100,14 @@ class SelfForcing(CausalRollout):
 
     Attributes:
         per_block_exit: an exit step for each block, not one for all.
-        graded: only the last so many frames pass gradient; None for all.
+        graded: only the last so many frames pass gradient; None for all, or those compared.
+        compared: only the last so many frames are compared with the teacher's distribution: the
+            length of the teacher's videos, where the student's are longer. None for all.
+        image_latent: the first frame that is compared is decoded and encoded again as an image,
+            where others come before it: a teacher expects a video to begin with one. It needs the
+            network `vae`; the blocks of that frame are not graded.
         least_blocks: the number of blocks of a rollout is drawn from `least_blocks` up to all; None
-            for always all.
+            for always all. It needs `compared`, and so many blocks have to fill it.
 
     Raises:
         ValueError: a number is out of range.
@@ -109,28 +117,48 @@ class SelfForcing(CausalRollout):
 
     per_block_exit: bool = False
     graded: int | None = None
+    compared: int | None = None
+    image_latent: bool = False
     least_blocks: int | None = None
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether rollouts call the network `vae`."""
+        return self.image_latent
 
     def check(self, sample_shape: tuple[int, ...]) -> None:
         super().check(sample_shape)
         layout = self._layout(sample_shape)
-        if self.graded is not None:
-            layout.graded(self.graded)
-        if self.least_blocks is not None and not 1 <= self.least_blocks <= layout.total:
+        for frames in (self.graded, self.compared):
+            if frames is not None:
+                layout.graded(frames)
+        if self.image_latent and self.compared is None:
+            raise ValueError("image_latent needs `compared`: the video's first frame is an image")
+        if self.least_blocks is not None:
+            self._check_least(layout)
+
+    def _check_least(self, layout):
+        least, compared = self.least_blocks, self.compared
+        if compared is None:
             raise ValueError(
-                f"least_blocks={self.least_blocks} must be in [1, {layout.total}]: so many blocks "
-                f"make the {layout.frames} frames of a video"
+                f"least_blocks={least} needs `compared`: the teacher's videos have one length"
+            )
+        if not 1 <= least <= layout.total or layout.made(least) < compared:
+            raise ValueError(
+                f"least_blocks={least}: so many blocks must make at least the compared={compared} "
+                f"frames, and at most the {layout.frames} frames of a video"
             )
 
     def cache_shape(self, generator: Denoiser, videos: jax.ShapeDtypeStruct) -> KVCache | None:
         frames = videos.shape[1]
-        graded = frames if self.graded is None else self.graded
+        graded = frames if self._graded is None else self._graded
         return jax.eval_shape(lambda: empty_cache(generator, videos, self.causal, graded, frames))
 
     def __call__(
         self,
         generator: Denoiser,
         noise: Float32[Array, "B F H W C"],
+        nets: Nets,
         batch: Batch,
         key: Key[Array, ""],
         *,
@@ -143,7 +171,7 @@ class SelfForcing(CausalRollout):
         if self.least_blocks is not None:
             most = self._layout(noise.shape[1:]).total
             blocks = jax.random.randint(blocks_key, (), self.least_blocks, most + 1)
-        return self_forcing(
+        rollout = self_forcing(
             generator,
             noise,
             batch["cond"],
@@ -156,10 +184,53 @@ class SelfForcing(CausalRollout):
             per_block_exit=self.per_block_exit,
             last_step_share=last_step_share,
             context_time=self.context_time,
-            graded=self.graded,
+            graded=self._graded,
             blocks=blocks,
             index=batch["index"],
         )
+        return rollout if self.compared is None else self._last(rollout, blocks, nets.get("vae"))
+
+    @property
+    def _graded(self):
+        return self.compared if self.graded is None else self.graded
+
+    def _last(self, rollout, blocks, vae):
+        """The rollout's last `compared` frames.
+
+        Where frames come before them, their first block counts in no loss, or their first frame
+        if the first frame of a video is a block (Self-Forcing's gradient mask).
+        """
+        layout = self._layout(rollout.x0.shape[1:])
+        made = layout.made(layout.total if blocks is None else blocks)
+        first = 1 if self.causal.first_alone else layout.size
+        frames = jnp.arange(self.compared)
+        mask = jnp.broadcast_to(
+            (frames >= first) | (made == self.compared), rollout.x0.shape[:1] + frames.shape
+        )
+        if rollout.mask is not None:
+            mask &= rollout.mask[:, -self.compared :]
+        x0 = rollout.x0[:, -self.compared :]
+        if self.image_latent:
+            begin = self._image(rollout.x0, layout, blocks, vae)
+            x0 = jnp.concatenate([begin.astype(x0.dtype), x0[:, 1:]], axis=1)
+        return rollout._replace(x0=x0, mask=mask)
+
+    def _image(self, x0, layout, blocks, vae):
+        """The first latent to compare: as an image's, where frames come before it. [B, 1, ...]."""
+        end = x0.shape[1] - self.compared + 1
+        x0 = jax.lax.stop_gradient(x0)
+
+        def of(blocks):
+            made = layout.made(blocks)
+            if made == self.compared:
+                return x0[:, end - 1 : end].astype(jnp.float32)
+            return vae.last_as_image(x0[:, layout.frames - made : end])
+
+        if blocks is None:
+            return of(layout.total)
+        # The lengths of the VAE's input are static: one branch for each number of blocks.
+        counts = range(self.least_blocks, layout.total + 1)
+        return jax.lax.switch(blocks - counts[0], [partial(of, count) for count in counts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +258,7 @@ class CausVid(CausalRollout):
         self,
         generator: Denoiser,
         noise: Float32[Array, "B F H W C"],
+        nets: Nets,
         batch: Batch,
         key: Key[Array, ""],
         *,

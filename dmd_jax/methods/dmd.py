@@ -117,6 +117,11 @@ class DMD:
         """Whether rollouts start from real samples."""
         return self.video is not None and self.video.uses_data
 
+    @property
+    def needs_vae(self) -> bool:
+        """Whether rollouts call the network `vae`, one more frozen role."""
+        return self.video is not None and self.video.needs_vae
+
     def sampler(self, steps: int, guidance: float) -> Sampler:
         """How the trained generator is sampled in `steps` calls.
 
@@ -147,6 +152,7 @@ class DMD:
             return self.video(
                 generator,
                 noise,
+                nets,
                 batch,
                 step_key,
                 times=self.times,

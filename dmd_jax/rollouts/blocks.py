@@ -39,6 +39,10 @@ class Layout:
     def frames(self):
         return self.lone + self.size * self.count
 
+    def made(self, blocks):
+        """How many frames the first `blocks` blocks have; may be traced."""
+        return self.lone + self.size * (blocks - self.lone)
+
     def graded(self, frames):
         """The blocks of the last `frames` frames: (whether the lone one is, the first other)."""
         if frames == self.frames:

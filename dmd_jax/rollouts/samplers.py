@@ -289,7 +289,7 @@ def few_step(
     """
     if guidance != 1:
         raise ValueError(
-            f"guidance={guidance}, but guidance is in the weights of a student: leave it at 1"
+            f"guidance is {guidance}, but guidance is in the weights of a student: leave it at 1"
         )
     times = fewer(times, steps)
     if causal is None:

@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax import weights
+from dmd_jax.devices import sharding
 from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.models.wan_vae import SHARDING_RULES as VAE_RULES
+from dmd_jax.models.wan_vae import WanVAE
 from dmd_jax.training.configuration import construct
 
 
@@ -56,6 +59,36 @@ def abstract(config, role, *, source, files):
     if "model" in spec:
         _require_same(role, path, stored.net, _model(config, role, source))
     return stored
+
+
+def abstract_vae(config, *, files):
+    """The abstract autoencoder of `config.vae`: that of its checkpoint, or of its `model`.
+
+    Args:
+        config: the config of the run.
+        files: False for a dry run: if `model` is stated, the checkpoint is not opened.
+
+    Raises:
+        ValueError: there is no such section, or the checkpoint cannot be used.
+    """
+    if "vae" not in config or "weights" not in config.vae:
+        raise ValueError(
+            "config.method.video.image_latent needs an autoencoder: set config.vae = "
+            "dict(weights='Wan-AI/Wan2.1-T2V-1.3B-Diffusers'), or image_latent=False"
+        )
+    if "model" in config.vae and not files:
+        return weights.abstract_net(WanVAE, construct(config.vae.model, "config.vae.model"))
+    try:
+        return weights.abstract_part(config.vae.weights, part="vae")
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"config.vae: {error}") from error
+
+
+def load_vae(config, mesh):
+    """The autoencoder of `config.vae`, whole on every device."""
+    abstract = weights.abstract_part(config.vae.weights, part="vae")
+    places = sharding.infer(abstract, VAE_RULES, mesh)
+    return weights.load(config.vae.weights, part="vae", shardings=places)
 
 
 def _stated(config, role, source):

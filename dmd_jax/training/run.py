@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from dmd_jax import data
 from dmd_jax.devices import sharding
@@ -44,6 +45,7 @@ class Run:
         method: a dataclass of `methods/`.
         nets: {role: Denoiser}, trainable, float32.
         frozen: {role: Denoiser}, not trained, in their compute dtype.
+        vae: the autoencoder, for a method that needs one; None for others.
         tx: the optimizer of all trainable roles.
         ema: the generator's averages.
         source: the training data.
@@ -56,6 +58,7 @@ class Run:
     method: Any
     nets: dict[str, Denoiser]
     frozen: dict[str, Denoiser]
+    vae: nnx.Module | None
     tx: Any
     ema: EMA
     source: data.Source
@@ -97,13 +100,17 @@ class Run:
 
     def frozen_shape(self):
         """The frozen nets, as jax.ShapeDtypeStructs with shardings."""
-        return roles.placed(self.frozen, self.frozen, self.mesh)
+        placed = roles.placed(self.frozen, self.frozen, self.mesh)
+        return placed if self.vae is None else placed | {"vae": self.vae}
 
     def load_frozen(self):
         """The frozen nets, loaded and placed."""
-        shape = self.frozen_shape()
+        shape = roles.placed(self.frozen, self.frozen, self.mesh)
         loaded = {role: roles.load(self.config, role, net) for role, net in shape.items()}
-        return jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, shape)
+        loaded = jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, shape)
+        if self.vae is not None:
+            loaded["vae"] = roles.load_vae(self.config, self.mesh)
+        return loaded
 
     def batches(self, step):
         """This host's part of the batches from `step` on, as global arrays."""
@@ -146,6 +153,7 @@ def build(config, devices=None, *, files=True):
         method=method,
         nets=nets,
         frozen=frozen,
+        vae=roles.abstract_vae(config, files=files) if needs_vae(method) else None,
         tx=_optimizer(config, nets),
         ema=construct(config.ema, "config.ema"),
         source=source,
@@ -159,6 +167,11 @@ def build(config, devices=None, *, files=True):
     return run
 
 
+def needs_vae(method):
+    """Whether a method calls an autoencoder."""
+    return getattr(method, "needs_vae", False)
+
+
 def _check_entries(config):
     """Refuses unknown, missing and impossible entries that no class checks."""
     if "cls" not in config.get("method", {}):
@@ -166,7 +179,7 @@ def _check_entries(config):
     kind = config.method.cls
     roles = (*kind.trainable, *kind.frozen)
     for name in config:
-        if name not in (*KEYS, *roles):
+        if name not in (*KEYS, *roles, "vae"):
             raise ValueError(unknown(f"config.{name}", name, (*KEYS, *roles)))
     needed = [*KEYS, *roles, *(f"{role}.weights" for role in roles)]
     needed += [f"{role}.optimizer" for role in kind.trainable]
@@ -303,6 +316,9 @@ def describe(run):
         dtype = denoiser.net.config.dtype if role in run.frozen else "float32"
         size = count * jnp.dtype(dtype).itemsize / 2**20
         lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB")
+    if run.vae is not None:
+        count = sum(x.size for x in jax.tree.leaves(run.vae))
+        lines.append(f"{'vae':<12}{count:>14,}{'stored':>10}{mebibytes(run.vae):>10.1f} MiB")
     lines += [
         f"{'average':<36}{mebibytes((state.ema, state.more_ema)):>10.1f} MiB",
         f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",

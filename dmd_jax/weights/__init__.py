@@ -19,7 +19,14 @@ Imports devices, diffusion and models.
 """
 
 from dmd_jax.weights.digests import digest, fingerprint
-from dmd_jax.weights.families import FAMILIES, build, shapes, sharding_rules, shardings
+from dmd_jax.weights.families import (
+    FAMILIES,
+    abstract_net,
+    build,
+    shapes,
+    sharding_rules,
+    shardings,
+)
 from dmd_jax.weights.loading import abstract, abstract_part, denoiser, load, notes
 from dmd_jax.weights.ours import find, save
 from dmd_jax.weights.table import differing
@@ -27,6 +34,7 @@ from dmd_jax.weights.table import differing
 __all__ = [
     "FAMILIES",
     "abstract",
+    "abstract_net",
     "abstract_part",
     "build",
     "denoiser",

@@ -106,15 +106,54 @@ def test_a_step_trains_both_networks_and_accumulation_changes_nothing(nets, kind
     assert_close(parts.opt_state, whole.opt_state, rtol=2e-3, atol=2e-6)
 
 
-def test_blocks_that_were_not_made_have_no_part_in_the_losses(nets):
-    """With 1 to 3 blocks, the loss is a mean over the frames that the mask keeps."""
-    dmd = method(video=SelfForcing(PAIRS, least_blocks=1))
-    masks = set()
-    rollout_of = jax.jit(lambda key: dmd.rollout(nets["generator"], nets, batch(), key))
-    for seed in range(12):
-        rollout = rollout_of(jax.random.key(seed))
-        masks.add(tuple(np.asarray(rollout.mask[0]).tolist()))
-    assert masks == {(False,) * left_out + (True,) * (6 - left_out) for left_out in (0, 2, 4)}
+class Halved:
+    """In place of an autoencoder: the last frame as an image is its half."""
+
+    def last_as_image(self, latents):
+        return 0.5 * latents[:, -1:] + latents.shape[1]
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_long_rollout_is_compared_in_its_last_frames(nets, image):
+    """Of 6 frames the last 4; the block that holds the image latent has no part in the loss."""
+    long = method(video=SelfForcing(PAIRS))
+    dmd = method(video=SelfForcing(PAIRS, compared=4, image_latent=image))
+    nets = nets | {"vae": Halved()}
+    whole = long.rollout(nets["generator"], nets, batch(), KEY)
+    rollout = dmd.rollout(nets["generator"], nets, batch(), KEY)
+    assert_close(rollout.x0[:, 1:], whole.x0[:, 3:])
+    first = 0.5 * whole.x0[:, 2:3] + 3 if image else whole.x0[:, 2:3]  # of frames 0, 1 and 2
+    assert_close(rollout.x0[:, :1], first)
+    np.testing.assert_array_equal(rollout.mask, [[False] * 2 + [True] * 2] * 4)
+
+    def gradient(method):
+        def loss(generator):
+            return method.rollout(generator, nets, batch(), KEY).x0[:, -2:].sum()
+
+        return jax.jit(jax.grad(loss))(nets["generator"])
+
+    assert_close(gradient(dmd), gradient(long), rtol=2e-4, atol=1e-5)
+
+
+def test_rollouts_of_drawn_length_are_compared_in_as_many_frames(nets):
+    """With 2 or 3 blocks: of the shorter videos all frames count, and the first is an image."""
+    dmd = method(video=SelfForcing(PAIRS, compared=4, image_latent=True, least_blocks=2))
+    nets, seen = nets | {"vae": Halved()}, set()
+    rollout_of = jax.jit(lambda key: dmd.rollout(nets["generator"], nets, batch(), key)[:2])
+    for seed in range(8):
+        x0, mask = rollout_of(jax.random.key(seed))
+        assert x0.shape == (4, 4, 4, 4, 3)
+        shorter = bool(mask[0, 0])
+        seen.add(shorter)
+        np.testing.assert_array_equal(mask, [[shorter] * 2 + [True] * 2] * 4)
+        # Halved adds the number of frames that it decodes, 3.
+        assert (x0[:, 0].mean() > 1.5) != shorter
+    assert seen == {True, False}
+
+
+def test_frames_that_the_mask_leaves_out_pass_no_gradient(nets):
+    dmd = method(video=SelfForcing(PAIRS, compared=4))
+    rollout = dmd.rollout(nets["generator"], nets, batch(), KEY)
     gradient = jax.grad(
         lambda x0: dmd.compare(rollout._replace(x0=x0), nets, batch(), KEY, jax.random.key(8))[0]
     )(rollout.x0)
@@ -189,7 +228,11 @@ def test_causvid_calls_the_generator_once_with_a_time_for_each_block(teacher_for
     [
         (dict(video=SelfForcing(Causal(4))), "videos: 6 frames do not divide into blocks of 4"),
         (dict(video=SelfForcing(PAIRS, graded=3)), "graded=3 of 6 frames"),
-        (dict(video=SelfForcing(PAIRS, least_blocks=4)), r"least_blocks=4 must be in \[1, 3\]"),
+        (dict(video=SelfForcing(PAIRS, compared=3)), "graded=3 of 6 frames"),
+        (dict(video=SelfForcing(PAIRS, image_latent=True)), "image_latent needs `compared`"),
+        (dict(video=SelfForcing(PAIRS, least_blocks=2)), "least_blocks=2 needs `compared`"),
+        (dict(video=SelfForcing(PAIRS, compared=4, least_blocks=1)), "at least the compared=4"),
+        (dict(video=SelfForcing(PAIRS, compared=4, least_blocks=4)), "at most the 6 frames"),
         (dict(strides=(1, 3)), "a causal rollout uses all of `times`"),
     ],
     ids=str,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from toys import assert_close, weights
 
 from dmd_jax.data import to_float
 from dmd_jax.devices import sharding
@@ -330,3 +331,14 @@ def test_the_tiny_ones_have_the_shapes_of_the_real_ones(config):
     )
     assert latents.shape == (1, 3, 2, 2, config.channels)
     assert jax.eval_shape(WanVAE.decode, vae, latents).shape == (1, 9, side, side, 3)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_the_last_frame_as_an_image_is_decoded_and_encoded_by_itself(frames):
+    vae = weights(lambda rngs: WanVAE(wan_vae.TINY, rngs=rngs), 0)
+    latents = jnp.asarray(
+        np.random.default_rng(0).standard_normal((2, frames, 4, 4, 16)), jnp.float32
+    )
+    image = jax.jit(WanVAE.last_as_image)(vae, latents)
+    wanted = jax.jit(lambda vae, x: vae.encode(vae.decode(x)[:, -1:]))(vae, latents)
+    assert_close(image, wanted, rtol=1e-4, atol=1e-4)

@@ -12,9 +12,11 @@ from safetensors.numpy import save_file
 
 from dmd_jax.data import embeddings, moving_digits, word_vectors
 from dmd_jax.models.wan import Wan, WanConfig
+from dmd_jax.models.wan_vae import TINY, WanVAE
 from dmd_jax.training import loop
 from dmd_jax.training.run import build
 from dmd_jax.weights import wan as names
+from dmd_jax.weights import wan_vae as vae_names
 from dmd_jax.weights.table import their_shapes
 
 QUICK = {
@@ -64,26 +66,37 @@ def test_a_run_starts_and_resumes_from_a_folder_and_refuses_another_one(tmp_path
         train(config, workdir, 1)
 
 
-@pytest.mark.slow
-def test_the_pods_recipe_in_miniature_runs_to_its_report_from_folders(tmp_path):
-    """bfloat16, full remat, fsdp, prompts and two-pass guidance: all but the sizes."""
-    small = WanConfig(32, 48, 2, 2, 4, 4, text_dim=12, freq_dim=16, dtype="bfloat16", remat="full")
-    large = WanConfig(64, 48, 4, 2, 4, 4, text_dim=12, freq_dim=16, dtype="bfloat16", remat="full")
+def write_vae(folder):
+    """The autoencoder of a pipeline of diffusers, in miniature."""
+    vae = jax.eval_shape(lambda: WanVAE(TINY, rngs=nnx.Rngs(0)))
+    shapes = their_shapes(vae, vae_names.table(TINY, "diffusers"))
+    tensors = {name: foreign.weight(name, shape) for name, shape in shapes.items()}
+    (folder / "vae").mkdir()
+    save_file(tensors, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    settings = json.dumps(vae_names.to_settings(TINY, "diffusers"))
+    (folder / "vae" / "config.json").write_text(settings)
+
+
+def miniature(path, tmp_path, channels, sample_shape):
+    """A pod's recipe with networks and prompts in folders: all but the sizes."""
+    compute = dict(dtype="bfloat16", remat="full")
+    common = dict(depth=2, in_channels=channels, out_channels=channels, text_dim=12, freq_dim=16)
+    small = WanConfig(32, 48, 2, **common, **compute)
+    large = WanConfig(64, 48, 4, **common, **compute)
     models = {"teacher": large, "generator": small, "fake_score": small}
     write_folder(tmp_path / "small", small), write_folder(tmp_path / "large", large)
-    prompts = [f"prompt {i}" for i in range(9)]
     embeddings.write(
         tmp_path / "embeddings",
-        prompts,
+        [f"prompt {i}" for i in range(9)],
         "",
         lambda asked: [foreign.tensor(text, (3, 12)) for text in asked],
         8,
         12,
     )
-    config = programs.load_config("configs/dmd.py", "wan_t2v_1_3b")
+    config = programs.load_config(path, "wan_t2v_1_3b")
     assert config.mesh.fsdp == -1 and not config.method.batched_guidance
     values = QUICK | {"data.embeddings": str(tmp_path / "embeddings")}
-    values |= {"data.sample_shape": (3, 4, 4, 4)}
+    values |= {"data.sample_shape": sample_shape}
     for role, model in models.items():
         assert dict(config[role].compute)["dtype"] == model.dtype
         assert dict(config[role].compute)["remat"] == model.remat
@@ -92,7 +105,39 @@ def test_the_pods_recipe_in_miniature_runs_to_its_report_from_folders(tmp_path):
             values[f"{role}.model.{name}"] = getattr(model, name)
         values[f"{role}.model.freq_dim"] = model.freq_dim
     config.update_from_flattened_dict(values)
-    report = train(config, tmp_path / "run", 4)
-    assert "samples" in report.read_text() and (tmp_path / "run" / "report.png").exists()
-    exported = programs.tensors(tmp_path / "run" / "generator.safetensors")
+    return config
+
+
+def assert_runs_to_its_report(config, workdir):
+    report = train(config, workdir, 4)
+    assert "samples" in report.read_text() and (workdir / "report.png").exists()
+    exported = programs.tensors(workdir / "generator.safetensors")
     assert all(np.isfinite(weight).all() for weight in exported.values())
+
+
+@pytest.mark.slow
+def test_the_pods_recipe_in_miniature_runs_to_its_report_from_folders(tmp_path):
+    """bfloat16, full remat, fsdp, prompts and two-pass guidance."""
+    config = miniature("configs/dmd.py", tmp_path, 4, (3, 4, 4, 4))
+    assert_runs_to_its_report(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_self_forcing_in_miniature_runs_on_videos_longer_than_the_teachers(tmp_path):
+    """12 frames or 9, of which the last 6 are compared, the first of them encoded as an image."""
+    config = miniature("configs/self_forcing.py", tmp_path, 16, (12, 4, 4, 16))
+    config.update_from_flattened_dict(
+        {
+            "method.video.compared": 6,
+            "method.video.least_blocks": 3,
+            "method.video.image_latent": True,
+        }
+    )
+    with pytest.raises(ValueError, match="image_latent needs an autoencoder"):
+        build(config, jax.devices()[:4])
+    with config.unlocked():
+        config.vae = {"weights": str(tmp_path / "large")}
+    with pytest.raises(ValueError, match=r"config\.vae: .*large"):
+        build(config, jax.devices()[:4])
+    write_vae(tmp_path / "large")
+    assert_runs_to_its_report(config, tmp_path / "run")

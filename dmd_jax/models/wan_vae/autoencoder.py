@@ -172,6 +172,29 @@ class WanVAE(nnx.Module):
         (_, video), _ = jax.lax.scan(body, (caches, video), indices)
         return video
 
+    def last_as_image(self, latents):
+        """The latent of the last frame of a video, encoded as an image: [B, 1, h, w, channels].
+
+        Only the first latent of a video is an image's: this makes one for a video that begins
+        after these latents. Memory does not grow with their number.
+
+        Args:
+            latents: [B, F, h, w, channels].
+
+        Raises:
+            ValueError: the latents have another shape.
+        """
+        self._check_latents(latents.shape)
+        frames, caches = self.decode_frame(latents[:, :1])
+
+        def body(carry, latent):
+            frames, caches = self.decode_frame(latent[:, None], carry[1])
+            return (frames[:, -1:], caches), None
+
+        later = jnp.moveaxis(latents[:, 1:], 1, 0)
+        (frame, _), _ = jax.lax.scan(body, (frames, caches), later)
+        return self.encode(frame)
+
     def decode_frame(self, latent, caches=None):
         """One step of decoding, for a video that is generated and shown at the same time.
 
