@@ -80,7 +80,8 @@ def self_forcing(
             itself, which costs no further call; an early exit then writes noisy context.
         initial: clean latents [B, F0, H, W, C] that the video goes on from. They are written at
             time 0, block by block, and are the first frames of x0.
-        graded: only the last so many frames of `noise` pass gradient; None for all.
+        graded: only the last so many frames of `noise` pass gradient; None for all. A lone first
+            frame passes it only where all frames do.
         blocks: how many blocks are made, int32 [], of those that `noise` has room for; the first
             ones are left out. None for all. May be traced.
         index: int32 [B], the samples' positions in the global batch; 0 ... B-1 if None.
@@ -321,5 +322,8 @@ def _mask(layout, shape, graded, left_out):
         return None
     first = frames - graded
     if left_out is not None:
-        first = jnp.maximum(first, frames - layout.frames + layout.size * left_out)
+        # A lone first block may lie within the last frames then, and is replayed with all or not.
+        not_replayed = layout.lone and graded < layout.frames
+        begin = frames - layout.frames + layout.size * left_out + not_replayed
+        first = jnp.maximum(first, begin)
     return jnp.broadcast_to(jnp.arange(frames) >= first, shape)
