@@ -116,6 +116,8 @@ class SelfForcing(CausalRollout):
         layout = self._layout(sample_shape)
         if self.graded is not None:
             layout.graded(self.graded)
+            if self.graded == 0:
+                raise ValueError("graded=0 leaves no frame that the generator could learn from")
         if self.least_blocks is not None and not 1 <= self.least_blocks <= layout.total:
             raise ValueError(
                 f"least_blocks={self.least_blocks} must be in [1, {layout.total}]: so many blocks "

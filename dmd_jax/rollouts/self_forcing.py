@@ -97,7 +97,8 @@ def self_forcing(
 
     Raises:
         ValueError: `noise`, `initial` or `graded` does not end on the border of a block; `times` do
-            not descend; `cache` has too few slots for the window, the sink and the graded frames,
+            not descend; `exit_step` or `blocks` is out of range (checked where it is an int);
+            `cache` has too few slots for the window, the sink and the graded frames,
             or, without a window, for the whole video. (In the last case, frames outside of the
             cache are NaN where `start` is traced.)
     """
@@ -107,6 +108,8 @@ def self_forcing(
     layout = Layout.of("noise", noise, causal, lone_first=lone_first and not known)
     graded = noise.shape[1] if graded is None else graded
     layout.graded(graded)  # refuses a border within a block
+    _require_in_range("exit_step", exit_step, 0, len(times) - 1)
+    _require_in_range("blocks", blocks, 1, layout.total)
     if cache is None:
         cache = empty_cache(generator, noise, causal, graded, start + known + noise.shape[1])
     _require_room(cache, causal, graded)
@@ -293,6 +296,12 @@ def _require_room(cache, causal, graded):
             f"a cache of {cache.slots} frames for window={causal.window}, sink={causal.sink} and "
             f"graded={graded}: it must have room for {needed} or more"
         )
+
+
+def _require_in_range(name, number, low, high):
+    """Refuses an integer out of range; a traced one is not known here."""
+    if isinstance(number, int) and not low <= number <= high:
+        raise ValueError(f"{name}={number} must be in [{low}, {high}]")
 
 
 def _nan_outside(x0, cache, causal, start):

@@ -189,6 +189,7 @@ def test_causvid_calls_the_generator_once_with_a_time_for_each_block(teacher_for
     [
         (dict(video=SelfForcing(Causal(4))), "videos: 6 frames do not divide into blocks of 4"),
         (dict(video=SelfForcing(PAIRS, graded=3)), "graded=3 of 6 frames"),
+        (dict(video=SelfForcing(PAIRS, graded=0)), "graded=0 leaves no frame"),
         (dict(video=SelfForcing(PAIRS, least_blocks=4)), r"least_blocks=4 must be in \[1, 3\]"),
         (dict(strides=(1, 3)), "a causal rollout uses all of `times`"),
     ],
