@@ -322,7 +322,7 @@ def draw(denoiser, sampler, cond, uncond, shape, seed=0, *, batch):
 
     Args:
         denoiser: a Denoiser.
-        sampler: FewStep or ManyStep.
+        sampler: a `Sampler`.
         cond, uncond: conditions and the unconditional input of guidance, pytrees with leading axis
             N.
         shape: of one sample, [...].
@@ -373,7 +373,8 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
     notes = weights.notes(path)
     context = {}
     if "causal" in notes:
-        context = {"causal": Causal(**notes["causal"]), "context_time": notes["context_time"]}
+        time = notes.get("context_time", 0.0)
+        context = {"causal": Causal(**notes["causal"]), "context_time": time}
     if "times" not in notes:
         steps = 50 if steps is None else steps
         guidance = 1.0 if guidance is None else guidance
