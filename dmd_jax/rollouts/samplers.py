@@ -21,6 +21,7 @@ from dmd_jax.diffusion.schedule import check_step_times, step_times
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.backward_simulation import backward_simulation
 from dmd_jax.rollouts.block_ode import block_ode
+from dmd_jax.rollouts.blocks import Layout
 from dmd_jax.rollouts.ode import ode
 from dmd_jax.rollouts.self_forcing import self_forcing
 
@@ -295,6 +296,19 @@ def few_step(
     if causal is None:
         return FewStep(times, shift, name=name)
     return CausalFewStep(times, shift, causal, first_times, context_time, name=name)
+
+
+def require_blocks(name, frames, sampler):
+    """Raises ValueError where a causal sampler cannot make videos of so many latent frames.
+
+    Args:
+        name: of the number, for the message.
+        frames: F.
+        sampler: a `Sampler`; one that makes all frames at once makes any number.
+    """
+    if isinstance(sampler, CausalFewStep | CausalManyStep):
+        videos = jax.ShapeDtypeStruct((1, frames), np.float32)
+        Layout.of(name, videos, sampler.causal, lone_first=True)
 
 
 def fewer(times, steps):
