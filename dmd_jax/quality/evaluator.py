@@ -329,9 +329,7 @@ class Evaluator:
     def _draw(self, denoiser, sampler, cond, uncond, seed, frames=None):
         """Samples float32 [N, ...]; videos of `frames` frames, as far as the sampler goes."""
         shape, num = self.source.sample_shape, len(cond)
-        if frames is not None and isinstance(
-            sampler, samplers.CausalFewStep | samplers.CausalManyStep
-        ):
+        if frames is not None and isinstance(sampler, samplers.CAUSAL):
             shape = (frames, *shape[1:])
         drawn = samplers.draw(
             denoiser, sampler, cond, uncond, shape, seed, batch=min(num, self.batch)

@@ -256,6 +256,9 @@ class CausalManyStep(Sampler):
         )
 
 
+CAUSAL = CausalFewStep | CausalManyStep  # samplers that make a video block by block
+
+
 def _context_notes(sampler):
     """The notes of a causal sampler about what a block attends to."""
     return {"causal": dataclasses.asdict(sampler.causal), "context_time": sampler.context_time}
@@ -306,7 +309,7 @@ def require_blocks(name, frames, sampler):
         frames: F.
         sampler: a `Sampler`; one that makes all frames at once makes any number.
     """
-    if isinstance(sampler, CausalFewStep | CausalManyStep):
+    if isinstance(sampler, CAUSAL):
         videos = jax.ShapeDtypeStruct((1, frames), np.float32)
         Layout.of(name, videos, sampler.causal, lone_first=True)
 
