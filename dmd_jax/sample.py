@@ -48,6 +48,7 @@ FLAGS = flags.FLAGS
 SAMPLER = ("steps", "guidance", "shift", "solver")
 # Flags that a stream does not take.
 WHOLE = ("guidance", "solver", "negative", "images", "boundary", "batch", "num")
+STREAMED = ("causal", "keep_sink")  # flags that only a stream takes
 
 
 def define_flags():
@@ -144,6 +145,8 @@ def sample():
     """Draws the samples that the flags describe, and writes them."""
     if FLAGS.stream:
         return stream()
+    if given := [f"--{name}" for name in STREAMED if FLAGS[name].present]:
+        raise ValueError(f"{', '.join(given)}: only a stream takes it; add --stream")
     start, ways = time.time(), {name: FLAGS[name].value for name in SAMPLER}
     sampler = sampler_for(FLAGS.checkpoint, **ways)
     config = sampling.network_config(FLAGS.checkpoint, FLAGS.boundary)

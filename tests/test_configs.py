@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import programs
 import pytest
+from ml_collections import ConfigDict
 
 from dmd_jax.data import MovingDigits, Prompts
+from dmd_jax.methods.causal_pretrain import TeacherForcing
+from dmd_jax.training.configuration import complete
 from dmd_jax.training.run import build, describe
 
 
@@ -77,6 +80,18 @@ def test_config_says_the_command_that_runs_it(name, variant):
     command = f"python -m dmd_jax.main --config=configs/{name}"
     module = programs.load_module(Path("configs") / name)
     assert (f"{command}:{variant}" if variant else command) in module.__doc__
+
+
+def test_a_dry_run_counts_the_work_of_a_method_that_learns_from_videos_without_them():
+    config = programs.load_config("configs/pretrain.py", "wan_small")
+    data = dict(cls=Prompts, embeddings="no", latents="no", sample_shape=(6, 4, 4, 4))
+    with config.unlocked():
+        config.data = complete(ConfigDict(data))
+        config.method = complete(ConfigDict(dict(cls=TeacherForcing)))
+        for name in ("in_channels", "out_channels", "text_dim"):
+            config.generator.model[name] = 4
+    output = describe(build(config, jax.devices()[:1], files=False))
+    assert "with the generator's update" in output
 
 
 def test_the_pods_recipe_says_what_each_role_takes_without_its_weights(teacher, data_dir):

@@ -320,11 +320,11 @@ def test_the_example_of_sampling_videos_runs(tmp_path, monkeypatch):
 def test_the_example_of_a_stream_runs(tmp_path, capsys):
     """With a small network in place of the shipped teacher."""
     from dmd_jax import weights
-    from dmd_jax.data import moving_digits
+    from dmd_jax.data import moving_digits, word_vectors
     from dmd_jax.models.wan import WanConfig
 
     channels = moving_digits.FOLD**2
-    config = WanConfig(16, 16, 2, 1, channels, channels, moving_digits.TEXT_DIM)
+    config = WanConfig(16, 16, 2, 1, channels, channels, word_vectors.DIM)
     path = tmp_path / "teacher.safetensors"
     weights.save(path, Denoiser(weights.build(config)), data="moving_digits")
     [source] = blocks("docs/streaming.md")

@@ -186,6 +186,24 @@ def test_what_does_not_fit_is_refused(program, monkeypatch, tmp_path, flags, com
     assert output.startswith("error: ") and complaint in output, output
 
 
+@pytest.mark.parametrize(
+    "notes, complaint",
+    [
+        (dict(causal=dict(frames_per_block=1)), "Causal(frames_per_block=1, "),
+        (dict(causal=dict(frames_per_block=2, sink=1)), "sink=1), not Causal("),
+        (dict(context_time=0.2), "was trained with context_time=0.2"),
+    ],
+)
+def test_a_teacher_of_other_blocks_or_another_context_is_refused(
+    program, teacher, monkeypatch, tmp_path, notes, complaint
+):
+    monkeypatch.setattr(pairs, "_solve", None)
+    path = tmp_path / "other.safetensors"
+    weights.save(path, weights.denoiser(teacher), **notes)
+    output = program(checkpoint=path)
+    assert output.startswith("error: ") and complaint in output, output
+
+
 CHANNELS_FIRST = (4, 2, 2, 2)  # F C H W
 
 

@@ -132,6 +132,8 @@ class SelfForcing(CausalRollout):
         for frames in (self.graded, self.compared):
             if frames is not None:
                 layout.graded(frames)
+            if frames == 0:
+                raise ValueError("graded=0 leaves no frame that the generator could learn from")
         if self.image_latent and self.compared is None:
             raise ValueError("image_latent needs `compared`: the video's first frame is an image")
         if self.least_blocks is not None:

@@ -47,8 +47,9 @@ class KVCache(NamedTuple):
 def empty(layers, batch, slots, tokens, heads, width, dtype):
     """A KVCache without frames, with room for `slots` of them."""
     shape = (layers, batch, slots, tokens, heads, width)
-    keys, values = sharding.shard_batch((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), axis=1)
-    return KVCache(keys, values, jnp.full(slots, EMPTY, jnp.int32))
+    return KVCache(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full(slots, EMPTY, jnp.int32)
+    )
 
 
 def write(cache, own, ring):

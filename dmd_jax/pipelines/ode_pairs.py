@@ -98,6 +98,7 @@ def solve(
     source, out = Prompts(str(embedded), real.shape, str(encoded)), local_path(out)
     source.open()
     check_video(real.shape, how.causal)
+    _require_trained(checkpoint, how.causal)
     check_writable(out)
     teacher = load_denoiser(checkpoint, dtype=dtype)
     source.require_fit(f"the teacher at {checkpoint}", teacher.net.config)
@@ -123,6 +124,21 @@ def solve(
     numbered = enumerate(real.prompt.tolist())
     trajectories.write(out, numbered, row, real.shape, levels=how.levels, source=made_by)
     return trajectories.Trajectories(out)
+
+
+def _require_trained(checkpoint, causal):
+    """Refuses other blocks, or another context, than those that the teacher's file states."""
+    notes = weights.notes(checkpoint)
+    if "causal" in notes and (trained := Causal(**notes["causal"])) != causal:
+        raise ValueError(
+            f"{checkpoint} was trained with {trained}, not {causal}: say so by --frames_per_block, "
+            "--first_alone, --window and --sink"
+        )
+    if time := notes.get("context_time"):
+        raise ValueError(
+            f"{checkpoint} was trained with context_time={time}, and trajectories have a clean "
+            "context: use CausalConsistency, or a teacher with context_time=0"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="how")

@@ -18,7 +18,7 @@ from dmd_jax.devices.disk import local_path
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Experts, WanConfig
 from dmd_jax.pipelines import digits, wan
-from dmd_jax.rollouts.samplers import draw, sampler_for
+from dmd_jax.rollouts.samplers import CAUSAL, draw, require_blocks, sampler_for
 from dmd_jax.weights import parts
 
 
@@ -120,7 +120,13 @@ def sample_videos(
     options = dict(steps=steps, guidance=guidance, shift=shift, solver=solver)
     sampler = sampler_for(checkpoint, **options)
     config = video_config(checkpoint, boundary)
+    if isinstance(sampler, CAUSAL) and (images is not None or boundary is not None):
+        raise ValueError(
+            f"{checkpoint} is causal: one network makes its videos, of prompts alone; drop "
+            "--images and --boundary"
+        )
     around = pipeline_around(checkpoint, pipeline, (num_frames, height, width), dtype)
+    require_blocks("the latents of the video", around.sample_shape[0], sampler)
     frames = None if images is None else wan.first_frames(images, len(prompts), height, width)
     cond, uncond = around.conditions(prompts, negative, config, frames)
     denoiser = load_denoiser(checkpoint, boundary=boundary, dtype=dtype)

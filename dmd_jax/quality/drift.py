@@ -104,11 +104,11 @@ def markdown(rows: Sequence[Mapping], length: int) -> str:
     for row in rows:
         for start in range(0, longest, length):
             part = slice(start, start + length)
-            if not row["by_frame"]["digit"][part]:
+            if not (known := row["by_frame"]["digit"][part]):
                 continue
             means = summary(row["by_frame"], part)
             cells = " | ".join("–" if x is None else f"{x:.3f}" for x in means.values())
-            lines.append(f"| {row['name']} | {start + 1} to {start + length} | {cells} |")
+            lines.append(f"| {row['name']} | {start + 1} to {start + len(known)} | {cells} |")
     return "\n".join(lines) + "\n\n" + "".join(f"{k}: {v}.\n" for k, v in MEASURES.items())
 
 

@@ -51,7 +51,7 @@ class Evaluation:
         frames: of the videos whose quality is measured frame by frame (`drift`), for data that can;
             0 measures none. It may exceed the length of the training videos: only causal students
             reach it.
-        beside: other checkpoints to show in the same report, as pairs (name, checkpoint).
+        beside: other checkpoints in the same report by frame, as pairs (name, checkpoint).
 
     Raises:
         ValueError: a number is out of range, or `steps` is empty.

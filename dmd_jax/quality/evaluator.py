@@ -102,10 +102,7 @@ class Evaluator:
     def check(self) -> None:
         """Raises ValueError where the run could not be judged; computes nothing."""
         spec = self.settings
-        if spec.frames and not hasattr(self.source, "asked"):
-            raise ValueError(f"frames={spec.frames}: {self.source.name!r} is not measured by frame")
-        for name, path in spec.beside:
-            self._beside(name, path)
+        self._check_by_frame()
         if not spec.features:
             return
         if not isinstance(self.source, Images):
@@ -134,6 +131,30 @@ class Evaluator:
         counts = {name: getattr(spec, name) for name in ("samples", "num")}
         evaluation.require_numbers(features, self.source.num_classes, **counts)
         evaluation.require_real(features, test, self.source, spec.num)
+
+    def _check_by_frame(self):
+        spec, source = self.settings, self.source
+        if spec.frames and not hasattr(source, "asked"):
+            raise ValueError(f"frames={spec.frames}: {source.name!r} is not measured by frame")
+        beside = [self._beside(name, path) for name, path in spec.beside]
+        if not spec.frames:
+            if beside:
+                raise ValueError(f"beside={spec.beside} is in reports by frame alone: set frames")
+            return
+        for name, path in spec.beside:
+            source.require_fit(f"{path} of beside={name!r}", weights.abstract(path).net.config)
+        for sampler in (*beside, *self.samplers):
+            samplers.require_blocks(f"frames={spec.frames}", spec.frames, sampler)
+        names = ["real", *(sampler.name for sampler in self.teacher_samplers[:1])]
+        names += [*(name for name, _ in spec.beside), *self._own_names]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"beside: two rows of the report have the name {twice[0]!r}")
+
+    @property
+    def _own_names(self):
+        """The names of the trained network's rows by frame; with the steps if it has several."""
+        several = len(self.samplers) > 1
+        return [sampler.title if several else sampler.name for sampler in self.samplers]
 
     def preview(self, average: Denoiser) -> tuple[np.ndarray, Score | None]:
         """Samples of a network during training, and their score.
@@ -268,7 +289,10 @@ class Evaluator:
         networks = [] if teacher is None else [(teacher, self.teacher_samplers[0])]
         for name, path in spec.beside:
             networks.append((weights.denoiser(path), self._beside(name, path)))
-        networks += [(trained, sampler) for sampler in self.samplers]
+        networks += [
+            (trained, dataclasses.replace(sampler, name=name))
+            for sampler, name in zip(self.samplers, self._own_names, strict=True)
+        ]
         for net, sampler in networks:
             videos[sampler.name] = source.decode(
                 self._draw(sharding.replicate(net), sampler, *conditions, SEED, spec.frames)
@@ -281,8 +305,9 @@ class Evaluator:
         if jax.process_index() == 0:
             write_text(directory / "report.json", json.dumps({"rows": table}, indent=1) + "\n")
             drift.figure(directory / "by_frame.png", table, length, title=title)
-            few = {name: x[:: len(x) // SHOWN][:SHOWN] for name, x in videos.items()}
-            report.gallery(directory / FIGURE, drift.strips(few, spec.frames // 12), 1, title=title)
+            few = {name: x[:: max(len(x) // SHOWN, 1)][:SHOWN] for name, x in videos.items()}
+            strips = drift.strips(few, max(spec.frames // 12, 1))
+            report.gallery(directory / FIGURE, strips, 1, title=title)
             drift.save_gif(directory / "videos.gif", few)
         body = drift.markdown(table, length)
         return f"![quality by frame](by_frame.png)\n\n![videos](videos.gif)\n\n{body}"
@@ -304,9 +329,7 @@ class Evaluator:
     def _draw(self, denoiser, sampler, cond, uncond, seed, frames=None):
         """Samples float32 [N, ...]; videos of `frames` frames, as far as the sampler goes."""
         shape, num = self.source.sample_shape, len(cond)
-        if frames is not None and isinstance(
-            sampler, samplers.CausalFewStep | samplers.CausalManyStep
-        ):
+        if frames is not None and isinstance(sampler, samplers.CAUSAL):
             shape = (frames, *shape[1:])
         drawn = samplers.draw(
             denoiser, sampler, cond, uncond, shape, seed, batch=min(num, self.batch)

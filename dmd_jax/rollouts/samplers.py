@@ -21,6 +21,7 @@ from dmd_jax.diffusion.schedule import check_step_times, step_times
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.backward_simulation import backward_simulation
 from dmd_jax.rollouts.block_ode import block_ode
+from dmd_jax.rollouts.blocks import Layout
 from dmd_jax.rollouts.ode import ode
 from dmd_jax.rollouts.self_forcing import self_forcing
 
@@ -255,6 +256,9 @@ class CausalManyStep(Sampler):
         )
 
 
+CAUSAL = CausalFewStep | CausalManyStep  # samplers that make a video block by block
+
+
 def _context_notes(sampler):
     """The notes of a causal sampler about what a block attends to."""
     return {"causal": dataclasses.asdict(sampler.causal), "context_time": sampler.context_time}
@@ -297,6 +301,19 @@ def few_step(
     return CausalFewStep(times, shift, causal, first_times, context_time, name=name)
 
 
+def require_blocks(name, frames, sampler):
+    """Raises ValueError where a causal sampler cannot make videos of so many latent frames.
+
+    Args:
+        name: of the number, for the message.
+        frames: F.
+        sampler: a `Sampler`; one that makes all frames at once makes any number.
+    """
+    if isinstance(sampler, CAUSAL):
+        videos = jax.ShapeDtypeStruct((1, frames), np.float32)
+        Layout.of(name, videos, sampler.causal, lone_first=True)
+
+
 def fewer(times, steps):
     """The times of `steps` calls of a student: every n-th of `times` where that is possible, else
     evenly spaced ones."""
@@ -322,7 +339,7 @@ def draw(denoiser, sampler, cond, uncond, shape, seed=0, *, batch):
 
     Args:
         denoiser: a Denoiser.
-        sampler: FewStep or ManyStep.
+        sampler: a `Sampler`.
         cond, uncond: conditions and the unconditional input of guidance, pytrees with leading axis
             N.
         shape: of one sample, [...].
@@ -373,7 +390,8 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
     notes = weights.notes(path)
     context = {}
     if "causal" in notes:
-        context = {"causal": Causal(**notes["causal"]), "context_time": notes["context_time"]}
+        time = notes.get("context_time", 0.0)
+        context = {"causal": Causal(**notes["causal"]), "context_time": time}
     if "times" not in notes:
         steps = 50 if steps is None else steps
         guidance = 1.0 if guidance is None else guidance

@@ -80,7 +80,8 @@ def self_forcing(
             itself, which costs no further call; an early exit then writes noisy context.
         initial: clean latents [B, F0, H, W, C] that the video goes on from. They are written at
             time 0, block by block, and are the first frames of x0.
-        graded: only the last so many frames of `noise` pass gradient; None for all.
+        graded: only the last so many frames of `noise` pass gradient; None for all. A lone first
+            frame passes it only where all frames do.
         blocks: how many blocks are made, int32 [], of those that `noise` has room for; the first
             ones are left out. None for all. May be traced.
         index: int32 [B], the samples' positions in the global batch; 0 ... B-1 if None.
@@ -96,7 +97,8 @@ def self_forcing(
 
     Raises:
         ValueError: `noise`, `initial` or `graded` does not end on the border of a block; `times` do
-            not descend; `cache` has too few slots for the window, the sink and the graded frames,
+            not descend; `exit_step` or `blocks` is out of range (checked where it is an int);
+            `cache` has too few slots for the window, the sink and the graded frames,
             or, without a window, for the whole video. (In the last case, frames outside of the
             cache are NaN where `start` is traced.)
     """
@@ -106,6 +108,8 @@ def self_forcing(
     layout = Layout.of("noise", noise, causal, lone_first=lone_first and not known)
     graded = noise.shape[1] if graded is None else graded
     layout.graded(graded)  # refuses a border within a block
+    _require_in_range("exit_step", exit_step, 0, len(times) - 1)
+    _require_in_range("blocks", blocks, 1, layout.total)
     if cache is None:
         cache = empty_cache(generator, noise, causal, graded, start + known + noise.shape[1])
     _require_room(cache, causal, graded)
@@ -294,6 +298,12 @@ def _require_room(cache, causal, graded):
         )
 
 
+def _require_in_range(name, number, low, high):
+    """Refuses an integer out of range; a traced one is not known here."""
+    if isinstance(number, int) and not low <= number <= high:
+        raise ValueError(f"{name}={number} must be in [{low}, {high}]")
+
+
 def _nan_outside(x0, cache, causal, start):
     """NaN for frames that a cache without a window has no room for.
 
@@ -321,5 +331,8 @@ def _mask(layout, shape, graded, left_out):
         return None
     first = frames - graded
     if left_out is not None:
-        first = jnp.maximum(first, frames - layout.frames + layout.size * left_out)
+        # A lone first block may lie within the last frames then, and is replayed with all or not.
+        not_replayed = layout.lone and graded < layout.frames
+        begin = frames - layout.frames + layout.size * left_out + not_replayed
+        first = jnp.maximum(first, begin)
     return jnp.broadcast_to(jnp.arange(frames) >= first, shape)

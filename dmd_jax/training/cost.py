@@ -77,7 +77,7 @@ def cost(run) -> Cost:
 def batch_shape(run):
     """A global batch of the run, as jax.ShapeDtypeStructs.
 
-    Missing prompts (in a dry run) count as TEXT_TOKENS long.
+    Missing prompts (in a dry run) count as TEXT_TOKENS long; latents may be missing too.
     """
     size, source = run.config.batch_size, run.source
     try:
@@ -87,6 +87,8 @@ def batch_shape(run):
         rows = dict.fromkeys(
             ("cond", "uncond"), jax.ShapeDtypeStruct((1, TEXT_TOKENS, width), jnp.bfloat16)
         )
+        if run.method.uses_data:
+            rows["data"] = jax.ShapeDtypeStruct((1, *source.sample_shape), jnp.float32)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), rows)
 
 

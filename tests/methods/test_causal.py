@@ -193,6 +193,9 @@ def test_the_header_of_an_export_says_how_to_sample_it(nets, tmp_path):
     dmd = method(video=SelfForcing(Causal(2, window=4, sink=1), context_time=None))
     files.save(tmp_path / "student.safetensors", nets["generator"], **dmd.notes())
     assert sampler_for(tmp_path / "student.safetensors") == dmd.sampler(3, 1.0)
+    notes = dict(times=(1.0, 0.5), shift=1.0, causal=dict(frames_per_block=2))  # no more is needed
+    files.save(tmp_path / "short.safetensors", nets["generator"], **notes)
+    assert sampler_for(tmp_path / "short.safetensors") == CausalFewStep((1.0, 0.5), 1.0, PAIRS)
 
 
 @pytest.mark.parametrize("teacher_forcing", [False, True])
@@ -233,6 +236,7 @@ def test_causvid_calls_the_generator_once_with_a_time_for_each_block(teacher_for
         (dict(video=SelfForcing(PAIRS, least_blocks=2)), "least_blocks=2 needs `compared`"),
         (dict(video=SelfForcing(PAIRS, compared=4, least_blocks=1)), "at least the compared=4"),
         (dict(video=SelfForcing(PAIRS, compared=4, least_blocks=4)), "at most the 6 frames"),
+        (dict(video=SelfForcing(PAIRS, graded=0)), "graded=0 leaves no frame"),
         (dict(strides=(1, 3)), "a causal rollout uses all of `times`"),
     ],
     ids=str,

@@ -9,7 +9,6 @@ import json
 import struct
 import threading
 import time
-import types
 import urllib.error
 import urllib.request
 
@@ -20,6 +19,7 @@ from PIL import Image
 from dmd_jax.pipelines import player as players
 from dmd_jax.pipelines.player import Player, encode
 from dmd_jax.pipelines.video_stream import Piece, Times
+from dmd_jax.rollouts.samplers import CausalFewStep
 
 FPS = 6  # and so many frames may be sent that are not yet shown
 
@@ -27,7 +27,7 @@ FPS = 6  # and so many frames may be sent that are not yet shown
 class Model:
     """Blocks of two frames [4, 6, 3], of a grey of 10 times the prompt's length plus the seed."""
 
-    sampler = types.SimpleNamespace(title="a stand-in")
+    sampler = CausalFewStep((1.0,))
 
     def __init__(self, longest=None):
         self.longest, self.made, self.release = longest, 0, threading.Event()
@@ -213,7 +213,7 @@ def test_states_are_told_in_order():
     player, viewer = ready(Model(longest=3))
     states = viewer.told("state")
     assert [s for s, _ in itertools.groupby(viewer.states())] == ["loading", "compiling", "ready"]
-    assert states[-1]["message"] == "a stand-in; compiled in 1.5 s"
+    assert states[-1]["message"] == "blocks of 3 frames in 1 steps; compiled in 1.5 s"
     player.play("one", 0)
     watch(player, viewer, 1, 6)
     until(lambda: viewer.told("ended") and viewer.states()[-1] == "ready")

@@ -400,6 +400,19 @@ def test_videos_of_prompts_are_drawn_by_a_function(digits):
         assert np.abs(a.astype(int) - b).max() <= 1
 
 
+def test_what_a_causal_student_cannot_make_is_refused_before_it_is_loaded(
+    digits, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sampling, "load_denoiser", None)
+    path, causal = tmp_path / "causal.safetensors", {"frames_per_block": 3}
+    notes = {"data": "moving_digits", "times": (1.0, 0.5), "shift": 1.0, "causal": causal}
+    weights.save(path, weights.denoiser(digits), **notes)
+    with pytest.raises(ValueError, match="the video: 4 frames do not divide into blocks of 3"):
+        sampling.sample_videos(path, ["two"])
+    with pytest.raises(ValueError, match="drop --images and --boundary"):
+        sampling.sample_videos(path, ["two"], images=["a.png"])
+
+
 def test_on_a_mesh_the_denoiser_is_loaded_in_parts(digits):
     whole = sampling.load_denoiser(digits)
     with jax.set_mesh(sharding.make_mesh(data=2, fsdp=4)):

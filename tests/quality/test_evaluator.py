@@ -182,6 +182,7 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
     causal = Causal(2, window=2)
     student, start = few_step((1.0,), 1, 1, 1.0, causal, name="self-forcing"), CausalManyStep(2)
     weights.save(tmp_path / "start.safetensors", net, **start.notes())
+    path = str(tmp_path / "start.safetensors")
     spec = Evaluation(
         every=1,
         features="",
@@ -189,7 +190,7 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
         steps=(1,),
         teacher_steps=(2,),
         frames=12,
-        beside=(("start", str(tmp_path / "start.safetensors")),),
+        beside=(("start", path),),
     )
     judge = Evaluator(spec, source, [student], [ManyStep(2)], 8)
     judge.check()
@@ -200,6 +201,27 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
     }
     for name in ("report.png", "by_frame.png", "videos.gif"):
         assert name in text and (tmp_path / name).stat().st_size
+
+    def changed(own=(student,), **changes):
+        return Evaluator(dataclasses.replace(spec, **changes), source, own, [ManyStep(2)], 8)
+
+    for name in ("real", "teacher", "self-forcing"):
+        with pytest.raises(ValueError, match=f"two rows of the report have the name '{name}'"):
+            changed(beside=((name, path),)).check()
+    with pytest.raises(ValueError, match="frames=13: 13 frames do not divide into blocks of 2"):
+        changed(frames=13, beside=()).check()
+    with pytest.raises(ValueError, match="frames=10: 10 frames do not divide into blocks of 3"):
+        changed(frames=10).check()
+    with pytest.raises(ValueError, match="is in reports by frame alone: set frames"):
+        changed(frames=0).check()
+    # Fewer videos and frames than the figures show; the trained network in several steps.
+    more = (student, dataclasses.replace(student, times=(1.0, 0.5)))
+    few = changed(more, num=3, frames=6, beside=())
+    few.check()
+    few.report(tmp_path, "title", net)
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    names = ["real", "self-forcing, 1 step", "self-forcing, 2 steps"]
+    assert [row["name"] for row in rows] == names
 
 
 def test_what_cannot_be_measured_by_frame_is_refused_before_training(data_dir, tmp_path):

@@ -206,6 +206,25 @@ def test_a_shorter_rollout_is_that_of_its_blocks_alone(generator, causal):
     assert_close(gradient, wanted, rtol=2e-4, atol=2e-5)
 
 
+def test_the_mask_keeps_no_frame_that_has_no_gradient(generator):
+    """With few blocks, a lone first frame lies within the last `graded` frames: it is not one."""
+    noise, causal = normal(0, 2, 7, *SIZE), Causal(2, True)
+
+    @jax.jit
+    def gradient(generator, frame):
+        def of(generator):
+            how = dict(causal=causal, exit_step=jnp.int32(0), graded=4, blocks=jnp.int32(2))
+            rollout = roll(generator, noise=noise, **how)
+            return jnp.sum(jnp.square(rollout.x0[:, frame])), rollout.mask
+
+        return jax.grad(of, has_aux=True)(generator)
+
+    for frame, passes in ((4, False), (5, True)):
+        leaves, mask = gradient(generator, jnp.int32(frame))
+        assert any(bool(np.any(leaf)) for leaf in jax.tree.leaves(leaves)) == passes
+    np.testing.assert_array_equal(mask, [[False] * 5 + [True] * 2] * 2)
+
+
 @pytest.mark.parametrize("context_time", [0.0, 0.3, None])
 @pytest.mark.parametrize(
     "causal", [PAIRS, Causal(2, window=4, sink=1), Causal(2, True, window=4)], ids=str
@@ -375,6 +394,10 @@ def test_frames_beyond_a_cache_without_a_window_are_nan_or_refused(generator):
         (dict(graded=8), "graded=8 of 6 frames"),
         (dict(times=(0.5, 1.0)), "must descend"),
         (dict(first_times=(0.5, 1.0)), "must descend"),
+        (dict(exit_step=4), r"exit_step=4 must be in \[0, 3\]"),
+        (dict(exit_step=-1), r"exit_step=-1 must be in \[0, 3\]"),
+        (dict(blocks=0), r"blocks=0 must be in \[1, 3\]"),
+        (dict(blocks=4), r"blocks=4 must be in \[1, 3\]"),
         (dict(start=jnp.int32(0)), "start is traced: give a cache"),
     ],
     ids=str,
