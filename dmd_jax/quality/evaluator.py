@@ -193,7 +193,8 @@ class Evaluator:
 
         Args:
             directory: receives report.md, report.png and evaluation.json; where images are judged,
-                report.json (the rows) and teacher.rows.json too. The first process writes.
+                report.json (the rows) and teacher.rows.json too; by frame, report.json,
+                by_frame.png and videos.gif. The first process writes.
             title: of the report.
             trained: the network, placed.
             teacher, teacher_path: the teacher, placed, and its file; None without a teacher.
@@ -303,7 +304,7 @@ class Evaluator:
         ]
         length = source.sample_shape[0]
         if jax.process_index() == 0:
-            write_text(directory / "report.json", json.dumps({"rows": table}, indent=1) + "\n")
+            write_text(directory / "report.json", json.dumps(table, indent=1) + "\n")
             drift.figure(directory / "by_frame.png", table, length, title=title)
             few = {name: x[:: max(len(x) // SHOWN, 1)][:SHOWN] for name, x in videos.items()}
             strips = drift.strips(few, max(spec.frames // 12, 1))

@@ -195,7 +195,7 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
     judge = Evaluator(spec, source, [student], [ManyStep(2)], 8)
     judge.check()
     text = judge.report(tmp_path, "title", net, teacher=net)
-    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "report.json").read_text())
     assert {row["name"]: len(row["by_frame"]["digit"]) for row in rows} == {
         **{"real": 12, "teacher": 4, "start": 12, "self-forcing": 12}
     }
@@ -219,7 +219,7 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
     few = changed(more, num=3, frames=6, beside=())
     few.check()
     few.report(tmp_path, "title", net)
-    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "report.json").read_text())
     names = ["real", "self-forcing, 1 step", "self-forcing, 2 steps"]
     assert [row["name"] for row in rows] == names
 
