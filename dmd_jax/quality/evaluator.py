@@ -211,22 +211,18 @@ class Evaluator:
             body = self._shown(directory, title, trained, teacher)
         text = report.page(title, body, cost)
         if jax.process_index() == 0:
-            write_text(directory / SETTINGS, self._kept())
+            write_text(directory / SETTINGS, _kept(self.settings))
             write_text(directory / REPORT, text)
         return text
 
     def is_reported(self, directory: Path) -> bool:
         """Whether the report in `directory` is one of these settings."""
         try:
-            return (directory / SETTINGS).read_text() == self._kept()
-        except OSError:
+            stored = json.loads((directory / SETTINGS).read_text())
+        except (OSError, ValueError):
             return False
-
-    def _kept(self):
-        """The settings that a report depends on, as JSON."""
-        kept = dataclasses.asdict(self.settings)
-        del kept["every"], kept["samples"]
-        return json.dumps(kept, indent=1) + "\n"
+        # A report that was written before a field existed is one of its default.
+        return json.loads(_kept(Evaluation(every=1))) | stored == json.loads(_kept(self.settings))
 
     def _judge(self, split, limit):
         source = self.source
@@ -336,3 +332,10 @@ class Evaluator:
             denoiser, sampler, cond, uncond, shape, seed, batch=min(num, self.batch)
         )
         return np.concatenate(list(drawn))
+
+
+def _kept(settings):
+    """The settings that a report depends on, as JSON."""
+    kept = dataclasses.asdict(settings)
+    del kept["every"], kept["samples"]
+    return json.dumps(kept, indent=1) + "\n"

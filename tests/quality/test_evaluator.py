@@ -224,6 +224,20 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
     assert [row["name"] for row in rows] == names
 
 
+def test_a_report_from_before_a_setting_existed_is_one_of_its_default(data_dir, tmp_path):
+    """An upgrade of the library does not judge finished runs again."""
+    now, path = evaluator(data_dir), tmp_path / "evaluation.json"
+    assert not now.is_reported(tmp_path)
+    stored = dataclasses.asdict(SPEC)
+    for name in ("every", "samples", "frames", "beside"):
+        del stored[name]
+    path.write_text(json.dumps(stored))
+    assert now.is_reported(tmp_path)
+    assert not evaluator(data_dir, frames=12).is_reported(tmp_path)
+    path.write_text(json.dumps(stored | {"num": 200}))
+    assert not now.is_reported(tmp_path)
+
+
 def test_what_cannot_be_measured_by_frame_is_refused_before_training(data_dir, tmp_path):
     with pytest.raises(ValueError, match="frames=12: 'mnist5k' is not measured by frame"):
         evaluator(data_dir, frames=12).check()
