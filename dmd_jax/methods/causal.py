@@ -39,6 +39,7 @@ class CausalRollout:
 
     uses_data: ClassVar = False
     title: ClassVar = "student"  # in tables
+    shares_exit: ClassVar = False  # whether all blocks stop at one exit step
 
     causal: Causal = dataclasses.field(default=Causal())
     first_times: tuple[float, ...] | None = None
@@ -110,6 +111,11 @@ class SelfForcing(CausalRollout):
     per_block_exit: bool = False
     graded: int | None = None
     least_blocks: int | None = None
+
+    @property
+    def shares_exit(self) -> bool:
+        """Whether all blocks stop at one exit step."""
+        return not self.per_block_exit
 
     def check(self, sample_shape: tuple[int, ...]) -> None:
         super().check(sample_shape)

@@ -214,6 +214,11 @@ def test_causvid_after_real_blocks_sees_the_context_of_inference(context_time, w
         (dict(video=SelfForcing(PAIRS, graded=0)), "graded=0 leaves no frame"),
         (dict(video=SelfForcing(PAIRS, least_blocks=4)), r"least_blocks=4 must be in \[1, 3\]"),
         (dict(strides=(1, 3)), "a causal rollout uses all of `times`"),
+        (
+            dict(video=SelfForcing(PAIRS, per_block_exit=True), above_exit=True),
+            "need one exit step for all blocks",
+        ),
+        (dict(video=CausVid(PAIRS), below_exit=True), "need one exit step for all blocks"),
     ],
     ids=str,
 )
