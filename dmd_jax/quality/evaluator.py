@@ -143,7 +143,7 @@ class Evaluator:
             return
         for name, path in spec.beside:
             source.require_fit(f"{path} of beside={name!r}", weights.abstract(path).net.config)
-        for sampler in (*beside, *self.samplers):
+        for sampler in (*beside, *self.samplers, *self.teacher_samplers[:1]):
             samplers.require_blocks(f"frames={spec.frames}", spec.frames, sampler)
         names = ["real", *(sampler.name for sampler in self.teacher_samplers[:1])]
         names += [*(name for name, _ in spec.beside), *self._own_names]
