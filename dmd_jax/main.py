@@ -159,8 +159,8 @@ def start():
         text = error
         while isinstance(text, AttributeError | KeyError):  # ml_collections puts one in the other
             text = text.args[0]  # as text, a KeyError is in quotes
-        if isinstance(error, AttributeError):  # the text may be a bare name
-            text = f"there is no entry {text}"
+        if isinstance(error, AttributeError):  # of a bare name, or with a second line: did you mean
+            text = f"there is no entry {text}".replace("\n", ". ")
         refuse(f"in the config or a --config.* override: {text}")
     try:
         app.run(main, argv=argv, flags_parser=lambda argv: argv)

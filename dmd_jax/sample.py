@@ -183,7 +183,7 @@ def stream():
         names = [numbered(out, i, len(scenes)) for out in outs]
         with contextlib.ExitStack() as files:
             writers = [files.enter_context(video.video_writer(n, FLAGS.fps)) for n in names]
-            made, pieces = play(model, scene, FLAGS.frames, FLAGS.seed)
+            made, pieces = play(model, scene, FLAGS.frames, FLAGS.seed, i)
             for frames in pieces:
                 for write in writers:
                     write(frames)

@@ -95,6 +95,14 @@ def test_a_page_plays_takes_a_prompt_and_gives_the_video(student, tmp_path):
         page.click("send")  # the same prompt would be refused
         page.wait("document.getElementById('receipt').dataset.kind === 'refused' && !playing")
 
+        page.value("video = 99, socket.close(), 0")  # what a server started anew looks like
+        page.wait("state === 'closed'")
+        page.wait("state === 'ready'")
+        page.type("prompt", "three moves left")
+        page.click("send")
+        page.wait("shown > 2")
+        page.click("reset")
+
         page.size(390, 844)  # a telephone
         assert page.value("document.documentElement.scrollWidth") <= 390
         assert not page.errors

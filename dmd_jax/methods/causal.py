@@ -25,7 +25,7 @@ from dmd_jax.rollouts.backward_simulation import Rollout
 from dmd_jax.rollouts.blocks import Layout
 from dmd_jax.rollouts.samplers import CausalFewStep, few_step
 from dmd_jax.rollouts.self_forcing import empty_cache, self_forcing
-from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, block_of
+from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, block_of, context_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class CausalRollout:
     uses_data: ClassVar = False
     needs_vae: ClassVar = False
     title: ClassVar = "student"  # in tables
+    shares_exit: ClassVar = False  # whether all blocks stop at one exit step
 
     causal: Causal = dataclasses.field(default=Causal())
     first_times: tuple[float, ...] | None = None
@@ -125,6 +126,11 @@ class SelfForcing(CausalRollout):
     def needs_vae(self) -> bool:
         """Whether rollouts call the network `vae`."""
         return self.image_latent
+
+    @property
+    def shares_exit(self) -> bool:
+        """Whether all blocks stop at one exit step."""
+        return not self.per_block_exit
 
     def check(self, sample_shape: tuple[int, ...]) -> None:
         super().check(sample_shape)
@@ -243,8 +249,8 @@ class CausVid(CausalRollout):
     this is what Self-Forcing mends.
 
     Attributes:
-        teacher_forcing: blocks attend to the real, clean blocks before them; otherwise to noisy
-            ones, as in CausVid.
+        teacher_forcing: blocks attend to the real blocks before them, at the context time;
+            otherwise to noisy ones, as in CausVid.
     """
 
     uses_data: ClassVar = True
@@ -277,12 +283,18 @@ class CausVid(CausalRollout):
             last = jax.random.bernoulli(last_key, last_step_share, steps.shape)
             return jnp.where(last, len(times) - 1, steps)
 
+        time_key, context_key = jax.random.split(key)
         levels = shift_time(jnp.asarray(times, jnp.float32), shift)
         block = block_of(noise.shape[1], self.causal)
-        t = levels[randomness.per_sample(draw, key, index)][:, block]
+        t = levels[randomness.per_sample(draw, time_key, index)][:, block]
         x_t = generator.schedule.add_noise(real, noise, t)
         if self.teacher_forcing:
-            x0 = TeacherForced(generator, self.causal)(x_t, t, After(batch["cond"], real))
+            # None: inference keeps the keys and values of the last call.
+            last = shift_time(times[-1], shift)
+            time = last if self.context_time is None else self.context_time
+            context = context_at(time, real, generator.schedule, context_key, index)
+            forced = TeacherForced(generator, self.causal, time)
+            x0 = forced(x_t, t, After(batch["cond"], context))
         else:
             x0 = generator(x_t, t, batch["cond"], causal=self.causal)
         return Rollout(x0, None, jnp.float32(1.0), jnp.float32(0.0), batch["cond"])

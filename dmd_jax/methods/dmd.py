@@ -102,6 +102,11 @@ class DMD:
             self.video.check(self.sample_shape)
             if self.strides != (1,):
                 raise ValueError(f"strides={self.strides}: a causal rollout uses all of `times`")
+            if (self.above_exit or self.below_exit) and not self.video.shares_exit:
+                raise ValueError(
+                    "above_exit and below_exit need one exit step for all blocks, and blocks of "
+                    f"{self.video} have exits of their own"
+                )
 
     def _check_blocks(self):
         size, shape = self.frames_per_block, self.sample_shape

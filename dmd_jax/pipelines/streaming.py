@@ -131,6 +131,7 @@ class Stream:
         size: tuple[int, int, int],
         longest: int | None = None,
         seed: int = 0,
+        number: int = 0,
         keep_sink: bool = False,
     ):
         """Begins a video.
@@ -143,6 +144,7 @@ class Stream:
             longest: without a window, the number of latent frames that there is room for. With a
                 window there is no end, and it is not used.
             seed: of all noise.
+            number: of the first of the B videos among those of this seed: each has its own noise.
             keep_sink: what becomes of the sink where the prompt is switched, see `switch`.
 
         Raises:
@@ -151,7 +153,7 @@ class Stream:
         self._sampler, self._size, self._keep_sink = sampler, tuple(size), keep_sink
         self._denoiser, self._cond = denoiser, jax.tree.map(jnp.asarray, cond)
         causal, batch = sampler.causal, len(jax.tree.leaves(cond)[0])
-        self._key, self._index = jax.random.key(seed), jnp.arange(batch)
+        self._key, self._index = jax.random.key(seed), number + jnp.arange(batch)
         self._slots = causal.most_visible or longest
         if self._slots is None:
             raise ValueError(

@@ -161,12 +161,14 @@ class StreamModel:
         cond, _ = self.around.conditions(prompts, "", self.denoiser.net.config)
         return cond
 
-    def start(self, cond: Any, seed: int = 0, *, began: float | None = None) -> VideoStream:
+    def start(
+        self, cond: Any, seed: int = 0, number: int = 0, *, began: float | None = None
+    ) -> VideoStream:
         """Begins a video of one prompt.
 
         Args:
             cond: `embed` of one prompt.
-            seed: of all noise.
+            seed, number: of all noise, see `Stream`.
             began: as for `VideoStream`.
         """
         stream = Stream(
@@ -176,6 +178,7 @@ class StreamModel:
             size=self.around.sample_shape[1:],
             longest=self.longest,
             seed=seed,
+            number=number,
             keep_sink=self.keep_sink,
         )
         return VideoStream(stream, self.around.decoder(), began=began)
@@ -236,9 +239,12 @@ def _longest(around, sampler, frames):
 
 
 def play(
-    model: StreamModel, scene: Scene, frames: int, seed: int = 0
+    model: StreamModel, scene: Scene, frames: int, seed: int = 0, number: int = 0
 ) -> tuple[VideoStream, Iterator[np.ndarray]]:
     """Makes a video of `frames` frames with the prompts of a scene.
+
+    Args:
+        seed, number: of all noise, see `Stream`.
 
     Returns:
         (the VideoStream, for its times; an iterator of uint8 [T, H, W, 3], the last of which is cut
@@ -247,7 +253,7 @@ def play(
     began = time.perf_counter()
     conds = model.embed(*scene.prompts)
     rows = [jax.tree.map(lambda x: x[i : i + 1], conds) for i in range(len(scene.prompts))]  # noqa: B023
-    video = model.start(rows[0], seed, began=began)
+    video = model.start(rows[0], seed, number, began=began)
     return video, _played(video, list(zip(scene.starts, rows, strict=True))[1:], frames)
 
 

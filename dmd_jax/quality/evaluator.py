@@ -143,7 +143,7 @@ class Evaluator:
             return
         for name, path in spec.beside:
             source.require_fit(f"{path} of beside={name!r}", weights.abstract(path).net.config)
-        for sampler in (*beside, *self.samplers):
+        for sampler in (*beside, *self.samplers, *self.teacher_samplers[:1]):
             samplers.require_blocks(f"frames={spec.frames}", spec.frames, sampler)
         names = ["real", *(sampler.name for sampler in self.teacher_samplers[:1])]
         names += [*(name for name, _ in spec.beside), *self._own_names]
@@ -193,7 +193,8 @@ class Evaluator:
 
         Args:
             directory: receives report.md, report.png and evaluation.json; where images are judged,
-                report.json (the rows) and teacher.rows.json too. The first process writes.
+                report.json (the rows) and teacher.rows.json too; by frame, report.json,
+                by_frame.png and videos.gif. The first process writes.
             title: of the report.
             trained: the network, placed.
             teacher, teacher_path: the teacher, placed, and its file; None without a teacher.
@@ -210,22 +211,18 @@ class Evaluator:
             body = self._shown(directory, title, trained, teacher)
         text = report.page(title, body, cost)
         if jax.process_index() == 0:
-            write_text(directory / SETTINGS, self._kept())
+            write_text(directory / SETTINGS, _kept(self.settings))
             write_text(directory / REPORT, text)
         return text
 
     def is_reported(self, directory: Path) -> bool:
         """Whether the report in `directory` is one of these settings."""
         try:
-            return (directory / SETTINGS).read_text() == self._kept()
-        except OSError:
+            stored = json.loads((directory / SETTINGS).read_text())
+        except (OSError, ValueError):
             return False
-
-    def _kept(self):
-        """The settings that a report depends on, as JSON."""
-        kept = dataclasses.asdict(self.settings)
-        del kept["every"], kept["samples"]
-        return json.dumps(kept, indent=1) + "\n"
+        # A report that was written before a field existed is one of its default.
+        return json.loads(_kept(Evaluation(every=1))) | stored == json.loads(_kept(self.settings))
 
     def _judge(self, split, limit):
         source = self.source
@@ -303,7 +300,7 @@ class Evaluator:
         ]
         length = source.sample_shape[0]
         if jax.process_index() == 0:
-            write_text(directory / "report.json", json.dumps({"rows": table}, indent=1) + "\n")
+            write_text(directory / "report.json", json.dumps(table, indent=1) + "\n")
             drift.figure(directory / "by_frame.png", table, length, title=title)
             few = {name: x[:: max(len(x) // SHOWN, 1)][:SHOWN] for name, x in videos.items()}
             strips = drift.strips(few, max(spec.frames // 12, 1))
@@ -335,3 +332,10 @@ class Evaluator:
             denoiser, sampler, cond, uncond, shape, seed, batch=min(num, self.batch)
         )
         return np.concatenate(list(drawn))
+
+
+def _kept(settings):
+    """The settings that a report depends on, as JSON."""
+    kept = dataclasses.asdict(settings)
+    del kept["every"], kept["samples"]
+    return json.dumps(kept, indent=1) + "\n"

@@ -226,6 +226,25 @@ def test_causvid_calls_the_generator_once_with_a_time_for_each_block(teacher_for
     assert call["causal"] == video.causal and ("context" in call) == teacher_forcing
 
 
+@pytest.mark.parametrize("context_time, wanted", [(0.0, 0.0), (0.2, 0.2), (None, 5 / 6)])
+def test_causvid_after_real_blocks_sees_the_context_of_inference(context_time, wanted):
+    """Noised to the context time; to that of the last call, whose keys and values None keeps."""
+    calls = []
+
+    def probe(x, t, cond, **kw):
+        calls.append(kw)
+        return jnp.zeros_like(x)
+
+    video = CausVid(PAIRS, context_time=context_time, teacher_forcing=True)
+    data = batch(64)
+    dmd = method(video=video, times=(1.0, 0.5))
+    dmd.rollout(Denoiser(probe), {}, data, KEY)
+    (call,) = calls
+    np.testing.assert_allclose(call["context_time"], np.full(64, 1000 * wanted), rtol=1e-6)
+    noise = np.asarray(call["context"] - (1 - wanted) * data["data"])
+    np.testing.assert_allclose(noise.std(), wanted, rtol=0.02, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "how, complaint",
     [
@@ -238,6 +257,11 @@ def test_causvid_calls_the_generator_once_with_a_time_for_each_block(teacher_for
         (dict(video=SelfForcing(PAIRS, compared=4, least_blocks=4)), "at most the 6 frames"),
         (dict(video=SelfForcing(PAIRS, graded=0)), "graded=0 leaves no frame"),
         (dict(strides=(1, 3)), "a causal rollout uses all of `times`"),
+        (
+            dict(video=SelfForcing(PAIRS, per_block_exit=True), above_exit=True),
+            "need one exit step for all blocks",
+        ),
+        (dict(video=CausVid(PAIRS), below_exit=True), "need one exit step for all blocks"),
     ],
     ids=str,
 )

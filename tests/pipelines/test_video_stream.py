@@ -133,6 +133,23 @@ def test_a_scene_that_does_not_go_forward_is_refused(tmp_path, text):
         read_scenes(path)
 
 
+def test_videos_of_one_seed_have_noise_of_their_own(call, model, student, tmp_path):
+    """Two lines with one prompt are two videos."""
+    from PIL import Image
+
+    (tmp_path / "prompts.txt").write_text("three\nthree\n")
+    arguments = f"--checkpoint={student}", f"--prompts={tmp_path / 'prompts.txt'}", "--frames=1"
+    assert call(sample, "--stream", *arguments, f"--out={tmp_path / 'a.gif'}") is None
+    for number in range(2):
+        (frame,) = np.concatenate(list(play(model, Scene((0,), ("three",)), 1, 0, number)[1]))
+        with Image.open(tmp_path / f"a-00{number}.gif") as gif:
+            shown = np.asarray(gif.convert("RGB")).astype(int)
+        assert np.abs(shown - frame).mean() < 2
+        if number == 0:
+            first = shown
+    assert np.abs(shown - first).mean() > 10
+
+
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.txt"

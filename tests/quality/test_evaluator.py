@@ -195,7 +195,7 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
     judge = Evaluator(spec, source, [student], [ManyStep(2)], 8)
     judge.check()
     text = judge.report(tmp_path, "title", net, teacher=net)
-    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "report.json").read_text())
     assert {row["name"]: len(row["by_frame"]["digit"]) for row in rows} == {
         **{"real": 12, "teacher": 4, "start": 12, "self-forcing": 12}
     }
@@ -219,9 +219,23 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
     few = changed(more, num=3, frames=6, beside=())
     few.check()
     few.report(tmp_path, "title", net)
-    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "report.json").read_text())
     names = ["real", "self-forcing, 1 step", "self-forcing, 2 steps"]
     assert [row["name"] for row in rows] == names
+
+
+def test_a_report_from_before_a_setting_existed_is_one_of_its_default(data_dir, tmp_path):
+    """An upgrade of the library does not judge finished runs again."""
+    now, path = evaluator(data_dir), tmp_path / "evaluation.json"
+    assert not now.is_reported(tmp_path)
+    stored = dataclasses.asdict(SPEC)
+    for name in ("every", "samples", "frames", "beside"):
+        del stored[name]
+    path.write_text(json.dumps(stored))
+    assert now.is_reported(tmp_path)
+    assert not evaluator(data_dir, frames=12).is_reported(tmp_path)
+    path.write_text(json.dumps(stored | {"num": 200}))
+    assert not now.is_reported(tmp_path)
 
 
 def test_what_cannot_be_measured_by_frame_is_refused_before_training(data_dir, tmp_path):
