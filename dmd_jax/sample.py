@@ -39,7 +39,7 @@ from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.models.wan import WanConfig
 from dmd_jax.pipelines import sampling, video
 from dmd_jax.pipelines.prompts import read_prompts, read_scenes
-from dmd_jax.pipelines.streaming import parse_causal
+from dmd_jax.pipelines.streaming import parse_causal, title
 from dmd_jax.pipelines.video_stream import load_stream_model, play
 from dmd_jax.quality import report
 from dmd_jax.rollouts.samplers import BATCH, SOLVERS, balanced, draw_images, sampler_for
@@ -178,7 +178,7 @@ def stream():
         dtype=FLAGS.dtype,
         keep_sink=FLAGS.keep_sink,
     )
-    print(f"{model.sampler.title}; compiled in {model.warm_up():.1f} s", flush=True)
+    print(f"{title(model.sampler)}; compiled in {model.warm_up():.1f} s", flush=True)
     for i, scene in enumerate(scenes):
         names = [numbered(out, i, len(scenes)) for out in outs]
         with contextlib.ExitStack() as files:

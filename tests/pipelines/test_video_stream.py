@@ -164,7 +164,8 @@ def test_the_command_writes_every_scene_and_says_how_fast(call, student, prompts
     arguments = f"--checkpoint={student}", f"--prompts={prompts}", f"--out={out}", "--frames=8"
     assert call(sample, "--stream", *arguments, "--seed=3") is None
     printed = capsys.readouterr().out
-    assert "compiled in" in printed and "a-001.gif: first frame after" in printed
+    assert "blocks of 2 frames in 2 steps" in printed and "compiled in" in printed
+    assert "a-001.gif: first frame after" in printed
     assert printed.count("frames per second (denoising") == 2
     with Image.open(tmp_path / "a-000.gif") as gif:
         assert gif.n_frames == 8 and gif.size == (SIDE, SIDE)
