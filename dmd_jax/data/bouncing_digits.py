@@ -126,8 +126,8 @@ class BouncingDigits(TextVideos):
         return word_vectors.WordVectors(PROMPTS, TEXT_LENGTH)
 
     def open(self) -> None:
-        """Nothing is stored, so nothing can be missing."""
-        assert self._texts
+        """Embeds the prompts. Nothing is stored, so nothing can be missing."""
+        self._texts  # noqa: B018
 
     def __len__(self) -> int:
         return self.num
@@ -160,7 +160,7 @@ class BouncingDigits(TextVideos):
 
     def real(self, rows: Sequence[int], frames: int) -> np.ndarray:
         """Videos of test scans, to compare with: uint8 [n, frames, SIZE, SIZE, 1]."""
-        seeds = [(self.seed, 1, i) for i in range(len(rows))]
+        seeds = [(self.seed, i, 1) for i in range(len(rows))]
         return np.stack(
             [video(row, seed, frames, "test") for row, seed in zip(rows, seeds, strict=True)]
         )

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dmd_jax import data
 from dmd_jax.devices import sharding
@@ -58,7 +57,7 @@ class Run:
     method: Any
     nets: dict[str, Denoiser]
     frozen: dict[str, Denoiser]
-    vae: nnx.Module | None
+    vae: Any
     tx: Any
     ema: EMA
     source: data.Source
