@@ -48,7 +48,7 @@ def measure(run):
     rivals = torch_steps(run, nets) if TORCH.value else {}
     work, seconds, limit = {}, {}, matmul_peak()
     for name, (part, calls) in parts(run, batch).items():
-        work[name] = flops.count(part, nets, trips=calls)
+        work[name] = flops.count(part, nets, trips=run.method.trips | {"": calls})
         seconds[name] = partial(_ready, jax.jit(part), nets)
     timed = {name: statistics.median(times) for name, times in in_turn(seconds).items()}
     del nets, seconds  # the step donates the state
@@ -78,7 +78,8 @@ def measure(run):
 def parts(run, batch):
     """{name: (function of the networks, calls of a rollout before its last)}: parts of a step."""
     method, size = run.method, run.config.batch_size
-    batch = batch | {"index": jnp.arange(size)}
+    generator = run.nets["generator"]
+    batch = batch | {"index": jnp.arange(size), "stream": method.streams(generator, batch["cond"])}
     cond, uncond, key = batch["cond"], batch["uncond"], jax.random.key(0)
     x, t = jnp.zeros((size, *method.sample_shape)), jnp.full(size, 0.5)
     rollout = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), cond)

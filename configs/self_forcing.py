@@ -1,12 +1,18 @@
 """Self-Forcing: distils a bidirectional teacher into a causal student that streams.
 
     python -m dmd_jax.main --config=configs/self_forcing.py:wan_t2v_1_3b     Wan2.1: 14B to 1.3B
+    python -m dmd_jax.main --config=configs/self_forcing.py:long             then on long videos
 
 `wan_t2v_1_3b` has the published numbers of Self-Forcing (Huang et al. 2025): 600 iterations of 64
 videos of 21 latent frames, in blocks of 3. It needs some 64 accelerators of 80 GB or a TPU slice;
 `--dry_run` prints the memory of each role. It has not been run. Give the causal start, a folder or
 a file, as --config.generator.weights, and --config.data.embeddings, which `python -m dmd_jax.embed`
 writes.
+
+`long` is LongLive's second stage (Yang et al. 2025): the student of the first, trained with
+`--config.method.video.causal.window=12 --config.method.video.causal.sink=3`, goes on with videos of
+240 latent frames, whose prompts change once. LongLive trains LoRA adapters here, this all weights.
+It has not been run.
 """
 
 import dataclasses
@@ -18,8 +24,10 @@ from dmd_jax.diffusion.denoiser import Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.causal import SelfForcing
 from dmd_jax.methods.dmd import DMD
+from dmd_jax.methods.long_tuning import LongTuning
 from dmd_jax.models.attention import Causal
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
+from dmd_jax.models.wan_vae import WAN_2_1, WanVAEConfig
 from dmd_jax.quality.evaluation import Evaluation
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
@@ -27,6 +35,8 @@ from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
 from dmd_jax.training.step import EMA
 from dmd_jax.training.writers import Log
+
+SMALL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
 def get_config(arg="wan_t2v_1_3b"):
@@ -60,7 +70,6 @@ def _wan(preset, weights, **more):
 
 def _wan_t2v_1_3b(config):
     adamw = dict(cls=AdamW, b1=0.0, b2=0.999, weight_decay=0.01, clip=10.0)
-    small = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     config.data = dict(cls=Prompts, embeddings="embeddings", sample_shape=(21, 60, 104, 16))
     config.method = dict(
         cls=DMD,
@@ -73,7 +82,7 @@ def _wan_t2v_1_3b(config):
     )
     config.teacher = _wan(T2V_14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
     config.generator = _wan(T2V_1_3B, "causal_start", optimizer=adamw | dict(learning_rate=2e-6))
-    config.fake_score = _wan(T2V_1_3B, small, optimizer=adamw | dict(learning_rate=4e-7))
+    config.fake_score = _wan(T2V_1_3B, SMALL, optimizer=adamw | dict(learning_rate=4e-7))
     config.ema = dict(cls=EMA, decay=0.99, start=200)
     config.steps, config.batch_size = 600, 64
     config.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)
@@ -89,4 +98,17 @@ def _wan_t2v_1_3b(config):
     )
 
 
-VARIANTS = {"wan_t2v_1_3b": _wan_t2v_1_3b}
+def _long(config):
+    _wan_t2v_1_3b(config)
+    causal = dict(cls=Causal, frames_per_block=3, window=12, sink=3)
+    config.method.video = dict(cls=LongTuning, causal=causal, image_latent=True)
+    config.vae = dict(weights=SMALL, model=dict(cls=WanVAEConfig, **dataclasses.asdict(WAN_2_1)))
+    config.generator.weights = "student"
+    config.generator.optimizer.learning_rate = 1e-5
+    config.fake_score.optimizer.learning_rate = 2e-6
+    config.reuse_rollout = False
+    config.steps = 3_000
+    config.ema.start = 0
+
+
+VARIANTS = {"wan_t2v_1_3b": _wan_t2v_1_3b, "long": _long}

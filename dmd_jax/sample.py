@@ -48,7 +48,6 @@ FLAGS = flags.FLAGS
 SAMPLER = ("steps", "guidance", "shift", "solver")
 # Flags that a stream does not take.
 WHOLE = ("guidance", "solver", "negative", "images", "boundary", "batch", "num")
-STREAMED = ("causal", "keep_sink")  # flags that only a stream takes
 
 
 def define_flags():
@@ -102,9 +101,6 @@ def define_flags():
         [],
         "Streams: frames_per_block=3,first_alone=1,window=12,sink=3; a student's own if not given.",
     )
-    flags.DEFINE_bool(
-        "keep_sink", False, "Streams: keep the sink of the old prompt where the prompt changes."
-    )
     flags.mark_flag_as_required("checkpoint")
 
 
@@ -145,8 +141,8 @@ def sample():
     """Draws the samples that the flags describe, and writes them."""
     if FLAGS.stream:
         return stream()
-    if given := [f"--{name}" for name in STREAMED if FLAGS[name].present]:
-        raise ValueError(f"{', '.join(given)}: only a stream takes it; add --stream")
+    if FLAGS["causal"].present:
+        raise ValueError("--causal: only a stream takes it; add --stream")
     start, ways = time.time(), {name: FLAGS[name].value for name in SAMPLER}
     sampler = sampler_for(FLAGS.checkpoint, **ways)
     config = sampling.network_config(FLAGS.checkpoint, FLAGS.boundary)
@@ -176,7 +172,6 @@ def stream():
         height=FLAGS.height,
         width=FLAGS.width,
         dtype=FLAGS.dtype,
-        keep_sink=FLAGS.keep_sink,
     )
     print(f"{title(model.sampler)}; compiled in {model.warm_up():.1f} s", flush=True)
     for i, scene in enumerate(scenes):

@@ -37,7 +37,6 @@ def define_flags():
         [],
         "frames_per_block=3,first_alone=1,window=12,sink=3; the student's own if not given.",
     )
-    flags.DEFINE_bool("keep_sink", False, "Keep the old prompt's sink where the prompt changes.")
     flags.DEFINE_integer(
         "frames", 960, "Longest video of a student without a window.", lower_bound=1
     )
@@ -75,7 +74,6 @@ def stream():
         height=FLAGS.height,
         width=FLAGS.width,
         dtype=FLAGS.dtype,
-        keep_sink=FLAGS.keep_sink,
         keep_text_encoder=True,
     )
     player = Player(load, fps=FLAGS.fps)

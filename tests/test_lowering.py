@@ -27,9 +27,17 @@ KERNELS = {
 LENGTHS = "(32760|32768|8190|37440|37888|4680)"
 
 
-@pytest.fixture(scope="module", params=["dmd", "self_forcing"])
+RECIPES = [
+    ("dmd", "wan_t2v_1_3b"),
+    ("self_forcing", "wan_t2v_1_3b"),
+    pytest.param(("self_forcing", "long"), marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids="-".join)
 def run(request):
-    return build(programs.load_config(f"configs/{request.param}.py", "wan_t2v_1_3b"), files=False)
+    name, variant = request.param
+    return build(programs.load_config(f"configs/{name}.py", variant), files=False)
 
 
 def lowered(run, platform, update_generator):

@@ -172,7 +172,6 @@ def test_program_draws_a_grid_with_a_column_for_each_class(program, teacher, tmp
         (["--checkpoint={student}", "--out=a.jpg"], "--out=a.jpg: the ending says the format"),
         (["--checkpoint={student}", "--out={student}/a.npz"], "cannot be written to"),
         (["--checkpoint={student}", "--causal=window=6"], "--causal: only a stream takes it"),
-        (["--checkpoint={student}", "--keep_sink"], "--keep_sink: only a stream takes it"),
     ],
 )
 def test_program_refuses_with_one_message_before_it_samples(

@@ -13,6 +13,7 @@ from flax import nnx
 from dmd_jax.diffusion.denoiser import X0, Denoiser
 from dmd_jax.diffusion.schedule import FlowMatching, Schedule, align
 from dmd_jax.models.dit import DiT, DiTConfig
+from dmd_jax.models.wan import Wan, WanConfig
 
 FLOW = FlowMatching()
 TINY = DiTConfig(
@@ -102,6 +103,32 @@ def tiny_dit(seed, **changes):
 def tiny_mlp(seed, dim=2, hidden=16):
     """An MLP of random weights."""
     return weights(lambda rngs: MLP(dim, hidden, rngs=rngs), seed)
+
+
+def normal(seed, *shape):
+    """Standard normal, float32."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def video_networks():
+    """Three Wan networks of three configurations, for latents [B, F, 4, 4, 3]."""
+
+    def network(dim, depth, seed):
+        config = WanConfig(dim, 24, 2, depth, 3, 3, text_dim=5, freq_dim=8, reach=6)
+        return Denoiser(weights(lambda rngs: Wan(config, rngs=rngs), seed))
+
+    return {
+        "generator": network(16, 2, 0),
+        "teacher": network(32, 3, 1),
+        "fake_score": network(16, 1, 2),
+    }
+
+
+class Halved:
+    """In place of an autoencoder: the last frame as an image is its half, plus their number."""
+
+    def last_as_image(self, latents):
+        return 0.5 * latents[:, -1:] + latents.shape[1]
 
 
 def collectives(compiled):

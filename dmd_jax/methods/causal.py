@@ -3,17 +3,19 @@
     DMD(sample_shape, video=SelfForcing(Causal(3)))     block by block, from its own blocks
     DMD(sample_shape, video=CausVid(Causal(3)))         in one call, from noised real videos
 
+`long_tuning` has a third.
+
 Imports the rollouts and the samplers.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key
+from jaxtyping import Array, Float32, Key, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
@@ -62,6 +64,23 @@ class CausalRollout:
     def _layout(self, sample_shape):
         videos = jax.ShapeDtypeStruct((1, *sample_shape), jnp.float32)
         return Layout.of("videos", videos, self.causal, lone_first=True)
+
+    def expected_blocks(self, sample_shape: tuple[int, ...]) -> float:
+        """Mean number of blocks of a rollout, where that is drawn or differs from step to step.
+
+        A lone first frame does not count.
+        """
+        return self._layout(sample_shape).count
+
+    def streams(self, generator: Denoiser, sample_shape: tuple[int, ...], cond: PyTree) -> Any:
+        """What training goes on from at the first step; None where each step begins anew.
+
+        Args:
+            generator: for the size of its cache.
+            sample_shape: (F, H, W, C).
+            cond: conditions of a batch.
+        """
+        return None
 
     def cache_shape(self, generator: Denoiser, videos: jax.ShapeDtypeStruct) -> KVCache | None:
         """The KV cache that a rollout of `videos` [B, F, H, W, C] fills; None where it fills none.
@@ -156,6 +175,11 @@ class SelfForcing(CausalRollout):
                 f"least_blocks={least}: so many blocks must make at least the compared={compared} "
                 f"frames, and at most the {layout.frames} frames of a video"
             )
+
+    def expected_blocks(self, sample_shape: tuple[int, ...]) -> float:
+        layout = self._layout(sample_shape)
+        least = layout.total if self.least_blocks is None else self.least_blocks
+        return (least + layout.total) / 2 - layout.lone
 
     def cache_shape(self, generator: Denoiser, videos: jax.ShapeDtypeStruct) -> KVCache | None:
         frames = videos.shape[1]

@@ -31,6 +31,7 @@ from dmd_jax.losses.distribution_matching import (
 from dmd_jax.methods import Batch, Metrics, Nets, Observed
 from dmd_jax.methods.causal import CausalRollout
 from dmd_jax.rollouts.backward_simulation import Rollout, backward_simulation, one_step
+from dmd_jax.rollouts.blocks import BLOCKS
 from dmd_jax.rollouts.samplers import Sampler, few_step
 
 BANDS = 4  # intervals of t, of equal length, in which the metric gap/i is reported
@@ -139,6 +140,20 @@ class DMD:
     def notes(self) -> dict[str, Any]:
         """Entries for the header of the exported generator: how to sample it."""
         return self.sampler(len(self.times), 1.0).notes()
+
+    def streams(self, generator: Denoiser, cond: PyTree) -> Any:
+        """The state of videos that go on from step to step; None for other rollouts."""
+        if self.video is None:
+            return None
+        return self.video.streams(generator, self.sample_shape, cond)
+
+    @property
+    def trips(self) -> dict[str, float]:
+        """Expected numbers of iterations, see `training.flops.count`."""
+        trips = {"": self.expected_exit_step}
+        if self.video is not None:
+            trips[BLOCKS] = self.video.expected_blocks(self.sample_shape)
+        return trips
 
     @property
     def expected_exit_step(self) -> float:

@@ -90,7 +90,7 @@ def _maker(sampler, denoiser, cond, key, index):
 
 
 def parse_causal(settings: Sequence[str]) -> Causal | None:
-    """The Causal of ["frames_per_block=3", "first_alone=1", "window=12", "sink=3"]; None for [].
+    """The Causal of ["frames_per_block=3", "window=12", "sink=3", "keep_sink=1"]; None for [].
 
     Raises:
         ValueError: it is written otherwise, or a number is out of range.
@@ -99,8 +99,9 @@ def parse_causal(settings: Sequence[str]) -> Causal | None:
         return None
     try:
         numbers = {name: int(number) for name, number in (s.split("=") for s in settings)}
-        if "first_alone" in numbers:
-            numbers["first_alone"] = bool(numbers["first_alone"])
+        for name in ("first_alone", "keep_sink"):
+            if name in numbers:
+                numbers[name] = bool(numbers[name])
         return Causal(**numbers)
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -132,7 +133,6 @@ class Stream:
         longest: int | None = None,
         seed: int = 0,
         number: int = 0,
-        keep_sink: bool = False,
     ):
         """Begins a video.
 
@@ -145,12 +145,11 @@ class Stream:
                 window there is no end, and it is not used.
             seed: of all noise.
             number: of the first of the B videos among those of this seed: each has its own noise.
-            keep_sink: what becomes of the sink where the prompt is switched, see `switch`.
 
         Raises:
             ValueError: neither a window nor `longest` is given.
         """
-        self._sampler, self._size, self._keep_sink = sampler, tuple(size), keep_sink
+        self._sampler, self._size = sampler, tuple(size)
         self._denoiser, self._cond = denoiser, jax.tree.map(jnp.asarray, cond)
         causal, batch = sampler.causal, len(jax.tree.leaves(cond)[0])
         self._key, self._index = jax.random.key(seed), number + jnp.arange(batch)
@@ -212,15 +211,14 @@ class Stream:
 
         The cache is computed anew from the latents of the window under the new conditions, as by
         `self_forcing.recache` (LongLive, arXiv 2509.22622). A sink that has left the window keeps
-        the keys and values of the old conditions with `keep_sink`; otherwise it is gone. Training
-        through a switch has to do the same.
+        the keys and values of the old conditions with `Causal.keep_sink`; otherwise it is gone.
 
         Args:
             cond: conditions of the same shapes.
         """
         self._cond, self._pending = jax.tree.map(jnp.asarray, cond), None
-        sink = self._sampler.causal.sink if self._keep_sink else 0
-        self.cache = kv_cache.forget(self.cache, sink)
+        causal = self._sampler.causal
+        self.cache = kv_cache.forget(self.cache, causal.sink if causal.keep_sink else 0)
         for x0, start in self._recent:
             self._start = start
             self.cache, self._start = _write(*self._inputs(), self._sampler, x0, None)

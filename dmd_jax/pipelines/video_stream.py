@@ -143,14 +143,12 @@ class StreamModel:
         around: a DigitsPipeline or WanPipeline.
         sampler: how it makes a block.
         longest: latent frames of the longest video, for a student without a window.
-        keep_sink: see `Stream.switch`.
     """
 
     denoiser: Denoiser
     around: Any
     sampler: CausalFewStep
     longest: int
-    keep_sink: bool = False
 
     def embed(self, *prompts: str) -> Any:
         """The conditions of N prompts, with leading axis N.
@@ -179,7 +177,6 @@ class StreamModel:
             longest=self.longest,
             seed=seed,
             number=number,
-            keep_sink=self.keep_sink,
         )
         return VideoStream(stream, self.around.decoder(), began=began)
 
@@ -205,7 +202,6 @@ def load_stream_model(
     height: int = 480,
     width: int = 832,
     dtype: str = "float32",
-    keep_sink: bool = False,
     keep_text_encoder: bool = False,
 ) -> StreamModel:
     """The StreamModel of a checkpoint, on the current mesh (`jax.set_mesh`) or the first device.
@@ -216,7 +212,6 @@ def load_stream_model(
         pipeline, height, width, dtype: as for `sampling.sample_videos`.
         frames: of the longest video in pixels, for a student without a window; with one there is no
             limit.
-        keep_sink: as for `Stream`.
         keep_text_encoder: whether the text encoder stays in memory, for prompts that come later.
 
     Raises:
@@ -229,7 +224,7 @@ def load_stream_model(
         checkpoint, pipeline, (1, height, width), dtype, keep_text_encoder=keep_text_encoder
     )
     denoiser = sampling.load_denoiser(checkpoint, dtype=dtype)
-    return StreamModel(denoiser, around, sampler, _longest(around, sampler, frames), keep_sink)
+    return StreamModel(denoiser, around, sampler, _longest(around, sampler, frames))
 
 
 def _longest(around, sampler, frames):

@@ -26,6 +26,7 @@ class Rollout(NamedTuple):
         t_to: time that the next call would have had, before the shift; 0 if there is none.
         cond: the condition of the samples.
         cache: the network's cache after the last call, where it has one.
+        stream: what the next step goes on from, where videos go on from step to step.
     """
 
     x0: Float[Array, " B *data"]
@@ -34,6 +35,7 @@ class Rollout(NamedTuple):
     t_to: Float32[Array, ""]
     cond: PyTree
     cache: Any = None
+    stream: Any = None
 
 
 def constant(tree: PyTree) -> PyTree:

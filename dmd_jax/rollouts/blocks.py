@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+BLOCKS = "loop_over_blocks"  # name of the function in which their number is a traced value
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -73,9 +75,14 @@ class Layout:
             return body(self.lone + i, self.lone + self.size * i, self.size, carry)
 
         # Known bounds make it a loop of known length, whose FLOPs can be counted.
-        known = isinstance(left_out, int)
-        start = max(first, left_out) if known else jnp.maximum(first, left_out)
-        return jax.lax.fori_loop(start, self.count, other, carry)
+        if isinstance(left_out, int):
+            return jax.lax.fori_loop(max(first, left_out), self.count, other, carry)
+
+        def loop(start, carry):
+            return jax.lax.fori_loop(start, self.count, other, carry)
+
+        loop.__name__ = BLOCKS
+        return jax.jit(loop)(jnp.maximum(first, left_out), carry)
 
     def starts(self, start, left_out):
         """int32 [blocks]: the first frame of each block in the video; `left_out` come before it."""

@@ -145,7 +145,6 @@ def recache(
     cache: KVCache,
     start: Int[ArrayLike, ""],
     context_time: float | None = 0.0,
-    keep_sink: bool = False,
     index: Int[ArrayLike, " B"] | None = None,
 ) -> KVCache:
     """Computes a cache anew from latents, under another conditioning: a prompt switch (LongLive).
@@ -155,18 +154,16 @@ def recache(
         latents: the last frames of the video, [B, n, H, W, C], from the border of a block on.
         cond: the new conditions.
         key: of the context noise; only where `context_time` is above 0.
-        cache: the stream's cache, for its size and, with `keep_sink`, its sink.
+        cache: the stream's cache, for its size and, with `causal.keep_sink`, its sink.
         start: number of the first of these frames in the video. May be traced.
         context_time: as for `self_forcing`; None means 0, for there is no exit call.
-        keep_sink: keep the sink's keys and values of the old conditions; otherwise the sink is what
-            `latents` hold of it.
 
     Returns:
         KVCache.
     """
     index = jnp.arange(latents.shape[0]) if index is None else index
     frozen, latents, cond = constant((generator, latents, cond))
-    cache = kv_cache.forget(cache, causal.sink if keep_sink else 0)
+    cache = kv_cache.forget(cache, causal.sink if causal.keep_sink else 0)
     maker = BlockMaker(frozen, cond, schedule, causal, key, index)
     return maker.write_all(latents, cache, start, context_time or 0.0, lone_first=False)
 

@@ -54,14 +54,14 @@ class Cost:
 def cost(run) -> Cost:
     """The cost of a `run.Run`: its steps are traced, nothing is computed.
 
-    A rollout's length is random; it counts as its expected value (`DMD.expected_exit_step`).
+    A rollout's length is random; it counts as its expected value (`DMD.trips`).
     Judging and the report are not included.
     """
     config, generator = run.config, run.nets["generator"]
     batch, key = batch_shape(run), jax.eval_shape(lambda: jax.random.key(0))
     numbers = [run.updates_generator(step) for step in range(config.steps)]
     steps = {kind: numbers.count(kind) for kind in (True, False) if kind in numbers}
-    count = partial(flops.count, trips=getattr(run.method, "expected_exit_step", None))
+    count = partial(flops.count, trips=getattr(run.method, "trips", {}))
     state, frozen = run.state_shape(), run.frozen_shape()
     with jax.set_mesh(run.mesh):
         step = {

@@ -8,12 +8,13 @@ Arguments may be jax.ShapeDtypeStructs: nothing is computed. Imports jax.
 """
 
 import math
+from types import MappingProxyType
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count(function, *args, trips=None):
+def count(function, *args, trips=MappingProxyType({})):
     """FLOPs of one call of `function(*args)`.
 
     Loops of a known length (scan, fori_loop between constants) count their body as often as it
@@ -21,29 +22,31 @@ def count(function, *args, trips=None):
 
     Args:
         args: arrays or jax.ShapeDtypeStructs.
-        trips: expected number of iterations of a loop whose length is a traced value, such as the
-            rollout's; one number for all of them.
+        trips: expected numbers of iterations of loops whose length is a traced value, such as the
+            rollout's, by the name of the jitted function that the loop is in; "" for all others.
 
     Raises:
-        ValueError: `trips` is None and such a loop contains matrix products.
+        ValueError: `trips` has no number for such a loop, and it contains matrix products.
     """
     return round(_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, trips))
 
 
-def _jaxpr(jaxpr, trips):
-    return sum(_equation(equation, trips) for equation in jaxpr.eqns)
+def _jaxpr(jaxpr, trips, scope=""):
+    return sum(_equation(equation, trips, scope) for equation in jaxpr.eqns)
 
 
-def _equation(equation, trips):
+def _equation(equation, trips, scope):
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot_general(equation)
     if name == "conv_general_dilated":
         return _convolution(equation)
+    if (inside := params.get("name")) in trips:
+        return sum(_jaxpr(jaxpr, trips, inside) for jaxpr in _jaxprs(params))
     parts = [_jaxpr(jaxpr, trips) for jaxpr in _jaxprs(params)]
     if name == "cond":
         return max(parts)
-    return _repeats(name, params, trips, sum(parts)) * sum(parts) if any(parts) else 0
+    return _repeats(name, params, trips.get(scope), sum(parts)) * sum(parts) if any(parts) else 0
 
 
 def _jaxprs(params):
@@ -70,7 +73,7 @@ def _repeats(name, params, trips, flops):
     if trips is None:
         raise ValueError(
             f"a loop of {flops:,} FLOPs an iteration has a length that is a traced value: give its "
-            "expected number of iterations as `trips`"
+            "expected number of iterations in `trips`"
         )
     return trips
 

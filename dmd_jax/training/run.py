@@ -22,7 +22,7 @@ from dmd_jax.rollouts import samplers
 from dmd_jax.training import optimizer, roles
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import construct, flatten, unknown
-from dmd_jax.training.cost import cost
+from dmd_jax.training.cost import batch_shape, cost
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.step import EMA, init_state, train_step
 from dmd_jax.training.writers import Log
@@ -86,14 +86,37 @@ class Run:
     def state_shape(self):
         """The TrainState, as jax.ShapeDtypeStructs with shardings."""
         shapes = jax.eval_shape(lambda: init_state(roles.zeros(self.nets), self.tx, self.ema))
-        return roles.placed(shapes, self.nets, self.mesh)
+        shapes = roles.placed(shapes, self.nets, self.mesh)
+        return dataclasses.replace(shapes, stream=self._stream_shape())
+
+    def _stream_shape(self):
+        stream = jax.eval_shape(self._stream, self.nets["generator"], batch_shape(self)["cond"])
+        if stream is None:
+            return None
+
+        def place(x, axis):
+            spec = jax.P() if axis < 0 else jax.P(*(None,) * axis, sharding.BATCH)
+            place = jax.sharding.NamedSharding(self.mesh, spec)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        return jax.tree.map(place, stream, stream.batch_axes())
+
+    def _stream(self, generator, cond):
+        """What the first step goes on from; None for most methods."""
+        make = getattr(self.method, "streams", None)
+        return None if make is None else make(generator, cond)
 
     def start(self):
         """(TrainState at step 0, frozen nets), loaded and placed."""
         shape = self.state_shape()
         nets = {role: roles.load(self.config, role, net) for role, net in shape.nets.items()}
         shardings = jax.tree.map(lambda x: x.sharding, shape)
-        init = partial(init_state, tx=self.tx, ema=self.ema)
+        cond = batch_shape(self)["cond"]
+
+        def init(nets):
+            stream = self._stream(nets["generator"], roles.zeros(cond))
+            return init_state(nets, self.tx, self.ema, stream)
+
         state = jax.jit(init, out_shardings=shardings)(nets)
         return state, self.load_frozen()
 

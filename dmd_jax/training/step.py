@@ -32,6 +32,8 @@ class TrainState:
         opt_state: state of the optimizer of all roles.
         more_ema: {decay as text: average}, of `EMA.more_decays`; empty by default, so that such a
             state has the paths of one without this field.
+        stream: what a method's rollouts go on from (`methods.long_tuning.Streams`); None for most.
+            Its `batch_axes()` are the batch axis of each array, -1 where all samples share it.
     """
 
     step: Any
@@ -39,6 +41,7 @@ class TrainState:
     ema: Any
     opt_state: Any
     more_ema: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stream: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +95,16 @@ class EMA:
         return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, generator)
 
 
-def init_state(nets: Mapping[str, PyTree], tx: Any, ema: EMA = EMA()) -> TrainState:
+def init_state(
+    nets: Mapping[str, PyTree], tx: Any, ema: EMA = EMA(), stream: Any = None
+) -> TrainState:
     """A TrainState at step 0, in new float32 buffers: donation never deletes a caller's weights.
 
     Args:
         nets: {role: Denoiser}, trainable roles only.
         tx: from `optimizer.per_role`.
         ema: which averages the state contains.
+        stream: what the first step's rollouts go on from; None for most methods.
     """
     nets = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), nets)
 
@@ -106,7 +112,7 @@ def init_state(nets: Mapping[str, PyTree], tx: Any, ema: EMA = EMA()) -> TrainSt
         return jax.tree.map(jnp.copy, nets["generator"])
 
     more = {name: average() for name in ema.more}
-    return TrainState(jnp.zeros((), jnp.int32), nets, average(), tx.init(nets), more)
+    return TrainState(jnp.zeros((), jnp.int32), nets, average(), tx.init(nets), more, stream)
 
 
 def merge(trainable: Mapping[str, PyTree], frozen: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -163,6 +169,9 @@ def train_step(
     # Random draws are sharded as the index is. Without this constraint every device would draw
     # and compute the whole batch, unless the networks or their conditioning are sharded.
     batch = sharding.shard_batch({**batch, "index": jnp.arange(size)})
+    axes = jax.tree.map(lambda _: 0, batch)
+    if state.stream is not None:
+        batch["stream"], axes["stream"] = state.stream, state.stream.batch_axes()
     one = partial(
         _gradients,
         state.nets,
@@ -173,8 +182,8 @@ def train_step(
         update_generator=update_generator,
         reuse_rollout=reuse_rollout,
     )
-    grads, losses, observed = (
-        one(batch) if accumulate == 1 else _accumulate(one, batch, size, accumulate)
+    grads, losses, observed, stream = (
+        one(batch) if accumulate == 1 else _accumulate(one, batch, axes, size, accumulate)
     )
     metrics = method.metrics(observed) if observed else {}
 
@@ -208,11 +217,11 @@ def train_step(
 
         average = averaged(state.ema, ema.decay)
         more = {name: averaged(state.more_ema[name], decay) for name, decay in ema.more.items()}
-    return TrainState(state.step + 1, nets, average, opt_state, more), metrics
+    return TrainState(state.step + 1, nets, average, opt_state, more, stream), metrics
 
 
 def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator, reuse_rollout):
-    """Gradients and losses by role, and per-sample values, of a batch or of one of its parts."""
+    """Of a batch or a part of one: gradients, losses by role, per-sample values, and the stream."""
     keys = [jax.random.fold_in(key, tag) for tag in (GENERATOR, CRITIC, CRITIC_ROLLOUT)]
     nets = bind(trainable, frozen)
     grads, losses, observed, rollout = {}, {}, {}, None
@@ -231,6 +240,8 @@ def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator,
     critics = {role: net for role, net in trainable.items() if role != "generator"}
     if critics:
         if rollout is None or not reuse_rollout:
+            if rollout is not None and rollout.stream is not None:
+                batch = {**batch, "stream": rollout.stream}
             rollout = method.rollout(nets["generator"], nets, batch, keys[CRITIC_ROLLOUT])
 
         def critic_loss(critics):
@@ -242,11 +253,11 @@ def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator,
         observed = observed | critic_observed
         grads |= grad
         losses |= dict.fromkeys(critics, loss)
-    return grads, losses, observed
+    return grads, losses, observed, getattr(rollout, "stream", None)
 
 
-def _accumulate(one, batch, size, parts):
-    """Mean gradients and losses over the parts of a batch, and the per-sample values of all parts.
+def _accumulate(one, batch, axes, size, parts):
+    """Mean gradients and losses over the parts of a batch; per-sample values and stream of all.
 
     Metrics are computed from the latter, once: a standard deviation over the batch is not the mean
     of those over its parts.
@@ -254,20 +265,28 @@ def _accumulate(one, batch, size, parts):
     if size % parts:
         raise ValueError(f"accumulate={parts} does not divide the batch of {size}")
 
-    def split(x):
+    def split(x, axis):
+        if axis < 0:
+            return jnp.broadcast_to(x, (parts, *x.shape))
         # Strided parts: contiguous ones would move samples between devices.
-        return jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0)
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        return jnp.moveaxis(x.reshape(*before, size // parts, parts, *after), axis + 1, 0)
 
-    def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(size, *x.shape[2:])
+    def join(x, axis):
+        if axis < 0:
+            return x[0]
+        before, after = x.shape[1 : axis + 1], x.shape[axis + 2 :]
+        return jnp.moveaxis(x, 0, axis + 1).reshape(*before, size, *after)
 
     def add(total, part):
-        grads, losses, observed = one(part)
-        return jax.tree.map(jnp.add, total, (grads, losses)), observed
+        grads, losses, observed, stream = one(part)
+        return jax.tree.map(jnp.add, total, (grads, losses)), (observed, stream)
 
-    batches = jax.tree.map(split, batch)
+    batches = jax.tree.map(split, batch, axes)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches))[:2]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, observed = jax.lax.scan(add, zeros, batches)
+    total, (observed, stream) = jax.lax.scan(add, zeros, batches)
     grads, losses = jax.tree.map(lambda x: x / parts, total)
-    return grads, losses, jax.tree.map(join, observed)
+    if stream is not None:
+        stream = jax.tree.map(join, stream, axes["stream"])
+    return grads, losses, jax.tree.map(lambda x: join(x, 0), observed), stream

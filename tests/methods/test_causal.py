@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import assert_close, weights
+from toys import Halved, assert_close, normal, video_networks
 
 from dmd_jax import weights as files
 from dmd_jax.devices import randomness
@@ -14,7 +14,7 @@ from dmd_jax.losses.distribution_matching import dmd_gradient
 from dmd_jax.methods.causal import CausVid, SelfForcing
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
-from dmd_jax.models.wan import Causal, Wan, WanConfig
+from dmd_jax.models.wan import Causal
 from dmd_jax.rollouts.samplers import CausalFewStep, sampler_for
 from dmd_jax.training.optimizer import AdamW, per_role
 from dmd_jax.training.step import init_state, train_step
@@ -24,22 +24,9 @@ PAIRS = Causal(2)
 KEY = jax.random.key(5)
 
 
-def network(dim, depth, seed):
-    config = WanConfig(dim, 24, 2, depth, 3, 3, text_dim=5, freq_dim=8, reach=6)
-    return Denoiser(weights(lambda rngs: Wan(config, rngs=rngs), seed))
-
-
 @pytest.fixture(scope="module")
 def nets():
-    return {
-        "generator": network(16, 2, 0),
-        "teacher": network(32, 3, 1),
-        "fake_score": network(16, 1, 2),
-    }
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return video_networks()
 
 
 def batch(num=4):
@@ -104,13 +91,6 @@ def test_a_step_trains_both_networks_and_accumulation_changes_nothing(nets, kind
         assert metrics[f"{role}/skipped"] == 0 and metrics[f"{role}/update_norm"] > 0
     # Adam divides by the gradient's size: where that is rounding, so is the update.
     assert_close(parts.opt_state, whole.opt_state, rtol=2e-3, atol=2e-6)
-
-
-class Halved:
-    """In place of an autoencoder: the last frame as an image is its half."""
-
-    def last_as_image(self, latents):
-        return 0.5 * latents[:, -1:] + latents.shape[1]
 
 
 @pytest.mark.parametrize("image", [False, True])

@@ -1,5 +1,6 @@
 """Streams of a causal student: the video of one rollout, in constant memory, with new prompts."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -114,8 +115,9 @@ def test_a_stream_is_one_rollout(denoiser, name):
 )
 def test_a_switch_is_a_rollout_a_recache_and_a_rollout(denoiser, context_time, before, keep_sink):
     """Where the window holds the sink still, and where it has left it behind."""
-    sampler = CausalFewStep(TIMES, causal=WINDOW, shift=5.0, context_time=context_time)
-    made = stream(denoiser, sampler, keep_sink=keep_sink)
+    causal = dataclasses.replace(WINDOW, keep_sink=keep_sink)
+    sampler = CausalFewStep(TIMES, causal=causal, shift=5.0, context_time=context_time)
+    made = stream(denoiser, sampler)
     first = take(made, before)
     made.switch(cond(2))
     second = take(made, 6)
@@ -128,11 +130,10 @@ def test_a_switch_is_a_rollout_a_recache_and_a_rollout(denoiser, context_time, b
         cond(2),
         KEY,
         schedule=denoiser.schedule,
-        causal=WINDOW,
+        causal=causal,
         cache=whole.cache,
         start=before - known.shape[1],
         context_time=context_time,
-        keep_sink=keep_sink,
     )
     wanted = roll(denoiser, sampler, before, 6, cond(2), cache=cache).x0
     assert_close(first, whole.x0, rtol=2e-5, atol=2e-5)

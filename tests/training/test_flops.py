@@ -83,9 +83,24 @@ def test_a_loop_of_constant_length_needs_no_help_and_one_of_traced_length_does()
     x, w, unit = shape(N, K), shape(K, K), 2 * N * K * K
     assert count(lambda x, w: loop(3, x, w), x, w) == 3 * unit
     length = jax.ShapeDtypeStruct((), jnp.int32)
-    assert count(loop, length, x, w, trips=2.5) == 2.5 * unit
-    with pytest.raises(ValueError, match="expected number of iterations as `trips`"):
+    assert count(loop, length, x, w, trips={"": 2.5}) == 2.5 * unit
+    with pytest.raises(ValueError, match="expected number of iterations in `trips`"):
         count(loop, length, x, w)
+
+
+def test_loops_of_traced_length_have_numbers_by_the_jitted_function_that_they_are_in():
+    def inner(length, x, w):
+        return jax.lax.fori_loop(0, length, lambda _, x: x @ w, x)
+
+    @jax.jit
+    def outer(length, x, w):
+        return jax.lax.fori_loop(0, length, lambda _, x: inner(length, x, w), x)
+
+    length, unit = jax.ShapeDtypeStruct((), jnp.int32), 2 * N * K * K
+    trips = {"": 2.5, "outer": 4}
+    assert count(outer, length, shape(N, K), shape(K, K), trips=trips) == 4 * 2.5 * unit
+    with pytest.raises(ValueError, match="expected number of iterations"):
+        count(outer, length, shape(N, K), shape(K, K), trips={"outer": 4})
 
 
 def test_the_larger_branch_counts():

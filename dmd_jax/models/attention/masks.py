@@ -36,6 +36,8 @@ class Causal:
         window: in frames, own block included; None for all frames. The end of an incomplete last
             block is where it would end if it were complete.
         sink: the first frames of the video, which stay visible after they have left the window.
+        keep_sink: what becomes of a sink that has left the window where the prompt of a video
+            changes: it keeps its keys and values of the old prompt, or it is forgotten.
 
     Raises:
         ValueError: a number is out of range, or the window is smaller than a block.
@@ -45,6 +47,7 @@ class Causal:
     first_alone: bool = False
     window: int | None = None
     sink: int = 0
+    keep_sink: bool = False
 
     def __post_init__(self):
         if self.frames_per_block < 1 or self.sink < 0:

@@ -1,0 +1,252 @@
+"""Streaming long tuning: training goes on with one long video, a chunk at each step.
+
+    DMD(sample_shape, video=LongTuning(Causal(3, window=12, sink=3), frames=240, overlap=3))
+
+LongLive (Yang et al. 2025, arXiv 2509.22622). Imports `causal` beside it and what that imports.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32, Key, PyTree
+
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.methods import Batch, Nets
+from dmd_jax.methods.causal import CausalRollout
+from dmd_jax.models import kv_cache
+from dmd_jax.models.kv_cache import KVCache
+from dmd_jax.rollouts.backward_simulation import Rollout
+from dmd_jax.rollouts.blocks import Layout
+from dmd_jax.rollouts.self_forcing import empty_cache, recache, self_forcing
+
+
+class Streams(NamedTuple):
+    """The videos of a batch between two steps; a part of the TrainState.
+
+    Attributes:
+        cache: the generator's cache. Its keys and values are those of the weights that wrote them.
+        latents: the last frames, as many as a sample has.
+        cond: the conditions of the videos.
+        made: how many frames the videos have.
+        switch: the number of frames after which the prompts change; 0 for never.
+    """
+
+    cache: KVCache
+    latents: Float32[Array, "B F H W C"]
+    cond: PyTree
+    made: Int32[Array, ""]
+    switch: Int32[Array, ""]
+
+    def batch_axes(self) -> "Streams":
+        """The batch axis of each array; -1 for those that all samples share."""
+        return Streams(KVCache(1, 1, -1), 0, jax.tree.map(lambda _: 0, self.cond), -1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongTuning(CausalRollout):
+    """Self-Forcing on videos longer than the teacher's, of which each step makes the next chunk.
+
+    The first chunk has as many frames as a sample; later ones begin with the last `overlap` frames
+    of the chunk before, which count in no loss. A video ends where the next chunk would not fit
+    into `frames`, and others begin, of the prompts of that step. The cache is not computed anew
+    when the weights change.
+
+    At the border between two chunks, drawn at random, the prompts change to those of that step: the
+    cache is computed anew from the frames of the window, as streams do it (`Causal.keep_sink`).
+
+    Attributes:
+        frames: of a whole video.
+        overlap: frames that a chunk shares with the one before.
+        prompt_switch: whether the prompts change, once in a video.
+        image_latent: the first frame of a later chunk is decoded and encoded again as an image: a
+            teacher expects a video to begin with one. It needs the network `vae`.
+        per_block_exit: an exit step for each block, not one for all.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    title: ClassVar = "long tuning"
+
+    frames: int = 240
+    overlap: int = 3
+    prompt_switch: bool = True
+    image_latent: bool = False
+    per_block_exit: bool = False
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether rollouts call the network `vae`."""
+        return self.image_latent
+
+    @property
+    def shares_exit(self) -> bool:
+        """Whether all blocks stop at one exit step."""
+        return not self.per_block_exit
+
+    def check(self, sample_shape: tuple[int, ...]) -> None:
+        super().check(sample_shape)
+        chunk, size = sample_shape[0], self.causal.frames_per_block
+        if self.causal.first_alone:
+            raise ValueError("long tuning makes whole blocks: causal.first_alone must be False")
+        if self.causal.window is None or self._kept > chunk:
+            raise ValueError(
+                f"causal.window={self.causal.window}: a long video needs a window, of at most the "
+                f"{chunk} frames of a sample"
+            )
+        if not 0 <= self.overlap < chunk or self.overlap % size:
+            raise ValueError(
+                f"overlap={self.overlap} must be whole blocks of {size} frames, and fewer than the "
+                f"{chunk} frames of a sample"
+            )
+        if self.image_latent and not self.overlap:
+            raise ValueError("image_latent replaces a frame of the overlap: it needs overlap > 0")
+        if self.frames < 2 * chunk - self.overlap:
+            raise ValueError(
+                f"frames={self.frames} leave no room for a second chunk: give "
+                f"{2 * chunk - self.overlap} or more"
+            )
+
+    @property
+    def _kept(self):
+        """Frames from which the cache is computed anew: the blocks of the window."""
+        size = self.causal.frames_per_block
+        return -(-self.causal.window // size) * size
+
+    def _later(self, chunk):
+        """How many chunks a video has after the first."""
+        return (self.frames - chunk) // (chunk - self.overlap)
+
+    def expected_blocks(self, sample_shape: tuple[int, ...]) -> float:
+        chunk, later = sample_shape[0], self._later(sample_shape[0])
+        frames = chunk + later * (chunk - self.overlap)
+        return frames / (1 + later) / self.causal.frames_per_block
+
+    def cache_shape(self, generator: Denoiser, videos: jax.ShapeDtypeStruct) -> KVCache:
+        return jax.eval_shape(lambda: self._empty_cache(generator, videos))
+
+    def _empty_cache(self, generator, videos):
+        chunk = videos.shape[1]
+        return empty_cache(generator, videos, self.causal, chunk, chunk)
+
+    def streams(self, generator: Denoiser, sample_shape: tuple[int, ...], cond: PyTree) -> Streams:
+        """The streams before the first step: at their end, so that it begins new videos.
+
+        Args:
+            generator: for the size of its cache.
+            sample_shape: (F, H, W, C).
+            cond: conditions of a batch.
+        """
+        batch = len(jax.tree.leaves(cond)[0])
+        latents = jnp.zeros((batch, *sample_shape), jnp.float32)
+        cache, cond = self._empty_cache(generator, latents), jax.tree.map(jnp.zeros_like, cond)
+        return Streams(cache, latents, cond, jnp.int32(self.frames), jnp.int32(0))
+
+    def __call__(
+        self,
+        generator: Denoiser,
+        noise: Float32[Array, "B F H W C"],
+        nets: Nets,
+        batch: Batch,
+        key: Key[Array, ""],
+        *,
+        times: Sequence[float],
+        shift: float,
+        last_step_share: float,
+    ) -> Rollout:
+        rollout_key, switch_key, context_key = jax.random.split(key, 3)
+        streams = jax.lax.stop_gradient(batch["stream"])
+        streams = self._begun(streams, batch["cond"], noise.shape[1], switch_key)
+        streams = self._switched(streams, batch, generator, context_key)
+        layout = Layout.of("noise", noise, self.causal, lone_first=False)
+        new = streams.made == 0
+        rollout = self_forcing(
+            generator,
+            noise,
+            streams.cond,
+            rollout_key,
+            times=times,
+            shift=shift,
+            schedule=generator.schedule,
+            causal=self.causal,
+            first_times=self.first_times,
+            per_block_exit=self.per_block_exit,
+            last_step_share=last_step_share,
+            context_time=self.context_time,
+            blocks=layout.total - jnp.where(new, 0, self.overlap // layout.size),
+            index=batch["index"],
+            cache=streams.cache,
+            start=streams.made,
+        )
+        after = self._after(streams, rollout, new)
+        if not self.overlap:
+            return rollout._replace(stream=after)
+        overlap = self._overlap(streams, new, nets.get("vae"))
+        first = jnp.where(new, rollout.x0[:, : self.overlap], overlap)
+        x0 = jnp.concatenate([first, rollout.x0[:, self.overlap :]], axis=1)
+        return rollout._replace(x0=x0, stream=after)
+
+    def _begun(self, streams, cond, chunk, key):
+        """The streams, or new ones of these conditions where the next chunk would not fit."""
+        step = chunk - self.overlap
+        over = streams.made + step > self.frames
+        switch = chunk + step * jax.random.randint(key, (), 0, self._later(chunk))
+        # Zeros, because NaN in a masked slot would reach the sum as NaN.
+        cache = kv_cache.forget(jax.tree.map(jnp.zeros_like, streams.cache))
+        begun = streams._replace(
+            cache=cache,
+            cond=cond,
+            made=jnp.int32(0),
+            switch=jnp.int32(switch if self.prompt_switch else 0),
+        )
+        return jax.tree.map(partial(jnp.where, over), begun, streams)
+
+    def _switched(self, streams, batch, generator, key):
+        """The streams under the conditions of this batch, where it is time to change."""
+        if not self.prompt_switch:
+            return streams
+
+        def switch(streams):
+            cache = recache(
+                generator,
+                streams.latents[:, -self._kept :],
+                batch["cond"],
+                key,
+                schedule=generator.schedule,
+                causal=self.causal,
+                cache=streams.cache,
+                start=streams.made - self._kept,
+                context_time=self.context_time,
+                index=batch["index"],
+            )
+            return streams._replace(cache=cache, cond=batch["cond"])
+
+        now = (streams.made > 0) & (streams.made == streams.switch)
+        return jax.lax.cond(now, switch, lambda streams: streams, streams)
+
+    def _overlap(self, streams, new, vae):
+        """The frames that a chunk shares with the one before; its first as an image's latent."""
+        overlap = streams.latents[:, -self.overlap :]
+        if not self.image_latent:
+            return overlap
+        before = streams.latents[:, : streams.latents.shape[1] - self.overlap + 1]
+        image = jax.lax.cond(
+            new, lambda x: x[:, -1:], lambda x: vae.last_as_image(x).astype(x.dtype), before
+        )
+        return jnp.concatenate([image, overlap[:, 1:]], axis=1)
+
+    def _after(self, streams, rollout, new):
+        """The streams after a rollout."""
+        x0 = jax.lax.stop_gradient(rollout.x0.astype(jnp.float32))
+        if self.overlap:
+            old = streams.latents[:, -self.overlap :]
+            first = jnp.where(new, x0[:, : self.overlap], old)
+            x0 = jnp.concatenate([first, x0[:, self.overlap :]], axis=1)
+        chunk = x0.shape[1]
+        made = streams.made + jnp.where(new, chunk, chunk - self.overlap)
+        cache = jax.lax.stop_gradient(rollout.cache)
+        return Streams(cache, x0, streams.cond, made.astype(jnp.int32), streams.switch)
