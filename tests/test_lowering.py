@@ -23,8 +23,8 @@ KERNELS = {
     "cuda": ["__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("],
 }
 # Tokens of a video, whole and of one device, and as the kernel of a TPU pads them; of a block with
-# the cache of Self-Forcing, and of a block alone.
-LENGTHS = "(32760|32768|8190|37440|37888|4680)"
+# the caches of Self-Forcing and of long tuning, and of a block alone.
+LENGTHS = "(32760|32768|8190|37440|37888|60840|61440|4680)"
 
 
 RECIPES = [
@@ -47,7 +47,7 @@ def lowered(run, platform, update_generator):
     condition = jax.ShapeDtypeStruct((run.config.batch_size, 512, 4096), jnp.bfloat16)
     # Without shardings: cuDNN's primitive cannot be lowered for a mesh without real devices.
     state, frozen = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state_shape(), run.frozen)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state_shape(), run.frozen_shape())
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.jit(run.step, static_argnames="update_generator", donate_argnums=0)
