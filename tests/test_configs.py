@@ -1,5 +1,6 @@
 """Every config and every variant of it builds, and its whole step works out, in shapes alone."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax.data import MovingDigits, Prompts
 from dmd_jax.methods.causal_pretrain import TeacherForcing
-from dmd_jax.training.configuration import complete
+from dmd_jax.training.configuration import complete, defaults, differences, flatten
 from dmd_jax.training.run import build, describe
 
 
@@ -73,6 +74,13 @@ def test_config_names_nothing_that_the_program_does_not_read(name, variant):
     sections = {"log": {"every", "tensorboard", "wandb"}, "checkpoint": {"every", "keep"}}
     for section, known in sections.items():
         assert set(config[section]) == {"cls", *known}
+
+
+@pytest.mark.parametrize("name, variant", list(found()))
+def test_a_run_of_the_config_is_the_same_run_when_it_is_started_again(name, variant):
+    config = programs.load_config(f"configs/{name}", variant)
+    stored = json.loads(json.dumps(flatten(config)))
+    assert differences(defaults(config) | stored, flatten(config)) == ""
 
 
 @pytest.mark.parametrize("name, variant", list(found()))

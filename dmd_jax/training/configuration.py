@@ -264,7 +264,7 @@ def defaults(config):
                 if _is_object(field.default):
                     section = flatten(_section(field.default))
                     flat |= {f"{field.name}.{inner}": value for inner, value in section.items()}
-                else:
+                elif not isinstance(config[field.name], ml_collections.ConfigDict):
                     flat[field.name] = json.loads(json.dumps(field.default))
     return flat
 
