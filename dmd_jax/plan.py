@@ -40,7 +40,10 @@ def define_flags():
     )
     flags.DEFINE_integer("slices", 1, "Slices of a TPU, joined by their hosts' network.")
     flags.DEFINE_integer(
-        "search", 0, "Compile up to so many settings of a TPU, for the fastest that fits.", 0
+        "search",
+        0,
+        "Compile up to so many settings for a TPU, and plan the fastest that fits.",
+        lower_bound=0,
     )
     flags.DEFINE_string("json", None, "A file for the plan as JSON.")
 

@@ -96,11 +96,10 @@ def _cpu(topology, sides):
 
 
 def _tpu_devices(topology, sides, slices):
-    # libtpu reads these when it is loaded. It compiles only: it must not ask Google's cloud which
-    # machine this is, may be loaded twice, and has nothing to report below an error.
+    # libtpu reads these when it is loaded. It only compiles here: it must not ask the cloud which
+    # machine this is, and other processes may have loaded it too.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     # By default a host has 2 x 2 chips, which a single row does not divide into.
     host = [min(n, 2) for n in (*sides, 1, 1)[:2]] + [1]
     more = {"num_slices": slices} if slices > 1 else {}
