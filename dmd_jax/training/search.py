@@ -117,7 +117,8 @@ def changed(config, overrides):
 def candidates(config, chip, devices):
     """All settings that the config accepts, in their `order`. See `search`."""
     found, reason = [], None
-    roles = [role for role in config.method.cls.trainable if "compute" in config[role]]
+    trained = config.method.cls.trainable
+    roles = [role for role in trained if "remat" in config[role].get("compute", {})]
     work = {}
     for mesh in _meshes(len(devices)):
         axes = {f"mesh.{axis}": size for axis, size in mesh.items()}

@@ -10,7 +10,6 @@ import pytest
 
 from dmd_jax import plan as command
 from dmd_jax.training import loop, topologies
-from dmd_jax.training import plan as planning
 from dmd_jax.training.cost import cost
 from dmd_jax.training.hlo import Traffic
 from dmd_jax.training.plan import GIB, plan, plan_run, prepare, roofline
@@ -100,18 +99,18 @@ def test_hours_are_those_of_all_steps(planned):
     assert "estimate" in timed.table() and "estimate" not in planned.table()
 
 
-def test_the_command_says_whether_it_fits(call, teacher, data_dir, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "plan.json"
-    overrides = programs.short(teacher, data_dir).items()
-    args = [f"--config.{name}={value}" for name, value in overrides]
-    args += ["--config=configs/dmd.py", "--topology=cpu:2", f"--json={path}"]
+def test_the_command_says_whether_it_fits(call, planned, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(programs.ROOT)
+    path = tmp_path / "plan.json"
+    args = ["--config=configs/dmd.py", "--topology=cpu:2", f"--json={path}"]
+    monkeypatch.setattr(command, "plan", lambda config, chip, devices: planned)
     assert call(command, *args) == 0
     assert "with the generator's update" in capsys.readouterr().out
     written = json.loads(path.read_text())
     assert written["fits"] is True and written["hours"]["least"] is None
     assert written["roles"]["teacher"] > 0 and len(written["steps"]) == 2
-    monkeypatch.setattr(planning, "memory", lambda *_: 1000)
+    small = dataclasses.replace(planned, available=1)
+    monkeypatch.setattr(command, "plan", lambda config, chip, devices: small)
     assert call(command, *args) == 1
 
 
