@@ -17,6 +17,12 @@ from dmd_jax.training.plan import GIB, plan, plan_run, prepare, roofline
 TPU = topologies.CHIPS["v5e"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def devices():
+    """All devices exist before a topology could choose their number."""
+    jax.devices()
+
+
 @pytest.fixture(scope="module")
 def config(teacher, data_dir):
     return programs.config(teacher, data_dir, **{"mesh.data": 1, "mesh.fsdp": 2})
