@@ -22,7 +22,7 @@ from dmd_jax.training import loop
 from dmd_jax.training.configuration import compute_dtypes
 from dmd_jax.training.cost import batch_shape, cost, si
 from dmd_jax.training.hlo import Program, Traffic
-from dmd_jax.training.run import build
+from dmd_jax.training.run import build, cache_shape
 
 NAMES = {True: "with the generator's update", False: "without"}
 GIB = 2**30
@@ -235,7 +235,7 @@ def plan_run(run, chip):
             steps[kind] = dataclasses.replace(step, refusal=first_line(error, limit=300))
         else:
             steps[kind] = _measured(step, compiled, run, chip, sum(roles.values()))
-    mesh = run.mesh
+    mesh, cache = run.mesh, cache_shape(run)
     return Plan(
         kind=mesh.devices.flat[0].device_kind,
         devices=mesh.size,
@@ -244,7 +244,7 @@ def plan_run(run, chip):
         accumulate=run.config.accumulate,
         available=memory(chip, mesh.size),
         roles=roles,
-        cache=_cache(run),
+        cache=0 if cache is None else tree_bytes(cache) // mesh.size,
         steps=steps,
     )
 
@@ -284,16 +284,6 @@ def _inputs(run):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch_shape(run)
     )
     return batch, jax.eval_shape(lambda: loop.root_key(run.config))
-
-
-def _cache(run):
-    video = getattr(run.method, "video", None)
-    if video is None:
-        return 0
-    size = run.config.batch_size // run.config.accumulate
-    videos = jax.ShapeDtypeStruct((size, *run.source.sample_shape), np.float32)
-    cache = video.cache_shape(run.nets["generator"], videos)
-    return 0 if cache is None else tree_bytes(cache) // run.mesh.size
 
 
 def _measured(step, compiled, run, chip, resident):
