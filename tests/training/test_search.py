@@ -37,6 +37,7 @@ def compiled(config, found, monkeypatch):
             step = dataclasses.replace(step, seconds={"FLOPs": at.seconds})
             return plan.Plan("chip", 4, mesh, 8, parts, 1, {}, 0, {True: step})
 
+        monkeypatch.setattr(search, "candidates", lambda *_: found)
         monkeypatch.setattr(plan, "plan", planned)
         best, result = search.search(config, CHIP, jax.devices()[:4], limit, lambda _: None)
         return best, result, seen
@@ -79,7 +80,8 @@ def test_the_search_ends_at_its_limit(compiled):
     assert len(seen) == 3 and not result.fits and best == seen[-1]
 
 
-def test_what_keeps_more_than_the_chip_has_is_not_compiled(config, monkeypatch):
+def test_what_keeps_more_than_the_chip_has_is_not_compiled(config, found, monkeypatch):
+    monkeypatch.setattr(search, "candidates", lambda *_: found)
     monkeypatch.setattr(plan, "plan", None)
     small = dataclasses.replace(CHIP, memory=1000)
     with pytest.raises(ValueError, match="take more devices or larger chips"):
