@@ -7,7 +7,6 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import re
 
@@ -42,17 +41,16 @@ def _tpu(gib, tflops, bandwidth, links, network):
     return Chip(gib * 2**30, peak, peak / 6, bandwidth * 1e9, links * 1e9, network * 1e9)
 
 
-# HBM [GiB], bfloat16 [TFLOP/s], HBM [GB/s], links one way [GB/s]: cloud.google.com/tpu/docs/v4,
-# /v5e, /v5p, /v6e. Network [GB/s a chip]: "How to Scale Your Model", part 2,
+# HBM [GiB], bfloat16 [TFLOP/s], HBM [GB/s], links one way [GB/s]: cloud.google.com/tpu/docs/v5e,
+# /v5p, /v6e. Network [GB/s a chip]: "How to Scale Your Model", part 2,
 # jax-ml.github.io/scaling-book.
 # HBM is what the compiler lets a program use, a little less than the chip has.
 CHIPS = {
-    "v4": _tpu(30.75, 275, 1228, 300, 3.1),
     "v5e": _tpu(15.75, 197, 819, 200, 3.1),
     "v5p": _tpu(95.74, 459, 2765, 600, 6.2),
     "v6e": _tpu(31.25, 918, 1638, 400, 12.5),
 }
-KNOWN = "v4:2x2x4, v5e:8x8, v5p:4x4x4, v6e:16x16 (a TPU and the chips along its sides), cpu:8"
+KNOWN = "v5e:8x8, v5p:4x4x4, v6e:16x16 (a TPU and the chips along its sides), cpu:8"
 
 
 def load(topology, slices=1):
@@ -95,7 +93,7 @@ def _cpu(topology, sides):
     return devices[:count]
 
 
-def _tpu_devices(topology, sides, slices):
+def _tpu_devices(name, sides, slices):
     # libtpu reads these when it is loaded. It only compiles here: it must not ask the cloud which
     # machine this is, and other processes may have loaded it too.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -106,16 +104,12 @@ def _tpu_devices(topology, sides, slices):
     if host != [2, 2, 1]:
         more["chips_per_host_bounds"] = host
     try:
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **more
-        ).devices
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
     except RuntimeError as error:
         if "not installed" in str(error):
             raise ImportError(
                 "the TPU's compiler is missing: pip install 'dmd_jax[plan]', which is the package "
                 "libtpu"
             ) from error
-        raise ValueError(f"unknown topology {topology!r} ({error}); known are {KNOWN}") from error
-    if len(devices) != slices * math.prod(sides):
-        raise ValueError(f"{topology!r} has {len(devices)} devices, not one a chip")
-    return devices
+        raise ValueError(f"unknown topology {name!r} ({error}); known are {KNOWN}") from error
+    return topology.devices

@@ -123,7 +123,7 @@ def test_the_command_says_whether_it_fits(call, planned, tmp_path, capsys, monke
 @pytest.mark.parametrize(
     "topology, slices, words",
     [
-        ("v5p-64", 1, "unknown topology 'v5p-64'; write one like v4"),
+        ("v5p-64", 1, "unknown topology 'v5p-64'; write one like v5e"),
         ("h100:8", 1, "v6e:16x16"),
         ("cpu", 1, "unknown topology 'cpu'"),
         ("cpu:2x2", 1, "the number of devices"),
