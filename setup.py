@@ -41,6 +41,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # The TPU's compiler, libtpu, for dmd_jax.plan: the version that belongs to this jax.
+        "plan": ["jax[tpu]>=0.10.2"],
         # Videos, prompts and the hub: dmd_jax.sample and dmd_jax.embed on Wan's checkpoints.
         "wan": [
             "av>=14",

@@ -20,14 +20,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import absl.logging
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 import dmd_jax
 from dmd_jax.devices import cores
 from dmd_jax.devices.disk import first_line
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.training import checkpoint, health, loop, profiling
-from dmd_jax.training.configuration import expand_home
+from dmd_jax.training.configuration import compute_dtypes, expand_home, flag_error
 from dmd_jax.training.run import build, describe
 
 FLAGS = flags.FLAGS
@@ -92,12 +92,6 @@ def refusing(call, *args, **kwargs):
         refuse(f"the memory of the device is too small ({first_line(error)}). {MEMORY}")
 
 
-def compute_dtypes(config):
-    """The dtypes in which the networks of a run compute."""
-    sections = [section for section in config.values() if isinstance(section, ConfigDict)]
-    return [section.compute.get("dtype", "float32") for section in sections if "compute" in section]
-
-
 def split_cores(config):
     """Divides the CPU into devices: the number that the mesh states, or that divides the batch."""
     batch = config.get("batch_size", 1) // max(config.get("accumulate", 1), 1)
@@ -156,12 +150,7 @@ def start():
         argv = app.parse_flags_with_usage(sys.argv)
         FLAGS.config.lock()  # reads the config program
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = error
-        while isinstance(text, AttributeError | KeyError):  # ml_collections puts one in the other
-            text = text.args[0]  # as text, a KeyError is in quotes
-        if isinstance(error, AttributeError):  # of a bare name, or with a second line: did you mean
-            text = f"there is no entry {text}".replace("\n", ". ")
-        refuse(f"in the config or a --config.* override: {text}")
+        refuse(flag_error(error))
     try:
         app.run(main, argv=argv, flags_parser=lambda argv: argv)
     except BaseException as end:

@@ -356,5 +356,5 @@ def test_every_command_of_a_page_has_flags_that_exist(
 def test_the_pages_commands_are_found():
     """So that the test above cannot pass by finding none."""
     names = {name for _, name, _ in COMMANDS}
-    known = "main sample evaluate embed encode ode_pairs export metric_network stream"
+    known = "main plan sample evaluate embed encode ode_pairs export metric_network stream"
     assert names == {f"dmd_jax.{command}" for command in known.split()}

@@ -17,7 +17,7 @@ ROOMS = (
 )
 COMMANDS = (
     *("main", "sample", "evaluate", "embed", "encode", "export", "metric_network", "ode_pairs"),
-    "stream",
+    *("plan", "stream"),
 )
 
 # The heart is mathematics on jax: no layer library, optimizer, mesh, file or config in it.

@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dmd_jax.devices import sharding
 from dmd_jax.devices.precision import use_float32_products
-from dmd_jax.main import compute_dtypes
+from dmd_jax.training.configuration import compute_dtypes
 from dmd_jax.training.run import build
 
 # 64 devices, each with a quarter of every sequence.

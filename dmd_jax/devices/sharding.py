@@ -14,6 +14,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 
 from dmd_jax.devices.paths import path_name
@@ -29,9 +30,11 @@ SMALL = 2**16
 def make_mesh(data=-1, fsdp=1, context=1, tensor=1, *, devices=None):
     """A mesh over all devices; one axis may be -1 and takes the devices that the others leave.
 
+    Several slices of a TPU, which only the network of their hosts joins, split the axis `data`.
+
     Raises:
-        ValueError: an axis is below 1 and not -1, or the axes do not multiply to the number of
-            devices.
+        ValueError: an axis is below 1 and not -1, the axes do not multiply to the number of
+            devices, or `data` does not divide into the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, context, tensor]
@@ -47,7 +50,15 @@ def make_mesh(data=-1, fsdp=1, context=1, tensor=1, *, devices=None):
             "multiply to that number, and one of them may be -1"
         )
     shape = [len(devices) // given if n == -1 else n for n in shape]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise ValueError(f"mesh data={shape[0]} does not divide into the {slices} slices")
+    within, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
 def _has_mesh():

@@ -9,6 +9,8 @@ configuration               defaults, checks and differences of configs
 writers, health             the log; symptoms of divergence
 preemption, profiling       signals; traces
 cost, flops                 FLOPs of a run, and of a traced function
+plan, search                what a run needs on devices that are not here, and which mesh is best
+topologies, hlo             such devices and their chips; bytes that a compiled program moves
 
 Imports the rooms below.
 """

@@ -139,6 +139,22 @@ def expand_home(config):
             config[name] = os.path.expanduser(value)
 
 
+def flag_error(error):
+    """One sentence about an error that reading a config program and its overrides raised."""
+    text = error
+    while isinstance(text, AttributeError | KeyError):  # ml_collections puts one in the other
+        text = text.args[0]  # as text, a KeyError is in quotes
+    if isinstance(error, AttributeError):  # of a bare name, or with a second line: did you mean
+        text = f"there is no entry {text}".replace("\n", ". ")
+    return f"in the config or a --config.* override: {text}"
+
+
+def compute_dtypes(config):
+    """The dtypes in which the networks of a run compute."""
+    sections = [s for s in config.values() if isinstance(s, ml_collections.ConfigDict)]
+    return [section.compute.get("dtype", "float32") for section in sections if "compute" in section]
+
+
 def construct(config, where, **given):
     """Creates the object that a section of a config describes.
 

@@ -43,22 +43,30 @@ def compile_steps(run):
         {update_generator: a Future of the compiled step}; the one that step 0 needs comes first.
         The dict has one entry if the generator is updated at every step.
     """
-    config = run.config
-    state, frozen = run.state_shape(), run.frozen_shape()
+    batch, key = next(run.batches(0)), root_key(run.config)
+    variants = map(run.updates_generator, range(run.config.generator_every))
+    return in_background(lambda variant: lower(run, batch, key, variant).compile(), variants)
+
+
+def lower(run, batch, key, update_generator):
+    """The train step, lowered: state and frozen networks from shapes alone, the state donated.
+
+    Args:
+        run: from `run.build`.
+        batch, key: arguments of `step.train_step`, or their jax.ShapeDtypeStructs.
+        update_generator: which of the two variants.
+    """
+    state = run.state_shape()
     jitted = jax.jit(
         run.step,
         static_argnames="update_generator",
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
-    batch, key = next(run.batches(0)), root_key(config)
-
-    def compile_variant(update_generator):
-        with jax.set_mesh(run.mesh):  # a mesh is set for one thread only
-            lowered = jitted.lower(state, frozen, batch, key, update_generator=update_generator)
-            return lowered.compile()
-
-    return in_background(compile_variant, map(run.updates_generator, range(config.generator_every)))
+    with jax.set_mesh(run.mesh):  # a mesh is set for one thread only
+        return jitted.lower(
+            state, run.frozen_shape(), batch, key, update_generator=update_generator
+        )
 
 
 def in_background(call, arguments):

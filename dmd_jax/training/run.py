@@ -353,14 +353,19 @@ def describe(run):
 
 
 def _cache_lines(run):
-    """The line about the KV cache of a causal rollout, of one part of the batch; [] without one."""
-    video = getattr(run.method, "video", None)
-    if video is None:
-        return []
-    size = run.config.batch_size // run.config.accumulate
-    videos = jax.ShapeDtypeStruct((size, *run.source.sample_shape), jnp.float32)
-    cache = video.cache_shape(run.nets["generator"], videos)
+    """The line about the KV cache of a causal rollout; [] without one."""
+    cache = cache_shape(run)
     if cache is None:
         return []
     name = f"cache of {cache.slots} latent frames"
     return [f"{name:<36}{tree_bytes(cache) / 2**20:>10.1f} MiB"]
+
+
+def cache_shape(run):
+    """The KV cache of a rollout of one part of the batch, in shapes; None where there is none."""
+    video = getattr(run.method, "video", None)
+    if video is None:
+        return None
+    size = run.config.batch_size // run.config.accumulate
+    videos = jax.ShapeDtypeStruct((size, *run.source.sample_shape), jnp.float32)
+    return video.cache_shape(run.nets["generator"], videos)

@@ -1,0 +1,174 @@
+"""A plan says what the run then needs; what cannot be planned is refused."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import programs
+import pytest
+
+from dmd_jax import plan as command
+from dmd_jax.training import loop, topologies
+from dmd_jax.training.cost import cost
+from dmd_jax.training.hlo import Traffic
+from dmd_jax.training.plan import GIB, plan, plan_run, prepare, roofline
+
+TPU = topologies.CHIPS["v5e"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def devices():
+    """All devices exist before a topology could choose their number."""
+    jax.devices()
+
+
+@pytest.fixture(scope="module")
+def config(teacher, data_dir):
+    return programs.config(teacher, data_dir, **{"mesh.data": 1, "mesh.fsdp": 2})
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return prepare(config, jax.devices()[:2])
+
+
+@pytest.fixture(scope="module")
+def planned(run):
+    return plan_run(run, None)
+
+
+def test_a_plan_has_the_memory_of_the_programs_that_a_run_takes(run, planned):
+    with jax.set_mesh(run.mesh):
+        programs_of_run = loop.compile_steps(run)
+        for kind, step in planned.steps.items():
+            memory = programs_of_run[kind].result().memory_analysis()
+            assert step.temporaries == memory.temp_size_in_bytes > 0
+            arguments = memory.argument_size_in_bytes
+            assert step.total >= arguments + step.temporaries
+    assert planned.steps.keys() == {True, False}
+
+
+def test_a_plan_has_the_bytes_that_a_started_run_keeps(run, planned):
+    with jax.set_mesh(run.mesh):
+        state, frozen = run.start()
+    kept = {
+        **frozen,
+        **state.nets,
+        "optimizers": state.opt_state,
+        "averages": (state.ema, state.more_ema),
+    }
+    for role, tree in kept.items():
+        arrays = jax.tree.leaves(tree)
+        assert planned.roles[role] == sum(x.addressable_shards[0].data.nbytes for x in arrays)
+
+
+def test_the_teacher_is_there_in_steps_that_do_not_read_it(planned):
+    """The compiler drops arguments that a step does not use; the device keeps them."""
+    step = planned.steps[False]
+    assert step.total >= sum(planned.roles.values()) + step.temporaries
+
+
+def test_a_plan_has_the_flops_of_a_dry_run(run, planned):
+    assert {kind: step.flops for kind, step in planned.steps.items()} == cost(run).step
+    assert {kind: step.count for kind, step in planned.steps.items()} == cost(run).steps
+
+
+def test_a_plan_gathers_the_weights(planned):
+    assert all(step.traffic.sent["all-gather"] > 0 for step in planned.steps.values())
+
+
+def test_a_run_that_needs_more_than_the_device_has_does_not_fit(planned):
+    assert planned.fits and "\nfits\n" in planned.table()
+    need = max(step.peak for step in planned.steps.values())
+    exact = dataclasses.replace(planned, available=need)
+    small = dataclasses.replace(planned, available=need - 1)
+    assert exact.fits and not small.fits and "DOES NOT FIT" in small.table()
+
+
+def test_the_roofline_is_bytes_and_flops_over_peaks(run):
+    traffic = Traffic(memory=819e9, sent={"all-gather": 150e9, "all-reduce": 90e9})
+    seconds = roofline(197e12, traffic, TPU, run)
+    # The networks are float32, which takes six products of bfloat16.
+    assert seconds == pytest.approx({"FLOPs": 6.0, "memory": 1.0, "links": 1.2})
+    apart = roofline(0, dataclasses.replace(traffic, between_slices=31e9), TPU, run)
+    assert apart["network"] == pytest.approx(10.0) and apart["links"] < 1.2
+
+
+def test_hours_are_those_of_all_steps(planned):
+    seconds = {"FLOPs": 2.0, "memory": 1.0}
+    steps = {
+        kind: dataclasses.replace(step, seconds=seconds) for kind, step in planned.steps.items()
+    }
+    timed = dataclasses.replace(planned, steps=steps)
+    assert (timed.least_seconds, timed.most_seconds) == (2.0 * 12, 3.0 * 12)
+    assert "estimate" in timed.table() and "estimate" not in planned.table()
+
+
+def test_the_command_says_whether_it_fits(call, planned, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(programs.ROOT)
+    path = tmp_path / "plan.json"
+    args = ["--config=configs/dmd.py", "--topology=cpu:2", f"--json={path}"]
+    monkeypatch.setattr(command, "plan", lambda config, chip, devices: planned)
+    assert call(command, *args) == 0
+    assert "with the generator's update" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["fits"] is True and written["hours"]["least"] is None
+    assert written["roles"]["teacher"] > 0 and len(written["steps"]) == 2
+    small = dataclasses.replace(planned, available=1)
+    monkeypatch.setattr(command, "plan", lambda config, chip, devices: small)
+    assert call(command, *args) == 1
+
+
+@pytest.mark.parametrize(
+    "topology, slices, words",
+    [
+        ("v5p-64", 1, "unknown topology 'v5p-64'; write one like v5e"),
+        ("h100:8", 1, "v6e:16x16"),
+        ("cpu", 1, "unknown topology 'cpu'"),
+        ("cpu:2x2", 1, "the number of devices"),
+        ("cpu:2", 2, "2 slices of 'cpu:2'"),
+        ("cpu:512", 1, "JAX_NUM_CPU_DEVICES=512"),
+    ],
+)
+def test_a_topology_that_does_not_exist_is_refused(topology, slices, words):
+    with pytest.raises(ValueError, match=words):
+        topologies.load(topology, slices)
+
+
+def test_a_missing_compiler_is_refused_with_its_package(monkeypatch):
+    def missing(**_):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", missing)
+    with pytest.raises(ImportError, match=r"pip install 'dmd_jax\[plan\]'"):
+        topologies.load("v5e:2x2")
+
+
+def test_the_command_refuses_with_one_sentence(call, capsys, monkeypatch):
+    monkeypatch.chdir(programs.ROOT)
+    assert call(command, "--config=configs/dmd.py", "--topology=cpu") == 2
+    assert capsys.readouterr().err.startswith("error: unknown topology 'cpu'")
+
+
+libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU's compiler: pip install libtpu",
+)
+
+
+@libtpu
+@pytest.mark.slow
+def test_the_tpus_compiler_takes_a_run_and_refuses_one_that_is_too_large(config):
+    chip, devices = topologies.load("v5e:2x2")
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({"mesh.fsdp": 4, "generator_every": 1})
+    result = plan(config, chip, devices)
+    assert result.fits and result.kind == "TPU v5 lite" and result.steps.keys() == {True}
+    step = result.steps[True]
+    assert 0 < step.peak < GIB and step.traffic.sent["all-gather"] > 0
+    assert not step.traffic.unknown_loops and 0 < step.least_seconds < step.most_seconds
+    config.update_from_flattened_dict({"batch_size": 2**24})
+    refused = plan(config, chip, devices)
+    assert not refused.fits and "RESOURCE_EXHAUSTED" in refused.steps[True].refusal
+    assert "the compiler refuses" in refused.table()

@@ -1,0 +1,88 @@
+"""The search compiles few candidates and returns the fastest that fits."""
+
+import dataclasses
+
+import jax
+import programs
+import pytest
+
+from dmd_jax.training import plan, search, topologies
+
+CHIP = topologies.CHIPS["v5e"]
+
+
+@pytest.fixture(scope="module")
+def config(teacher, data_dir):
+    return programs.config(teacher, data_dir)
+
+
+@pytest.fixture(scope="module")
+def found(config):
+    return search.candidates(config, CHIP, jax.devices()[:4])
+
+
+@pytest.fixture
+def compiled(config, found, monkeypatch):
+    """Searches with a compiler that only compares shares; (its answer, what it compiled)."""
+
+    def call(largest_share, limit=100):
+        seen = []
+
+        def planned(changed, chip, devices):
+            mesh, parts = dict(changed.mesh), changed.accumulate
+            remat = changed.generator.compute.remat
+            [at] = [c for c in found if (c.mesh, c.parts, c.remat) == (mesh, parts, remat)]
+            seen.append(at)
+            step = plan.Step(1, 0, "" if at.share <= largest_share else "RESOURCE_EXHAUSTED")
+            step = dataclasses.replace(step, seconds={"FLOPs": at.seconds})
+            return plan.Plan("chip", 4, mesh, 8, parts, 1, {}, 0, {True: step})
+
+        monkeypatch.setattr(search, "candidates", lambda *_: found)
+        monkeypatch.setattr(plan, "plan", planned)
+        best, result = search.search(config, CHIP, jax.devices()[:4], limit, lambda _: None)
+        return best, result, seen
+
+    return call
+
+
+def test_candidates_are_all_meshes_in_all_parts(found):
+    """Of four devices there are ten meshes; their batch of eight has 8, 4 or 2 samples a device."""
+    meshes = {tuple(c.mesh.values()) for c in found}
+    assert len(meshes) == 10 and all(a * b * c * d == 4 for a, b, c, d in meshes)
+    parts = {c.parts for c in found if c.mesh["data"] * c.mesh["fsdp"] == 4}
+    assert parts == {1, 2}
+    assert {c.parts for c in found if c.mesh["context"] == 4} == {1, 2, 4, 8}
+
+
+def test_the_first_candidate_has_the_fewest_flops_and_the_most_sharded_weights(found):
+    first = found[0]
+    assert first.remat == "none" and first.parts == 1 and first.mesh["fsdp"] == 4
+    assert first.seconds == min(c.seconds for c in found)
+    assert first.seconds < max(c.seconds for c in found)  # rematerialisation
+
+
+def test_where_everything_fits_and_flops_decide_one_compilation_is_enough(compiled, found):
+    best, result, seen = compiled(largest_share=100)
+    assert result.fits and seen == [best] == [found[0]]
+
+
+def test_what_needs_more_than_a_refused_candidate_is_not_compiled(compiled):
+    best, result, seen = compiled(largest_share=1)
+    assert result.fits and best.share <= 1
+    refused = [c for c in seen if c.share > 1]
+    assert refused and not any(
+        b.needs_all_of(a) for i, a in enumerate(refused) for b in refused[i + 1 :]
+    )
+
+
+def test_the_search_ends_at_its_limit(compiled):
+    best, result, seen = compiled(largest_share=0, limit=3)
+    assert len(seen) == 3 and not result.fits and best == seen[-1]
+
+
+def test_what_keeps_more_than_the_chip_has_is_not_compiled(config, found, monkeypatch):
+    monkeypatch.setattr(search, "candidates", lambda *_: found)
+    monkeypatch.setattr(plan, "plan", None)
+    small = dataclasses.replace(CHIP, memory=1000)
+    with pytest.raises(ValueError, match="take more devices or larger chips"):
+        search.search(config, small, jax.devices()[:4], 3, lambda _: None)
