@@ -5,6 +5,7 @@ Variants and their commands:
     python -m dmd_jax.main --config=configs/dmd.py             one student for 4, 2 and 1 steps
     python -m dmd_jax.main --config=configs/dmd.py:one_step    a student for 1 step alone
     python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
+    python -m dmd_jax.main --config=configs/dmd.py:dmd2        a student for 4 steps, with a GAN
     python -m dmd_jax.main --config=configs/dmd.py:wan_tiny    videos: Wan in miniature
     python -m dmd_jax.main --config=configs/dmd.py:wan_t2v_1_3b  Wan2.1: 14B to 1.3B
 
@@ -35,7 +36,9 @@ from dmd_jax.data import MovingDigits, Prompts
 from dmd_jax.diffusion.denoiser import Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.dmd import DMD
+from dmd_jax.methods.dmd2 import DMD2
 from dmd_jax.methods.sid import SiD
+from dmd_jax.models.discriminator import DiscriminatorConfig
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
 from dmd_jax.quality.evaluation import Evaluation
 from dmd_jax.training.checkpoints import Checkpoints
@@ -113,6 +116,16 @@ def _sid(config):
     config.method.cls = SiD
     _larger_batches(config)
     config.steps = 1_800
+
+
+def _dmd2(config):
+    config.method.update(cls=DMD2, strides=(1,), gan_weight=0.03, r1=0.1)
+    config.discriminator = dict(
+        weights="random",
+        model=dict(cls=DiscriminatorConfig, blocks=(1, 3), hidden=64),
+        optimizer=dict(cls=AdamW, learning_rate=4e-4, b1=0.0, b2=0.99),
+    )
+    config.evaluate.steps = (4,)
 
 
 def _larger_batches(config):
@@ -202,6 +215,7 @@ VARIANTS = {
     "": _four_steps,
     "one_step": _one_step,
     "sid": _sid,
+    "dmd2": _dmd2,
     "wan_tiny": _wan_tiny,
     "wan_t2v_1_3b": _wan_t2v_1_3b,
 }
