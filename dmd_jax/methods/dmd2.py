@@ -105,6 +105,7 @@ class DMD2(DMD):
             moved = rollout._replace(x0=x0)
             x_t = self.diffuse(moved, schedule, index, time_key, eps_key)[0]
             logits = self.logits(nets, x_t, t, rollout.cond)
+            logits = jnp.where(jnp.isfinite(logits), logits, 0.0)
             return generator_adversarial_loss(logits, paired), logits
 
         # Gradients at the samples are computed here, explicitly: there they have norms, and there a
