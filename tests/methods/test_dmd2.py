@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import FLOW, Affine, affine, assert_close, exact, normal
+from toys import FLOW, Affine, affine, assert_close, exact, normal, video_networks, weights
 
 from dmd_jax.diffusion.denoiser import X0, Denoiser
 from dmd_jax.losses.adversarial import discriminator_loss
 from dmd_jax.losses.distribution_matching import dmd_gradient
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.dmd2 import DMD2
+from dmd_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from dmd_jax.rollouts.backward_simulation import Rollout
 from dmd_jax.training.optimizer import AdamW, per_role
 from dmd_jax.training.step import init_state, train_step
@@ -250,6 +251,31 @@ def test_a_step_of_three_roles_is_the_same_in_parts(update):
     assert metrics["discriminator/loss"] != metrics["fake_score/loss"]
     assert ("gan/ratio" in metrics) == update and "discriminator/gap" in metrics
     assert not bool(jnp.all(state.nets["discriminator"].slope == nets["discriminator"].slope))
+
+
+@pytest.mark.parametrize("features, dim", [("teacher", 32), ("fake_score", 16)])
+def test_the_features_may_be_those_of_a_network_of_videos(features, dim):
+    method = DMD2((3, 4, 4, 3), guidance=2.0, features=features, r1=1.0, r2=1.0)
+    heads = DiscriminatorConfig(dim=dim, blocks=(0,), hidden=8)
+    batch = {"cond": normal(0, 2, 4, 5), "uncond": normal(1, 2, 4, 5), "index": jnp.arange(2)}
+    batch["data"] = normal(2, 2, 3, 4, 4, 3)
+
+    def both():
+        nets = video_networks()
+        nets["discriminator"] = weights(lambda rngs: Discriminator(heads, rngs=rngs), 3)
+        grad, (_, rollout) = jax.grad(method.generator_loss, has_aux=True)(
+            nets["generator"], nets, batch, KEY
+        )
+        critics = {role: nets[role] for role in ROLES[1:]}
+
+        def critic_loss(critics):
+            return sum(method.critic_loss(critics, nets, rollout, batch, KEY)[0].values())
+
+        return nets, grad, jax.grad(critic_loss)(critics)
+
+    nets, grad, grads = jax.eval_shape(both)
+    for role, tree in (grads | {"generator": grad}).items():
+        assert jax.tree.structure(tree) == jax.tree.structure(nets[role])
 
 
 def test_without_a_discriminator_that_knows_something_it_is_dmd():
