@@ -35,6 +35,8 @@ def short_config(name, variant, teacher, data_dir):
         config.data.data_dir = data_dir
         if "teacher" in config:
             config.teacher.weights = str(teacher)
+        if "discriminator" in config:
+            config.discriminator.model.blocks = (0,)  # of the tiny teacher's one layer
     return config
 
 

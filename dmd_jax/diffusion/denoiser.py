@@ -231,6 +231,16 @@ def guided(
     """
     if isinstance(w, int | float) and w == 1:
         return denoiser(x_t, t, cond)
+    x0_cond, x0_uncond = conditional_and_unconditional(
+        denoiser, x_t, t, cond, uncond, batched=batched
+    )
+    return x0_uncond + w * (x0_cond - x0_uncond)
+
+
+def conditional_and_unconditional(
+    denoiser: DenoiserFn, x_t: Samples, t: Times, cond: PyTree, uncond: PyTree, *, batched: bool
+) -> tuple[Float[Array, " B *data"], Float[Array, " B *data"]]:
+    """The two x0 of guidance, (conditional, unconditional); arguments as for `guided`."""
     if batched:
         # Interleaved and not concatenated: both halves of a pair stay on the device of the sample.
         def pair(a, b):
@@ -243,4 +253,4 @@ def guided(
         # Without the barrier, the compiler may run both passes at once, with twice the memory.
         x_t, x0_cond = jax.lax.optimization_barrier((x_t, x0_cond))
         x0_uncond = denoiser(x_t, t, uncond)
-    return x0_uncond + w * (x0_cond - x0_uncond)
+    return x0_cond, x0_uncond

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Float32, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Float32, Int, Key, PyTree, Real
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, Prediction, guided
 from dmd_jax.diffusion.schedule import (
     Samples,
     Schedule,
+    align,
     check_step_times,
     check_times,
     expand,
@@ -211,8 +212,8 @@ class DMD:
         """
         rollout_key, time_key, eps_key = jax.random.split(key, 3)
         rollout = self.rollout(generator, nets, batch, rollout_key)
-        loss, (real, fake, t) = self.compare(rollout, nets, batch, time_key, eps_key)
-        return loss, (self.observe(rollout, real, fake, t), rollout)
+        loss, observed = self.compare(rollout, nets, batch, time_key, eps_key)
+        return loss, (observed, rollout)
 
     def compare(
         self,
@@ -221,15 +222,25 @@ class DMD:
         batch: Batch,
         time_key: Key[Array, ""],
         eps_key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], tuple[Samples, Samples, Float32[Array, " B"]]]:
-        """The generator's loss on given samples: (loss, (real, fake, t)), the scores at times t."""
+    ) -> tuple[Float32[Array, ""], Observed]:
+        """The generator's loss on given samples, and what `metrics` needs of its parts."""
         schedule = nets["teacher"].schedule
         x_t, t, _ = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
         real, fake = self.scores(nets, x_t, t, rollout.cond, batch["uncond"])
-        return self.distance(rollout, real, fake), (real, fake, t)
+        return self.distance(rollout, real, fake), self.observe(rollout, real, fake, t)
 
-    def distance(self, rollout: Rollout, real: Samples, fake: Samples) -> Float32[Array, ""]:
-        """The generator's loss, from the teacher's and the fake score's x0 for the same x_t."""
+    def distance(
+        self,
+        rollout: Rollout,
+        real: Samples,
+        fake: Samples,
+        weight: Real[ArrayLike, "..."] = 1.0,
+    ) -> Float32[Array, ""]:
+        """The generator's loss, from the teacher's and the fake score's x0 for the same x_t.
+
+        Args:
+            weight: of each sample's gradient, [B]; or one number.
+        """
         grad = dmd_gradient(
             rollout.x0,
             real,
@@ -238,7 +249,7 @@ class DMD:
             mask=rollout.mask,
             frames_per_block=self.frames_per_block,
         )
-        return dmd_loss(rollout.x0, grad, rollout.mask)
+        return dmd_loss(rollout.x0, align(weight, grad) * grad, rollout.mask)
 
     def critic_loss(
         self,

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Key
 
 from dmd_jax.diffusion.schedule import Samples, expand
-from dmd_jax.losses.distribution_matching import finite_samples
 from dmd_jax.losses.score_identity import sid_loss
-from dmd_jax.methods import Batch, Nets
+from dmd_jax.methods import Batch, Nets, Observed
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout
 
@@ -32,7 +31,7 @@ class SiD(DMD):
         batch: Batch,
         time_key: Key[Array, ""],
         eps_key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], tuple[Samples, Samples, Float32[Array, " B"]]]:
+    ) -> tuple[Float32[Array, ""], Observed]:
         """DMD's `compare`, with the loss's gradient at the samples computed here, explicitly.
 
         A prediction that is not finite gets a gradient of zero from the loss. The backward pass of
@@ -45,12 +44,12 @@ class SiD(DMD):
             return compare(rollout._replace(x0=x0), nets, batch, time_key, eps_key)
 
         x0 = jax.lax.stop_gradient(rollout.x0)
-        (loss, (real, fake, t)), grad = jax.value_and_grad(loss_of, has_aux=True)(x0)
-        finite = finite_samples(real) & finite_samples(fake)
-        grad = jax.lax.stop_gradient(jnp.where(expand(finite, grad), grad, 0.0))
+        (loss, observed), grad = jax.value_and_grad(loss_of, has_aux=True)(x0)
+        usable = expand(observed["usable"], grad)
+        grad = jax.lax.stop_gradient(jnp.where(usable, grad, 0.0))
         # Adds zero to the value, and makes `grad` the gradient with respect to the samples.
         zero = (rollout.x0 - x0).astype(jnp.float32)
-        return jax.lax.stop_gradient(loss) + jnp.sum(zero * grad), (real, fake, t)
+        return jax.lax.stop_gradient(loss) + jnp.sum(zero * grad), observed
 
     def distance(self, rollout: Rollout, real: Samples, fake: Samples) -> Float32[Array, ""]:
         return sid_loss(

@@ -4,6 +4,7 @@ dit          images from classes
 wan          video latents from text and images
 wan_vae      video latents and pixels
 umt5         text embeddings
+discriminator  heads on the features of another network
 attention    masks, one kernel per platform
 kv_cache     keys and values of earlier frames
 layers       linear layers, time embedding, stacks of layers

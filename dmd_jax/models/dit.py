@@ -13,7 +13,15 @@ from einops import rearrange
 from flax import nnx
 
 from dmd_jax.devices import sharding
-from dmd_jax.models.layers import MLP, check_compute, linear, scan, stack, timestep_embedding
+from dmd_jax.models.layers import (
+    MLP,
+    check_compute,
+    linear,
+    scan,
+    scan_with_taps,
+    stack,
+    timestep_embedding,
+)
 
 P = jax.P
 
@@ -143,8 +151,12 @@ class DiT(nnx.Module):
         self.head_modulation = linear(c.dim, 2 * c.dim, rngs=rngs, zero=True)
         self.head = linear(c.dim, pixels, rngs=rngs, zero=True)
 
-    def __call__(self, x, t, label):
-        """x [B, H, W, C], t [B] in 0 ... 1000, label int32 [B] -> [B, H, W, C] in float32."""
+    def __call__(self, x, t, label, *, features=()):
+        """x [B, H, W, C], t [B] in 0 ... 1000, label int32 [B] -> [B, H, W, C] in float32.
+
+        With `features`, numbers of layers from 0, ascending, it returns (that, the tokens after
+        each of these layers: [len(features), B, L, D] in the compute dtype).
+        """
         p = self.config.patch
         tokens = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         tokens = self.patch(tokens) + self.position[...]
@@ -152,19 +164,23 @@ class DiT(nnx.Module):
         condition = sharding.shard_batch(jax.nn.silu(condition))
         modulation = sharding.shard_batch(self.modulation(condition))
         modulation = rearrange(modulation, "b (six d) -> b six d", six=6)
-        tokens = self._layers(sharding.shard_tokens(tokens), modulation)
+        tokens, tapped = self._layers(sharding.shard_tokens(tokens), modulation, features)
         shift, scale = jnp.split(self.head_modulation(condition)[:, None], 2, axis=-1)
         out = self.head(_plain_norm(tokens) * (1 + scale) + shift)
-        return rearrange(
+        out = rearrange(
             out, "b (h w) (p q c) -> b (h p) (w q) c", h=x.shape[1] // p, p=p, q=p, c=x.shape[-1]
         )
+        return (out, tapped) if features else out
 
-    def _layers(self, tokens, modulation):
+    def _layers(self, tokens, modulation, features):
         """The scan over stacked layers; tokens [B, L, D] stay in the compute dtype."""
 
         def layer(tokens, block):
             out = sharding.gather(block, SHARDING_RULES)(tokens, modulation)
             return sharding.shard_tokens(out.astype(tokens.dtype)), None
 
-        c = self.config
-        return scan(layer, tokens.astype(c.dtype), self.blocks, remat=c.remat, unroll=c.unroll)[0]
+        c, tokens = self.config, tokens.astype(self.config.dtype)
+        how = dict(remat=c.remat, unroll=c.unroll)
+        if features:
+            return scan_with_taps(layer, tokens, self.blocks, features, **how)
+        return scan(layer, tokens, self.blocks, **how)

@@ -3,6 +3,8 @@
 Imports jax and flax.
 """
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -68,3 +70,33 @@ def scan(layer, carry, xs, *, remat, unroll):
         policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
         layer = jax.checkpoint(layer, policy=policy)
     return jax.lax.scan(layer, carry, xs, unroll=unroll)
+
+
+def scan_with_taps(layer, carry, xs, taps, *, remat, unroll):
+    """`scan` in pieces that end at some layers, whose outputs are returned too.
+
+    In one scan, all layers would have to return their output. Where only the outputs are used, the
+    compiler leaves out the layers after the last tap.
+
+    Args:
+        layer, carry, xs, remat, unroll: as for `scan`; the layers' own results are dropped.
+        taps: numbers of layers, from 0, ascending.
+
+    Returns:
+        (carry, the carries after the layers `taps`, stacked).
+
+    Raises:
+        ValueError: `taps` do not ascend, or name a layer that is not there.
+    """
+    depth = jax.tree.leaves(xs)[0].shape[0]
+    ends = (-1, *taps, depth)
+    if not taps or any(a >= b for a, b in pairwise(ends)):
+        raise ValueError(f"features={taps} must ascend and name layers in [0, {depth})")
+    outputs = []
+    for before, last in pairwise(ends[:-1]):
+        piece = jax.tree.map(lambda x: x[before + 1 : last + 1], xs)  # noqa: B023
+        carry, _ = scan(layer, carry, piece, remat=remat, unroll=unroll)
+        outputs.append(carry)
+    rest = jax.tree.map(lambda x: x[taps[-1] + 1 :], xs)
+    carry, _ = scan(layer, carry, rest, remat=remat, unroll=unroll)
+    return carry, jnp.stack(outputs)

@@ -150,7 +150,7 @@ class Monitor:
         state: `state` of an earlier monitor, to continue from it.
     """
 
-    networks = ("generator", "fake_score")
+    networks = ("generator", "fake_score", "discriminator")
     history = 50
     warm_up = 5
     least_median = 0.1

@@ -16,7 +16,10 @@ from dmd_jax.devices import sharding
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan_vae import SHARDING_RULES as VAE_RULES
 from dmd_jax.models.wan_vae import WanVAE
-from dmd_jax.training.configuration import construct
+from dmd_jax.training.configuration import construct, unknown
+
+# The role that is no Denoiser: heads on the features of another role's network.
+DISCRIMINATOR = "discriminator"
 
 
 def weights_path(config, role):
@@ -91,6 +94,34 @@ def load_vae(config, mesh):
     return weights.load(config.vae.weights, part="vae", shardings=places)
 
 
+def abstract_discriminator(config, scores):
+    """The abstract heads of `config.discriminator`, for the features that the method names.
+
+    Args:
+        config: the config of the run.
+        scores: {role: abstract Denoiser} of the networks that features may come from.
+
+    Raises:
+        ValueError: `model` is missing or does not fit that network, or `weights` is a file.
+    """
+    spec, role = config.discriminator, config.method.features
+    if spec.weights != "random" or "model" not in spec:
+        raise ValueError(
+            "config.discriminator needs weights='random' and a model, such as "
+            "dict(cls=DiscriminatorConfig, blocks=(2,)): its heads are always new"
+        )
+    if role not in scores:
+        raise ValueError(unknown(f"role config.method.features={role!r}", role, scores))
+    read = scores[role].net.config
+    model = construct(spec.model, "config.discriminator.model", dim=read.dim)
+    if model.blocks[-1] >= read.depth:
+        raise ValueError(
+            f"config.discriminator.model.blocks={model.blocks} must be below the depth "
+            f"{read.depth} of config.{role}"
+        )
+    return jax.eval_shape(lambda: weights.build(model))
+
+
 def _stated(config, role, source):
     """The abstract Denoiser of `model`, `schedule` and `prediction`."""
     spec = config[role]
@@ -150,6 +181,8 @@ def load(config, role, abstract):
     if path is None:
         # Every role has its own seed, so that two random networks differ.
         seed = config.seed + config.method.cls.trainable.index(role)
+        if role == DISCRIMINATOR:
+            return weights.build(abstract.config, seed=seed)
         return dataclasses.replace(abstract, net=weights.build(abstract.net.config, seed=seed))
     places = jax.tree.map(lambda x: x.sharding, abstract)
     return weights.denoiser(path, shardings=places, **_compute(config, role))

@@ -167,8 +167,10 @@ def build(config, devices=None, *, files=True):
     # The teacher first: other roles may use its file, and a wrong path is then the teacher's error.
     abstract = partial(roles.abstract, config, source=source, files=files)
     frozen = {role: roles.in_compute_dtype(abstract(role)) for role in kind.frozen}
-    nets = {role: abstract(role) for role in kind.trainable}
+    nets = {role: abstract(role) for role in kind.trainable if role != roles.DISCRIMINATOR}
     _check_fit(frozen | nets, source)
+    if roles.DISCRIMINATOR in kind.trainable:
+        nets[roles.DISCRIMINATOR] = roles.abstract_discriminator(config, frozen | nets)
     method = construct(config.method, "config.method", sample_shape=source.sample_shape)
     run = Run(
         config=config,

@@ -247,12 +247,14 @@ def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator,
         def critic_loss(critics):
             bound = bind({**trainable, **critics}, frozen)
             trained = {role: bound[role] for role in critics}
-            return method.critic_loss(trained, bound, rollout, batch, keys[CRITIC])
+            loss, seen = method.critic_loss(trained, bound, rollout, batch, keys[CRITIC])
+            by_role = loss if isinstance(loss, Mapping) else dict.fromkeys(critics, loss)
+            return sum(by_role.values()), (by_role, seen)
 
-        (loss, critic_observed), grad = jax.value_and_grad(critic_loss, has_aux=True)(critics)
+        (_, (loss, critic_observed)), grad = jax.value_and_grad(critic_loss, has_aux=True)(critics)
         observed = observed | critic_observed
         grads |= grad
-        losses |= dict.fromkeys(critics, loss)
+        losses |= loss
     return grads, losses, observed, getattr(rollout, "stream", None)
 
 

@@ -15,12 +15,17 @@ from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import X0, Denoiser, EDMPreconditioned, Epsilon, Velocity
 from dmd_jax.diffusion.schedule import EDM, VP, FlowMatching
-from dmd_jax.models import dit, wan
+from dmd_jax.models import discriminator, dit, wan
 
 # name: (config, network, sharding rules)
 FAMILIES = {
     "dit": (dit.DiTConfig, dit.DiT, dit.SHARDING_RULES),
     "wan": (wan.WanConfig, wan.Wan, wan.SHARDING_RULES),
+    "discriminator": (
+        discriminator.DiscriminatorConfig,
+        discriminator.Discriminator,
+        discriminator.SHARDING_RULES,
+    ),
 }
 SCHEDULES = {"flow_matching": FlowMatching, "edm": EDM, "vp": VP}
 PREDICTIONS = {
@@ -61,13 +66,13 @@ def sharding_rules(net: nnx.Module) -> tuple:
     return FAMILIES[family_of(net.config)][2]
 
 
-def shardings(tree: Any, denoisers: Iterable[Denoiser], mesh: jax.sharding.Mesh) -> Any:
+def shardings(tree: Any, networks: Iterable[Any], mesh: jax.sharding.Mesh) -> Any:
     """The shardings of weights on a mesh, by the rules of their families.
 
     Args:
         tree: a tree of weights, or of states whose paths end as those of weights; arrays or
             jax.ShapeDtypeStructs.
-        denoisers: one of each family that `tree` holds weights of.
+        networks: one of each family that `tree` holds weights of, bare or in a Denoiser.
         mesh: the mesh of `sharding.make_mesh`.
 
     Returns:
@@ -76,7 +81,8 @@ def shardings(tree: Any, denoisers: Iterable[Denoiser], mesh: jax.sharding.Mesh)
     Raises:
         ValueError: of `sharding.infer`.
     """
-    rules = [rule for denoiser in denoisers for rule in sharding_rules(denoiser.net)]
+    bare = [net.net if isinstance(net, Denoiser) else net for net in networks]
+    rules = [rule for net in bare for rule in sharding_rules(net)]
     return sharding.infer(tree, tuple(dict.fromkeys(rules)), mesh)
 
 

@@ -183,3 +183,30 @@ def test_split_weights_are_gathered_and_activations_stay(net, gradient):
     assert {"all-gather", "all-reduce"} <= {name for name, _ in sent}
     # Activations would show the batch, or what two, four or eight devices hold of it.
     assert not {shape for shape in shapes if shape and shape[0] in (40, 20, 10, 5)}, sent
+
+
+def test_features_are_the_tokens_after_the_named_layers(net, out):
+    """Those after the last layer give the output, and those after the first a net of one layer."""
+    same, features = jax.jit(lambda net: net(X, T, LABEL, features=(0, 1)))(net)
+    assert features.shape == (2, 4, 4, 16)
+    np.testing.assert_allclose(same, out, rtol=1e-5, atol=1e-6)
+    first = jax.tree.map(lambda x: x, net)
+    first.blocks = jax.tree.map(lambda x: x[:1], net.blocks)
+    alone, last = jax.jit(lambda net: net(X, T, LABEL, features=(0,)))(first)
+    np.testing.assert_allclose(features[0], last[0], rtol=1e-5, atol=1e-6)
+    assert jnp.abs(alone - out).max() > 0.01 and jnp.abs(features[0] - features[1]).max() > 0.01
+
+
+def test_layers_after_the_last_feature_are_not_computed_where_it_alone_is_used(net):
+    def flops(select):
+        run = jax.jit(lambda net: select(*net(X, T, LABEL, features=(0,))))
+        return run.lower(net).compile().cost_analysis()["flops"]
+
+    both = flops(lambda out, features: (out, features))
+    assert flops(lambda out, features: features) < 0.75 * both
+
+
+@pytest.mark.parametrize("features", [(1, 0), (0, 0), (2,), (-1,)])
+def test_features_of_no_layer_are_refused(net, features):
+    with pytest.raises(ValueError, match=r"must ascend and name layers in \[0, 2\)"):
+        net(X, T, LABEL, features=features)

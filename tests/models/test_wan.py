@@ -484,3 +484,13 @@ def test_the_presets_have_the_published_size(config, billions):
     net = jax.eval_shape(lambda: Wan(config, rngs=nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(net))
     assert count / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_features_are_the_tokens_after_the_named_layers():
+    net, args = network(SMALL), inputs(SMALL)
+    same, features = jax.jit(lambda net: net(*args, features=(0, 1)))(net)
+    assert features.shape == (2, 2, 3 * 2 * 3, 48)
+    np.testing.assert_allclose(same, jax.jit(lambda net: net(*args))(net), rtol=1e-4, atol=1e-5)
+    assert np.abs(features[0] - features[1]).max() > 0.01
+    with pytest.raises(ValueError, match="features are those of whole videos"):
+        net(*args, features=(0,), causal=Causal(1), context=args[0])

@@ -16,7 +16,14 @@ from flax import nnx
 
 from dmd_jax.devices import sharding
 from dmd_jax.models import kv_cache
-from dmd_jax.models.layers import MLP, linear, scan, stack, timestep_embedding
+from dmd_jax.models.layers import (
+    MLP,
+    linear,
+    scan,
+    scan_with_taps,
+    stack,
+    timestep_embedding,
+)
 from dmd_jax.models.wan.config import PATCH
 from dmd_jax.models.wan.layers import SHARDING_RULES, Block, ImageMLP, Patch, layer_norm, modulate
 from dmd_jax.models.wan.self_attention import Grid, over_cache, over_sequence
@@ -72,6 +79,7 @@ class Wan(nnx.Module):
         context_time=None,
         cache=None,
         start=None,
+        features=(),
     ):
         """The velocity eps - x0 of noisy latents.
 
@@ -89,15 +97,20 @@ class Wan(nnx.Module):
                 cache before it. Needs `causal` and `start`.
             start: with a cache, int32 []: the number of the first frame of x in the video; it must
                 be the first of a block.
+            features: numbers of layers, from 0, ascending, whose tokens are returned too; without
+                context and cache.
 
         Returns:
             [B, F, H, W, out_channels] in float32; with a cache, (that, a KVCache of the block's own
-            frames, for `kv_cache.write`).
+            frames, for `kv_cache.write`); with `features`, (that, [len(features), B, L, D] in the
+            compute dtype).
 
         Raises:
             ValueError: shapes or arguments that do not fit together.
         """
         self._check(x, timestep, text, causal, context, context_time, cache, start)
+        if features and (context is not None or cache is not None):
+            raise ValueError("features are those of whole videos: without `context` and `cache`")
         frames, image = None, None
         if isinstance(text, Conditions):
             text, frames, image = text
@@ -111,14 +124,14 @@ class Wan(nnx.Module):
         conditions = self._conditions(text, image)
         if cache is None:
             attend = over_sequence(self.config, grid, causal, context is not None)
-            tokens, _ = self._layers(tokens, embedding, conditions, attend)
+            tokens, aux = self._layers(tokens, embedding, conditions, attend, features=features)
         else:
-            tokens, own = self._continue(tokens, embedding, conditions, grid, causal, cache, start)
+            tokens, aux = self._continue(tokens, embedding, conditions, grid, causal, cache, start)
         if context is not None:
             tokens = tokens[:, -grid.frames * grid.frame :]
             embedding = embedding[:, -grid.frames :]
         velocity = self._head(tokens, embedding, grid)
-        return velocity if cache is None else (velocity, own)
+        return velocity if cache is None and not features else (velocity, aux)
 
     def empty_cache(self, batch, frames, height, width):
         """A cache for `frames` frames of [H, W] latents.
@@ -225,16 +238,18 @@ class Wan(nnx.Module):
         tokens, own = self._layers(tokens, embedding, conditions, attend, cache[:2])
         return tokens, kv_cache.KVCache(*own, frames)
 
-    def _layers(self, tokens, embedding, conditions, attend, cached=None):
+    def _layers(self, tokens, embedding, conditions, attend, cached=None, features=()):
         """The scan over layers.
 
         Args:
             tokens: [B, L, D].
             attend: see `self_attention`.
             cached: (keys, values) of a KVCache.
+            features: numbers of the layers whose tokens are returned.
 
         Returns:
-            (tokens, the K/V that `attend` returned, stacked over layers).
+            (tokens, the K/V that `attend` returned, stacked over layers); with `features`,
+            (tokens, the tokens after these layers).
         """
         modulation = self._modulation(embedding)
 
@@ -246,8 +261,10 @@ class Wan(nnx.Module):
             )
             return sharding.shard_tokens(tokens), own
 
-        c = self.config
-        return scan(body, tokens, (self.blocks, cached), remat=c.remat, unroll=c.unroll)
+        how = dict(remat=self.config.remat, unroll=self.config.unroll)
+        if features:
+            return scan_with_taps(body, tokens, (self.blocks, cached), features, **how)
+        return scan(body, tokens, (self.blocks, cached), **how)
 
     def _head(self, tokens, embedding, grid):
         """[B, L, D] -> [B, F, H, W, out_channels] in float32."""

@@ -1,0 +1,225 @@
+"""DMD2: DMD with an adversarial term, by a discriminator on features of a diffusion network."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Key, PyTree
+
+from dmd_jax.devices import randomness
+from dmd_jax.diffusion.schedule import Samples, expand
+from dmd_jax.losses.adversarial import (
+    discriminator_loss,
+    equal_norms,
+    finite_penalty,
+    generator_adversarial_loss,
+    gradient_penalty,
+)
+from dmd_jax.losses.distribution_matching import finite_samples
+from dmd_jax.methods import Batch, Metrics, Nets, Observed
+from dmd_jax.methods.dmd import DMD
+from dmd_jax.rollouts.backward_simulation import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class DMD2(DMD):
+    """DMD2 (Yin et al. 2024): the generator's noisy samples should also pass as noisy data.
+
+    The discriminator sees the x_t at which the scores are compared (generator) or trained (critic),
+    and real samples at the same times, with noise of their own.
+
+    Attributes:
+        features: the role whose features the discriminator reads under the condition: "teacher",
+            which stays as it is, or "fake_score", which learns them too.
+        backbone_weight: weight of the discriminator's loss in the gradient of the fake score; 0
+            trains the heads alone. Its heads' own weight is 1.
+        gan_weight: weight of the adversarial term in the generator's loss.
+        balance: scale the adversarial gradient of each sample to the norm of its
+            distribution-matching gradient, both at the sample, before `gan_weight`.
+        relativistic: the loss of pairs, see `losses.adversarial`.
+        r1, r2: weights gamma of the penalties gamma / 2 |dD / dx_t|^2 on real and on generated
+            samples.
+        perturbation: the penalties by finite differences of this size; None for exact ones.
+
+    Raises:
+        ValueError: a number is out of range, or the features are of no score.
+    """
+
+    trainable: ClassVar = ("generator", "fake_score", "discriminator")
+    uses_data: ClassVar = True
+
+    features: str = "teacher"
+    backbone_weight: float = 0.01
+    gan_weight: float = 0.03
+    balance: bool = False
+    relativistic: bool = False
+    r1: float = 0.0
+    r2: float = 0.0
+    perturbation: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.features not in ("teacher", "fake_score"):
+            raise ValueError(f"features={self.features!r} must be 'teacher' or 'fake_score'")
+        for name in ("backbone_weight", "gan_weight", "r1", "r2"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.perturbation is not None and self.perturbation <= 0.0:
+            raise ValueError(
+                f"perturbation={self.perturbation} must be above 0, or None for exact penalties"
+            )
+
+    def logits(
+        self, nets: Nets, x_t: Samples, t: Float32[Array, " B"], cond: PyTree
+    ) -> Float32[Array, " B"]:
+        """The discriminator's logits of noisy samples."""
+        discriminator = nets["discriminator"]
+        network = nets[self.features]
+        return discriminator(network.predict(x_t, t, cond, features=discriminator.blocks).aux)
+
+    def weights(
+        self, logits: Float32[Array, " B"], t: Float32[Array, " B"]
+    ) -> Float32[Array, " B"] | float:
+        """The weight of each sample's distribution-matching gradient, from its logit at time t."""
+        return 1.0
+
+    def compare(
+        self,
+        rollout: Rollout,
+        nets: Nets,
+        batch: Batch,
+        time_key: Key[Array, ""],
+        eps_key: Key[Array, ""],
+    ) -> tuple[Float32[Array, ""], Observed]:
+        schedule, index = nets["teacher"].schedule, batch["index"]
+        x_t, t, _ = self.diffuse(rollout, schedule, index, time_key, eps_key)
+        real, fake = self.scores(nets, x_t, t, rollout.cond, batch["uncond"])
+        paired = None
+        if self.relativistic:
+            real_t = self._noisy_data(batch, schedule, t, jax.random.fold_in(eps_key, 1))
+            paired = self.logits(nets, real_t, t, batch["cond"])
+
+        def adversarial(x0):
+            moved = rollout._replace(x0=x0)
+            x_t = self.diffuse(moved, schedule, index, time_key, eps_key)[0]
+            logits = self.logits(nets, x_t, t, rollout.cond)
+            logits = jnp.where(jnp.isfinite(logits), logits, 0.0)
+            return generator_adversarial_loss(logits, paired), logits
+
+        # Gradients at the samples are computed here, explicitly: there they have norms, and there a
+        # sample in which one is not finite can be left out (see `SiD.compare`).
+        x0 = jax.lax.stop_gradient(rollout.x0)
+        (gan, logits), push = jax.value_and_grad(adversarial, has_aux=True)(x0)
+        push = self._usable(push, rollout)
+        weights = jax.lax.stop_gradient(self.weights(logits, t))
+
+        def matching(x0):
+            return self.distance(rollout._replace(x0=x0), real, fake, weights)
+
+        loss, pull = jax.value_and_grad(matching)(x0)
+        observed = self.observe(rollout, real, fake, t) | {
+            "push": jnp.sum(jnp.square(push), axis=tuple(range(1, x0.ndim))),
+            "pull": jnp.sum(jnp.square(pull), axis=tuple(range(1, x0.ndim))),
+        }
+        if self.balance:
+            push = equal_norms(push, pull)
+        loss, grad = loss + self.gan_weight * gan, pull + self.gan_weight * push
+        # Adds zero to the value, and makes `grad` the gradient with respect to the samples.
+        zero = (rollout.x0 - x0).astype(jnp.float32)
+        return jax.lax.stop_gradient(loss) + jnp.sum(zero * jax.lax.stop_gradient(grad)), observed
+
+    def _usable(self, grad, rollout):
+        """A gradient that is zero where it is not finite in a sample, and outside the mask."""
+        usable = expand(finite_samples(grad), grad)
+        if rollout.mask is not None:
+            usable = usable & expand(rollout.mask, grad)
+        return jnp.where(usable, grad.astype(jnp.float32), 0.0)
+
+    def _noisy_data(self, batch, schedule, t, key):
+        """The real samples of a batch at times t, with noise from `key`."""
+        data = batch["data"]
+        return schedule.add_noise(data, randomness.normal(key, batch["index"], data.shape[1:]), t)
+
+    def critic_loss(
+        self,
+        critics: Mapping[str, Any],
+        nets: Nets,
+        rollout: Rollout,
+        batch: Batch,
+        key: Key[Array, ""],
+    ) -> tuple[dict[str, Float32[Array, ""]], Observed]:
+        """The fake score's regression (see `DMD`), and the discriminator's loss with its penalties.
+
+        Args:
+            critics: {"fake_score", "discriminator"}, the networks that are differentiated.
+            nets: all roles.
+            rollout: the generator's samples.
+            batch: with real samples and their conditions: "data", "cond".
+
+        Returns:
+            ({role: loss}, per-sample values for `metrics`).
+        """
+        fake_score, schedule = critics["fake_score"], critics["fake_score"].schedule
+        denoising, observed = super().critic_loss(
+            {"fake_score": fake_score}, nets, rollout, batch, key
+        )
+        time_key, eps_key, real_key, *probe_keys = jax.random.split(jax.random.fold_in(key, 1), 5)
+        nets = {**nets, **critics, "fake_score": _slowed(fake_score, self.backbone_weight)}
+        rollout = jax.lax.stop_gradient(rollout)
+        fake_t, t, _ = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
+        real_t = self._noisy_data(batch, schedule, t, real_key)
+
+        def of_fake(x_t):
+            return self.logits(nets, x_t, t, rollout.cond)
+
+        def of_real(x_t):
+            return self.logits(nets, x_t, t, batch["cond"])
+
+        fake, real = of_fake(fake_t), of_real(real_t)
+        loss = discriminator_loss(fake, real, relativistic=self.relativistic)
+        sides = (self.r1, of_real, real_t), (self.r2, of_fake, fake_t)
+        for (gamma, of_side, x_t), probe_key in zip(sides, probe_keys, strict=True):
+            if gamma:
+                penalty = self._penalty(of_side, x_t, batch["index"], probe_key)
+                loss = loss + 0.5 * gamma * penalty
+        observed = observed | jax.lax.stop_gradient({"real_logit": real, "fake_logit": fake})
+        return {"fake_score": denoising, "discriminator": loss}, observed
+
+    def _penalty(self, discriminate, x_t, index, key):
+        if self.perturbation is None:
+            return gradient_penalty(discriminate, x_t)
+        direction = randomness.normal(key, index, x_t.shape[1:])
+        return finite_penalty(discriminate, x_t, direction, self.perturbation)
+
+    def metrics(self, observed: Observed) -> Metrics:
+        """`DMD.metrics`, in steps that update the generator; and those of the discriminator.
+
+        discriminator/gap is the mean logit of real samples minus that of generated ones, 0 where it
+        cannot tell them apart. discriminator/accuracy is the share of samples on the right side of
+        0, of both kinds. gan/ratio is the norm of the adversarial gradient at the samples over that
+        of distribution matching, before `gan_weight` and `balance`: 1 / ratio is the weight that
+        makes them equal.
+        """
+        real, fake = observed["real_logit"], observed["fake_logit"]
+        metrics = {
+            "discriminator/gap": jnp.mean(real - fake),
+            "discriminator/accuracy": 0.5 * (jnp.mean(real > 0.0) + jnp.mean(fake < 0.0)),
+        }
+        if "x0" not in observed:
+            return metrics
+        ratio = jnp.sqrt(jnp.sum(observed["push"]) / jnp.sum(observed["pull"]))
+        return super().metrics(observed) | metrics | {"gan/ratio": ratio}
+
+
+def _slowed(network, weight):
+    """The same network, whose weights get `weight` times their gradient; its input all of it."""
+
+    def slow(x):
+        if not isinstance(x, jax.Array):
+            return x
+        constant = jax.lax.stop_gradient(x)
+        return constant + weight * (x - constant)
+
+    return jax.tree.map(slow, network)

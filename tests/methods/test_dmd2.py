@@ -1,0 +1,307 @@
+"""DMD2's adversarial term: gradients in closed form, who learns from it, penalties, refusals."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import FLOW, Affine, affine, assert_close, exact, normal, video_networks, weights
+
+from dmd_jax.diffusion.denoiser import X0, Denoiser
+from dmd_jax.losses.adversarial import discriminator_loss
+from dmd_jax.losses.distribution_matching import dmd_gradient
+from dmd_jax.methods.dmd import DMD
+from dmd_jax.methods.dmd2 import DMD2
+from dmd_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from dmd_jax.rollouts.backward_simulation import Rollout
+from dmd_jax.training.optimizer import AdamW, per_role
+from dmd_jax.training.step import init_state, train_step
+
+KEY = jax.random.key(3)
+BATCH = {"cond": jnp.zeros((6, 1)), "uncond": jnp.zeros((6, 1)), "index": jnp.arange(6)}
+BATCH["data"] = normal(7, 6, 2)
+SLOPE = jnp.array([0.8, -0.5])
+ROLES = ("generator", "fake_score", "discriminator")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Featured:
+    """A network whose only features are `scale` times its input, as one token."""
+
+    net: Any
+    scale: Any
+
+    def __call__(self, x, t, cond, features=()):
+        out = self.net(x, t, cond)
+        return (out, self.scale * x[None, :, None]) if features else out
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A discriminator <slope, feature>."""
+
+    slope: Any
+    blocks: tuple = dataclasses.field(default=(0,), metadata={"static": True})
+
+    def __call__(self, features):
+        return features[0, :, 0] @ self.slope
+
+
+def networks(slope=SLOPE):
+    """A generator of shifts, one a sample; affine scores; a linear discriminator."""
+
+    def featured(net):
+        return Denoiser(Featured(net, jnp.float32(1.0)), FLOW, X0(time_scale=1.0))
+
+    return {
+        "generator": affine(0.5, jnp.zeros((6, 2))),
+        "teacher": featured(exact([[0.5, 0.0]], 0.7).net),
+        "fake_score": featured(Affine(jnp.float32(0.3), jnp.float32(0.1))),
+        "discriminator": Linear(jnp.asarray(slope, jnp.float32)),
+    }
+
+
+def gradient(method, nets=None, batch=BATCH):
+    """(gradient at the samples, observed, rollout) of the generator's loss."""
+    nets = nets or networks()
+    loss = jax.jit(jax.value_and_grad(method.generator_loss, has_aux=True))
+    (_, (observed, rollout)), grad = loss(nets["generator"], nets, batch, KEY)
+    return grad.net.shift, observed, rollout
+
+
+def noisy(method, rollout):
+    """x_t and t of the generator's loss."""
+    _, time_key, eps_key = jax.random.split(KEY, 3)
+    return method.diffuse(rollout, FLOW, BATCH["index"], time_key, eps_key)[:2]
+
+
+def push(x_t, t, against=0.0):
+    """The gradient of mean softplus(against - D(x_t)) at the samples, for the linear D."""
+    sigmoid = jax.nn.sigmoid(against - x_t @ SLOPE)
+    return -((1 - t) * sigmoid)[:, None] * SLOPE / len(x_t)
+
+
+def test_the_gradient_is_distribution_matching_plus_the_weighted_adversarial_one():
+    method = DMD2((2,), times=(1.0,), gan_weight=0.3)
+    nets = networks()
+    grad, observed, rollout = gradient(method)
+    x_t, t = noisy(method, rollout)
+    pull = dmd_gradient(rollout.x0, nets["teacher"](x_t, t, None), nets["fake_score"](x_t, t, None))
+    wanted = pull / 12 + 0.3 * push(x_t, t)
+    np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-6)
+    plain, *_ = gradient(DMD((2,), times=(1.0,)))
+    np.testing.assert_allclose(gradient(dataclasses.replace(method, gan_weight=0.0))[0], plain)
+    assert np.abs(grad - plain).max() > 0.01
+    observed |= {"real_logit": jnp.ones(6), "fake_logit": jnp.array([-1.0] * 5 + [1.0])}
+    metrics = method.metrics(observed)
+    ratio = np.linalg.norm(push(x_t, t)) / np.linalg.norm(pull / 12)
+    assert metrics["gan/ratio"] == pytest.approx(ratio, rel=1e-4)
+    assert metrics["discriminator/gap"] == pytest.approx(1 + 4 / 6)
+    assert metrics["discriminator/accuracy"] == pytest.approx((6 + 5) / 12)
+
+
+def test_balanced_gradients_have_equal_norms_at_every_sample():
+    plain, *_ = gradient(DMD((2,), times=(1.0,)))
+    method = DMD2((2,), times=(1.0,), gan_weight=0.5, balance=True)
+    grad, _, rollout = gradient(method)
+    away = grad - plain
+    norms = partial(np.linalg.norm, axis=1)
+    np.testing.assert_allclose(norms(away), 0.5 * norms(plain), rtol=1e-3)
+    direction = push(*noisy(method, rollout))
+    cosine = np.sum(away * direction, 1) / norms(away) / norms(direction)
+    np.testing.assert_allclose(cosine, 1.0, rtol=1e-3)
+
+
+def test_the_relativistic_loss_is_against_real_samples_of_the_same_times():
+    method = DMD2((2,), times=(1.0,), gan_weight=1.0, relativistic=True)
+    far = BATCH | {"data": 1e3 * jnp.ones((6, 2))}
+    grad, _, rollout = gradient(method, batch=far)
+    plain, *_ = gradient(DMD((2,), times=(1.0,)))
+    t = noisy(method, rollout)[1]
+    # Real samples so far on the right side leave softplus its slope of one.
+    np.testing.assert_allclose(grad - plain, -(1 - t)[:, None] * SLOPE / 6, rtol=1e-3, atol=1e-6)
+
+
+def test_masked_elements_and_broken_samples_get_no_adversarial_gradient():
+    method = DMD2((2,), times=(1.0,), gan_weight=1.0)
+    nets = networks()
+    keys = jax.random.split(jax.random.key(1))
+    x0 = normal(5, 6, 2)
+
+    def loss(x0, slope, mask=None):
+        rollout = Rollout(x0, mask, jnp.float32(1), jnp.float32(0), BATCH["cond"])
+        given = nets | {"discriminator": Linear(slope)}
+        return method.compare(rollout, given, BATCH, *keys)[0]
+
+    mask = jnp.array([[True, False]] * 6)
+    grad = jax.grad(loss)(x0, SLOPE, mask)
+    assert (grad[:, 1] == 0).all() and (grad[:, 0] != 0).all()
+    plain = jax.grad(loss)(x0, 0.0 * SLOPE)
+    value, grad = jax.value_and_grad(loss)(x0, jnp.array([jnp.nan, 1.0]))
+    np.testing.assert_allclose(grad, plain, rtol=1e-5)
+    assert jnp.isfinite(value)
+
+
+def critic_gradient(method, nets, batch=BATCH, x0=None):
+    """({role: gradient}, {role: loss}) of the sum of the critics' losses."""
+    x0 = normal(5, 6, 2) if x0 is None else x0
+    rollout = Rollout(x0, None, jnp.float32(1), jnp.float32(0), BATCH["cond"])
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def run(critics):
+        losses, _ = method.critic_loss(critics, {**nets, **critics}, rollout, batch, KEY)
+        return sum(losses.values()), losses
+
+    return run({role: nets[role] for role in ROLES[1:]})
+
+
+def test_the_fake_score_learns_its_features_with_a_weight_of_their_own():
+    nets = networks()
+
+    def grads(**fields):
+        return critic_gradient(DMD2((2,), **fields), nets)[0]
+
+    teacher, heads = grads(), grads(features="fake_score", backbone_weight=0.0)
+    tenth, full = (grads(features="fake_score", backbone_weight=w) for w in (0.1, 1.0))
+    alone = jax.grad(
+        lambda net: DMD((2,)).critic_loss(
+            {"fake_score": net},
+            nets,
+            Rollout(normal(5, 6, 2), None, jnp.float32(1), jnp.float32(0), BATCH["cond"]),
+            BATCH,
+            KEY,
+        )[0]
+    )(nets["fake_score"])
+    for other in (teacher, heads, tenth, full):
+        assert_close(other["fake_score"].net.net, alone.net.net)
+        assert_close(other["discriminator"], full["discriminator"])
+    scales = [float(g["fake_score"].net.scale) for g in (teacher, heads, tenth, full)]
+    assert scales[0] == scales[1] == 0.0 and abs(scales[3]) > 0.01
+    assert scales[2] == pytest.approx(0.1 * scales[3], rel=1e-4)
+    assert jnp.abs(full["discriminator"].slope).max() > 0.01
+
+
+def test_the_discriminator_learns_from_both_at_the_same_times():
+    nets = networks(slope=[0.0, 0.0])
+    grads, losses = critic_gradient(DMD2((2,)), nets)
+    assert losses["discriminator"] == pytest.approx(2 * np.log(2), rel=1e-6)
+    # The slope's gradient at zero is half the difference of the noisy means. All noise is zero in
+    # the mean, and a large difference of the data shows: each side is scaled by 1 - t.
+    data = BATCH["data"] + 1e4
+    far = critic_gradient(DMD2((2,)), nets, BATCH | {"data": data})[0]
+    both = critic_gradient(DMD2((2,)), nets, BATCH | {"data": data}, normal(5, 6, 2) + 1e4)[0]
+    change = far["discriminator"].slope - grads["discriminator"].slope
+    assert (change < -1e3).all()
+    np.testing.assert_allclose(both["discriminator"].slope, grads["discriminator"].slope, atol=2e-3)
+
+
+@pytest.mark.parametrize("features", ["teacher", "fake_score"])
+@pytest.mark.parametrize("perturbation", [None, 0.05])
+def test_the_penalties_are_halves_of_gamma_times_the_squared_gradient(features, perturbation):
+    # One element: then one direction's difference, squared, has the gradient for its factor.
+    method = DMD2((2,), features=features, perturbation=perturbation)
+    nets = networks()
+    _, without = critic_gradient(method, nets)
+    for field in ("r1", "r2"):
+        grads, losses = critic_gradient(dataclasses.replace(method, **{field: 3.0}), nets)
+        more = losses["discriminator"] - without["discriminator"]
+        wanted = 1.5 * np.sum(np.square(SLOPE))
+        if perturbation is None:
+            assert more == pytest.approx(wanted, rel=1e-4)
+        else:  # the mean over six directions of <slope, n>^2
+            assert 0.05 * wanted < more < 5 * wanted
+        assert losses["fake_score"] == without["fake_score"]
+        assert jnp.isfinite(grads["discriminator"].slope).all()
+
+
+def test_the_generators_loss_has_no_gradient_for_other_weights():
+    method = DMD2((2,), times=(1.0,), relativistic=True, balance=True)
+    grads = jax.jit(
+        jax.grad(lambda nets: method.generator_loss(nets["generator"], nets, BATCH, KEY)[0])
+    )(networks())
+    moved = {role: any(bool(g.any()) for g in jax.tree.leaves(g)) for role, g in grads.items()}
+    wanted = dict.fromkeys(moved, False) | {"generator": True}
+    assert moved == wanted
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_a_step_of_three_roles_is_the_same_in_parts(update):
+    method = DMD2((2,), times=(1.0,), r1=1.0, r2=0.5, balance=True)
+    nets = networks()
+    nets["generator"] = affine(0.5, [0.0, 0.1])
+    frozen = {"teacher": nets.pop("teacher")}
+    tx = per_role({role: AdamW(1e-2).transform(10) for role in ROLES})
+    batch = {name: BATCH[name] for name in ("cond", "uncond", "data")}
+
+    def after(parts):
+        run = jax.jit(
+            partial(train_step, method=method, tx=tx, update_generator=update, accumulate=parts)
+        )
+        return run(init_state(nets, tx), frozen, batch, KEY)
+
+    (state, metrics), (parted, parted_metrics) = after(1), after(3)
+    assert_close(parted.nets, state.nets, rtol=1e-4)
+    assert_close(parted_metrics, metrics, rtol=2e-3)
+    assert metrics["discriminator/loss"] != metrics["fake_score/loss"]
+    assert ("gan/ratio" in metrics) == update and "discriminator/gap" in metrics
+    assert not bool(jnp.all(state.nets["discriminator"].slope == nets["discriminator"].slope))
+
+
+@pytest.mark.parametrize("features, dim", [("teacher", 32), ("fake_score", 16)])
+def test_the_features_may_be_those_of_a_network_of_videos(features, dim):
+    method = DMD2((3, 4, 4, 3), guidance=2.0, features=features, r1=1.0, r2=1.0)
+    heads = DiscriminatorConfig(dim=dim, blocks=(0,), hidden=8)
+    batch = {"cond": normal(0, 2, 4, 5), "uncond": normal(1, 2, 4, 5), "index": jnp.arange(2)}
+    batch["data"] = normal(2, 2, 3, 4, 4, 3)
+
+    def both():
+        nets = video_networks()
+        nets["discriminator"] = weights(lambda rngs: Discriminator(heads, rngs=rngs), 3)
+        grad, (_, rollout) = jax.grad(method.generator_loss, has_aux=True)(
+            nets["generator"], nets, batch, KEY
+        )
+        critics = {role: nets[role] for role in ROLES[1:]}
+
+        def critic_loss(critics):
+            return sum(method.critic_loss(critics, nets, rollout, batch, KEY)[0].values())
+
+        return nets, grad, jax.grad(critic_loss)(critics)
+
+    nets, grad, grads = jax.eval_shape(both)
+    for role, tree in (grads | {"generator": grad}).items():
+        assert jax.tree.structure(tree) == jax.tree.structure(nets[role])
+
+
+def test_without_a_discriminator_that_knows_something_it_is_dmd():
+    nets = networks(slope=[0.0, 0.0])
+    plain, *_ = gradient(DMD((2,), times=(1.0, 0.5)))
+    np.testing.assert_allclose(gradient(DMD2((2,), times=(1.0, 0.5)), nets)[0], plain, rtol=1e-5)
+
+
+def test_the_discriminators_value_is_that_of_its_loss():
+    """The loss of given logits, for the samples that the method noises."""
+    _, losses = critic_gradient(DMD2((2,), relativistic=True), networks(slope=[0.0, 0.0]))
+    zero = jnp.zeros(6)
+    wanted = discriminator_loss(zero, zero, relativistic=True)
+    assert losses["discriminator"] == pytest.approx(float(wanted), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"features": "generator"}, "features='generator' must be 'teacher' or 'fake_score'"),
+        ({"gan_weight": -1.0}, r"gan_weight=-1\.0 must be 0 or more"),
+        ({"r1": -1.0}, r"r1=-1\.0 must be 0 or more"),
+        ({"perturbation": 0.0}, r"perturbation=0\.0 must be above 0, or None"),
+        ({"strides": (3,)}, "must divide the number of times"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DMD2((2,), **fields)
