@@ -5,6 +5,7 @@ Variants and their commands:
     python -m dmd_jax.main --config=configs/dmd.py             one student for 4, 2 and 1 steps
     python -m dmd_jax.main --config=configs/dmd.py:one_step    a student for 1 step alone
     python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
+    python -m dmd_jax.main --config=configs/dmd.py:lora        the first, by adapters of one network
     python -m dmd_jax.main --config=configs/dmd.py:wan_tiny    videos: Wan in miniature
     python -m dmd_jax.main --config=configs/dmd.py:wan_t2v_1_3b  Wan2.1: 14B to 1.3B
 
@@ -38,6 +39,7 @@ from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
 from dmd_jax.quality.evaluation import Evaluation
+from dmd_jax.training.adapters import LoRA
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
@@ -113,6 +115,11 @@ def _sid(config):
     config.method.cls = SiD
     _larger_batches(config)
     config.steps = 1_800
+
+
+def _lora(config):
+    config.generator.adapter = dict(cls=LoRA, rank=16, alpha=16.0)
+    config.fake_score.adapter = dict(cls=LoRA, rank=16, alpha=16.0)
 
 
 def _larger_batches(config):
@@ -202,6 +209,7 @@ VARIANTS = {
     "": _four_steps,
     "one_step": _one_step,
     "sid": _sid,
+    "lora": _lora,
     "wan_tiny": _wan_tiny,
     "wan_t2v_1_3b": _wan_t2v_1_3b,
 }
