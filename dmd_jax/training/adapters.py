@@ -1,8 +1,8 @@
 """Adapters of a run: which roles train one, on which base, and how they become networks.
 
 A role with `adapter=dict(cls=LoRA, rank=128, alpha=128)` trains the factors of low-rank changes
-(Hu et al. 2021). Its own weights, the base, are frozen. Roles with the same weights have one base in
-memory: the teacher's, where it is the same. Imports weights and the configuration.
+(Hu et al. 2021). Its own weights, the base, are frozen. Roles with the same weights have one base
+in memory: the teacher's, where it is the same. Imports weights and the configuration.
 """
 
 import dataclasses
@@ -183,7 +183,8 @@ def _check(config, bind, files):
             base = roles.weights_path(config, role)
             if about and about["base"] != weights.fingerprint(base):
                 raise ValueError(
-                    f"{spec.weights} was trained on another base than config.{role}.weights={base!r}"
+                    f"{spec.weights} was trained on another base than {base}, "
+                    f"config.{role}.weights: name that base there"
                 )
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"config.{role}.adapter: {error}") from error

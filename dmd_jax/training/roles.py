@@ -172,7 +172,8 @@ def placed(shapes, nets, mesh):
         nets: {role: Denoiser} whose arrays are in it.
         mesh: the devices.
     """
-    return with_shardings(shapes, weights.shardings(shapes, nets.values(), mesh) if nets else shapes)
+    shardings = weights.shardings(shapes, nets.values(), mesh) if nets else shapes
+    return with_shardings(shapes, shardings)
 
 
 def with_shardings(shapes, shardings):

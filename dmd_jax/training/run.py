@@ -343,19 +343,19 @@ def describe(run):
     def mebibytes(tree):
         return tree_bytes(tree) / 2**20
 
-    lines = [f"{'role':<15}{'parameters':>14}{'dtype':>10}{'weights':>14}"]
+    lines = [f"{'role':<12}{'parameters':>14}{'dtype':>10}{'weights':>14}"]
     for role, tree in (run.bind.trainable | run.frozen).items():
         count = sum(x.size for x in jax.tree.leaves(tree))
         dtype = tree.net.config.dtype if role in run.frozen else "float32"
         size = count * jnp.dtype(dtype).itemsize / 2**20
         base = f", adapter of {run.bind.bases[role]}" if role in run.bind.bases else ""
-        lines.append(f"{role:<15}{count:>14,}{dtype:>10}{size:>10.1f} MiB{base}")
+        lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB{base}")
     if run.vae is not None:
         count = sum(x.size for x in jax.tree.leaves(run.vae))
-        lines.append(f"{'vae':<15}{count:>14,}{'stored':>10}{mebibytes(run.vae):>10.1f} MiB")
+        lines.append(f"{'vae':<12}{count:>14,}{'stored':>10}{mebibytes(run.vae):>10.1f} MiB")
     lines += [
-        f"{'average':<39}{mebibytes((state.ema, state.more_ema)):>10.1f} MiB",
-        f"{'optimizers':<39}{mebibytes(state.opt_state):>10.1f} MiB",
+        f"{'average':<36}{mebibytes((state.ema, state.more_ema)):>10.1f} MiB",
+        f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",
         *_cache_lines(run),
         f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
         f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",
@@ -375,4 +375,4 @@ def _cache_lines(run):
     if cache is None:
         return []
     name = f"cache of {cache.slots} latent frames"
-    return [f"{name:<39}{tree_bytes(cache) / 2**20:>10.1f} MiB"]
+    return [f"{name:<36}{tree_bytes(cache) / 2**20:>10.1f} MiB"]

@@ -39,7 +39,13 @@ OTHERS = {
 
 
 def save(
-    path: str | PathLike, adapter: Adapter, net: nnx.Module, *, alpha: float, base: str, **notes: Any
+    path: str | PathLike,
+    adapter: Adapter,
+    net: nnx.Module,
+    *,
+    alpha: float,
+    base: str,
+    **notes: Any,
 ) -> None:
     """Writes an adapter as safetensors. A failure leaves the file that was there before.
 
