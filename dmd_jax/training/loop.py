@@ -310,8 +310,8 @@ def _judge(run, average, frozen, step, checkpoints, writer):
 
     All processes take part; a failure on one ends the judgement on all.
     """
+    generator = run.bind.network("generator", average, frozen)
     try:
-        generator = run.bind.network("generator", average, frozen)
         picture, score = together(run.evaluator.preview, generator)
     except Exception as error:  # from the feature network, the data set or the device
         log.debug("judging failed", exc_info=error)
