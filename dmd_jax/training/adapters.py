@@ -92,9 +92,10 @@ class Bind:
     @property
     def trainable(self) -> dict[str, Any]:
         """The abstract trees that are trained: {role: Denoiser or adapter}."""
-        return {role: self._shapes(role) for role in self.nets}
+        return {role: self.shapes(role) for role in self.nets}
 
-    def _shapes(self, role):
+    def shapes(self, role: str) -> Any:
+        """The abstract tree that a role trains."""
         if role not in self.lora:
             return self.nets[role]
         spec = self.lora[role]
@@ -106,7 +107,7 @@ class Bind:
         for role, denoiser in self.nets.items():
             own = weights.sharding_rules(denoiser.net)
             if role in self.lora:
-                own = sharding.relevant(own, adapters.kernels(self._shapes(role)))
+                own = sharding.relevant(own, adapters.kernels(self.shapes(role)))
             rules += own
         return tuple(dict.fromkeys(rules))
 
@@ -175,7 +176,7 @@ def _check(config, bind, files):
     """Refuses patterns and files of adapters that do not fit their networks."""
     for role, spec in bind.lora.items():
         try:
-            shapes = bind.trainable[role]
+            shapes = bind.shapes(role)
             if spec.weights is None or not files:
                 continue
             adapter_files.check(spec.weights, shapes)
