@@ -8,14 +8,15 @@ Variants and their commands:
     python -m dmd_jax.main --config=configs/dmd.py:dmd2        a student for 4 steps, with a GAN
     python -m dmd_jax.main --config=configs/dmd.py:f_distill   the same, by Jensen-Shannon
     python -m dmd_jax.main --config=configs/dmd.py:decoupled   a student for 4 steps, decoupled
+    python -m dmd_jax.main --config=configs/dmd.py:lora        the first, by adapters of one network
     python -m dmd_jax.main --config=configs/dmd.py:wan_tiny    videos: Wan in miniature
     python -m dmd_jax.main --config=configs/dmd.py:wan_t2v_1_3b  Wan2.1: 14B to 1.3B
 
 All but the last two are for digits. Training the first three takes 10 TFLOP, 10 and 21, some
 minutes on two CPU cores. Expect, as means of three seeds, an FD-MNIST64 of 0.51 in 4 steps, 0.44 in
 2 and 1.23 in 1 from the first, and 0.81 from `one_step`; the teacher has 0.36 in 50. `dmd2` and
-`f_distill` train on real digits too. They and `decoupled` were run for some steps only: their
-weights are starting points.
+`f_distill` train on real digits too; `lora` trains adapters of rank 16 on the teacher's weights.
+These three and `decoupled` were run for some steps only: their numbers are starting points.
 
 `wan_tiny` generates videos of moving digits from captions, after a few minutes on these cores. The
 student starts from its teacher and the fake score from a smaller network. Both are shipped and were
@@ -47,6 +48,7 @@ from dmd_jax.methods.sid import SiD
 from dmd_jax.models.discriminator import DiscriminatorConfig
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
 from dmd_jax.quality.evaluation import Evaluation
+from dmd_jax.training.adapters import LoRA
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
@@ -144,6 +146,11 @@ def _decoupled(config):
     config.evaluate.steps = (4,)
 
 
+def _lora(config):
+    config.generator.adapter = dict(cls=LoRA, rank=16, alpha=16.0)
+    config.fake_score.adapter = dict(cls=LoRA, rank=16, alpha=16.0)
+
+
 def _larger_batches(config):
     """The batch, rates and intervals with which `one_step` and `sid` were measured."""
     config.batch_size = 32
@@ -234,6 +241,7 @@ VARIANTS = {
     "dmd2": _dmd2,
     "f_distill": _f_distill,
     "decoupled": _decoupled,
+    "lora": _lora,
     "wan_tiny": _wan_tiny,
     "wan_t2v_1_3b": _wan_t2v_1_3b,
 }

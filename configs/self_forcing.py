@@ -11,8 +11,8 @@ writes.
 
 `long` is LongLive's second stage (Yang et al. 2025): the student of the first, trained with
 `--config.method.video.causal.window=12 --config.method.video.causal.sink=3`, goes on with videos of
-240 latent frames, whose prompts change once. LongLive trains LoRA adapters here, this all weights.
-It has not been run.
+240 latent frames, whose prompts change once. As in LongLive, student and fake score train adapters
+(LoRA) of rank 256, without an average. It has not been run.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from dmd_jax.models.attention import Causal
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
 from dmd_jax.models.wan_vae import WAN_2_1, WanVAEConfig
 from dmd_jax.quality.evaluation import Evaluation
+from dmd_jax.training.adapters import LoRA
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
@@ -104,11 +105,13 @@ def _long(config):
     config.method.video = dict(cls=LongTuning, causal=causal, image_latent=True)
     config.vae = dict(weights=SMALL, model=dict(cls=WanVAEConfig, **dataclasses.asdict(WAN_2_1)))
     config.generator.weights = "student"
+    config.generator.adapter = dict(cls=LoRA, rank=256, alpha=256.0)
+    config.fake_score.adapter = dict(cls=LoRA, rank=256, alpha=256.0)
     config.generator.optimizer.learning_rate = 1e-5
     config.fake_score.optimizer.learning_rate = 2e-6
     config.reuse_rollout = False
     config.steps = 3_000
-    config.ema.start = 0
+    config.ema.update(decay=0.0, start=0)
 
 
 VARIANTS = {"wan_t2v_1_3b": _wan_t2v_1_3b, "long": _long}

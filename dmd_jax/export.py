@@ -1,11 +1,14 @@
-"""Writes a Wan transformer, of a student or any other checkpoint, for other programs.
+"""Writes a Wan transformer, or an adapter of one, for other programs.
 
 python -m dmd_jax.export --checkpoint=student.safetensors --to=diffusers --out=pipeline
 python -m dmd_jax.export --checkpoint=student.safetensors --to=self_forcing --out=student.pt
+python -m dmd_jax.export --checkpoint=adapter.safetensors --to=diffusers_lora --out=lora.safetensors
 
 diffusers      the folder of a pipeline; --base=FOLDER copies its other parts from there
 original       a folder in the layout of the Wan repository, which ComfyUI and LightX2V read
 self_forcing   a file of torch as Self-Forcing writes it
+
+diffusers_lora, comfyui_lora   of an adapter: a safetensors file with the names of the program
 """
 
 import sys
@@ -15,19 +18,20 @@ from absl import app, flags
 from dmd_jax import weights
 from dmd_jax.devices.disk import check_writable, local_path
 from dmd_jax.models.wan import Wan
-from dmd_jax.weights import export
+from dmd_jax.weights import adapter_files, export
 
 TARGETS = ("diffusers", "original", "self_forcing")
+ADAPTERS = tuple(adapter_files.OTHERS)
 SHIFT = 5.0  # the default of Wan's repository
 
 FLAGS = flags.FLAGS
 
 
 def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
-    """Writes the transformer at `checkpoint_path` as `to`, one of TARGETS; returns a hint of use.
+    """Writes what is at `checkpoint_path` as `to`, of TARGETS or ADAPTERS; returns a hint of use.
 
     Args:
-        checkpoint_path: as for `weights.denoiser`.
+        checkpoint_path: as for `weights.denoiser`; for ADAPTERS, the adapter's file.
         out: the folder or file.
         dtype: of the tensors; None for that of the weights.
         shift: of the scheduler; None for the student's own.
@@ -43,6 +47,9 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
         export.index_of(base)
     if shift is not None and shift <= 0:
         raise ValueError(f"--shift={shift} must be above 0; 1 shifts nothing")
+    if to in ADAPTERS:
+        adapter_files.convert(checkpoint_path, to, out, dtype)
+        return ""
     export.require_place(out, to_file=to == "self_forcing")
     net = weights.abstract(checkpoint_path).net
     if not isinstance(net, Wan):
@@ -60,10 +67,12 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
 
 def define_flags():
     flags.DEFINE_string(
-        "checkpoint", None, "A checkpoint of this library, or a Wan transformer of another program."
+        "checkpoint",
+        None,
+        "A checkpoint or an adapter of this library, or another program's Wan.",
     )
-    flags.DEFINE_enum("to", None, TARGETS, "The program to write for.")
-    flags.DEFINE_string("out", None, "The folder, or the file of Self-Forcing.")
+    flags.DEFINE_enum("to", None, TARGETS + ADAPTERS, "The program to write for.")
+    flags.DEFINE_string("out", None, "The folder, or the file of Self-Forcing or of an adapter.")
     flags.DEFINE_string("base", None, "A diffusers pipeline whose other parts are copied.")
     flags.DEFINE_enum(
         "dtype", None, ["bfloat16", "float32"], "Of the tensors; that of the weights if not given."

@@ -92,8 +92,22 @@ def gather(layer, rules):
     return jax.tree_util.tree_map_with_path(whole, layer)
 
 
+# Names of the parts of an adapted kernel: in a network (`models.layers.LowRank`), or in an adapter.
+_FACTOR = re.compile(r"/(?:kernel/value/(base|A|B)|(A|B)/kernel)$")
+
+
 def _find(rules, name, used=None):
-    """The spec of the first rule that matches `name`; None if none does."""
+    """The spec of the first rule that matches `name`; None if none does.
+
+    The factors of an adapter follow their kernel: A [in, rank] is split as its input axis, B
+    [rank, out] as its output axis.
+    """
+    if factor := _FACTOR.search(name):
+        spec = _find(rules, name[: factor.start()] + "/kernel", used)
+        which = factor[1] or factor[2]
+        if not spec or which == "base":
+            return spec
+        return P(spec[-2], None) if which == "A" else P(None, spec[-1])
     for pattern, spec in rules:
         if re.search(pattern, name):
             if used is not None:
@@ -140,6 +154,14 @@ def _fit(spec, shape, mesh):
     padded = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
     sizes = dict(mesh.shape)
     return P(*(a if a and n % sizes[a] == 0 else None for a, n in zip(padded, shape, strict=True)))
+
+
+def relevant(rules, names):
+    """The rules that `infer` would use for weights of these names, in order."""
+    used = set()
+    for name in names:
+        _find(rules, name, used)
+    return tuple(rule for rule in rules if rule[0] in used)
 
 
 def replicate(tree):

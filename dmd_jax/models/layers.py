@@ -3,17 +3,60 @@
 Imports jax and flax.
 """
 
+import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """In place of a kernel W [..., in, out]: W + scale A B, with a LoRA adapter (Hu et al. 2021).
+
+    Attributes:
+        base: W.
+        A, B: [..., in, rank] and [..., rank, out], float32.
+        scale: alpha / rank.
+    """
+
+    base: Any
+    A: Any
+    B: Any
+    scale: float = dataclasses.field(metadata={"static": True})
+
+
+class Linear(nnx.Linear):
+    """nnx.Linear, whose kernel may be a `LowRank`: x W + scale (x A) B.
+
+    The sum W + scale A B is never formed. In bfloat16 it would drop every change that is smaller
+    than half a unit in the last place of W, and its gradient would be a whole matrix.
+    """
+
+    def __call__(self, x):
+        kernel = self.kernel.get_value()
+        if not isinstance(kernel, LowRank):
+            return super().__call__(x)
+        plain = jax.tree.map(_base, self, is_leaf=_is_low_rank)
+        x_, A, B = self.promote_dtype((x, kernel.A, kernel.B), dtype=self.dtype)
+        return nnx.Linear.__call__(plain, x) + kernel.scale * ((x_ @ A) @ B)
+
+
+def _is_low_rank(x):
+    return isinstance(x, LowRank)
+
+
+def _base(x):
+    return x.base if _is_low_rank(x) else x
+
+
 def linear(inputs, outputs, *, dtype=jnp.float32, rngs, zero=False, bias=True):
     """A linear layer with compute dtype `dtype`, initialised by Xavier's uniform rule or zeros."""
     init = nnx.initializers.zeros_init() if zero else nnx.initializers.xavier_uniform()
-    return nnx.Linear(inputs, outputs, kernel_init=init, use_bias=bias, dtype=dtype, rngs=rngs)
+    return Linear(inputs, outputs, kernel_init=init, use_bias=bias, dtype=dtype, rngs=rngs)
 
 
 def timestep_embedding(t, dim):

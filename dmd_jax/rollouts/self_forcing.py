@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
 from dmd_jax.diffusion.denoiser import Denoiser
@@ -234,34 +235,47 @@ def _exit_calls(plan, generator, x0, calls):
 
 
 def _keep(plan, generator, x0, calls):
-    return x0, (generator, calls)
+    """Saves the weights that have a gradient and the others, as adapters' bases, in two trees."""
+    x0, calls = custom_vjp_primal_tree_values((x0, calls))
+    learned = jax.tree.map(lambda x: x.value if x.perturbed else None, generator)
+    others = jax.tree.map(lambda x: None if x.perturbed else x.value, generator)
+    return x0, (learned, others, calls)
 
 
 def _replay(plan, saved, gradient):
     """The sum of the blocks' gradients: each exit call again, one after the other."""
-    (causal, layout, graded), (generator, calls) = plan, saved
+    (causal, layout, graded), (learned, others, calls) = plan, saved
 
     def of_block(block, place, size):
         x, cotangent = (
             jax.lax.dynamic_slice_in_dim(a, place, size, axis=1) for a in (calls.inputs, gradient)
         )
 
-        def exit_call(generator):
+        def exit_call(learned):
+            generator = jax.tree.map(_either, learned, others, is_leaf=_is_none)
             t, start = calls.times[block], calls.starts[block]
             return predict(generator, x, t, calls.cond, causal, calls.cache, start).x0
 
-        return jax.vjp(exit_call, generator)[1](cotangent)[0]
+        return jax.vjp(exit_call, learned)[1](cotangent)[0]
 
     def add(block, place, size, total):
         return jax.tree.map(jnp.add, total, of_block(block, place, size))
 
-    zeros = jax.tree.map(jnp.zeros_like, generator)
+    zeros = jax.tree.map(jnp.zeros_like, learned)
     lone, first = layout.graded(graded)
     total = layout.for_each(add, zeros, left_out=calls.left_out, lone=lone, first=first)
     return total, None, None
 
 
-_exit_calls.defvjp(_keep, _replay)
+def _is_none(x):
+    return x is None
+
+
+def _either(a, b):
+    return b if a is None else a
+
+
+_exit_calls.defvjp(_keep, _replay, symbolic_zeros=True)
 
 
 def empty_cache(

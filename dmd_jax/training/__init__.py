@@ -1,6 +1,7 @@
 """A run: its config, its loop and step, and the files that it writes.
 
 run, roles                  a config becomes a `Run`; its networks by role
+adapters                    roles that train LoRA adapters on a shared base
 loop                        `train`: start or resume, steps, saves, judgements, exports, report
 step                        `train_step`, pure: gradients, one update, averages
 optimizer                   AdamW, Muon and your own, one for each role

@@ -57,12 +57,13 @@ def cost(run) -> Cost:
     A rollout's length is random; it counts as its expected value (`DMD.trips`).
     Judging and the report are not included.
     """
-    config, generator = run.config, run.nets["generator"]
+    config = run.config
     batch, key = batch_shape(run), jax.eval_shape(lambda: jax.random.key(0))
     numbers = [run.updates_generator(step) for step in range(config.steps)]
     steps = {kind: numbers.count(kind) for kind in (True, False) if kind in numbers}
     count = partial(flops.count, trips=getattr(run.method, "trips", {}))
     state, frozen = run.state_shape(), run.frozen_shape()
+    generator = jax.eval_shape(run.bind, state.nets, frozen)["generator"]
     with jax.set_mesh(run.mesh):
         step = {
             kind: count(partial(run.step, update_generator=kind), state, frozen, batch, key)

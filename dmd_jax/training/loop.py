@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 from concurrent.futures import Future
+from functools import partial
 
 import jax
 import numpy as np
@@ -22,17 +23,20 @@ from dmd_jax.devices import sharding
 from dmd_jax.devices.disk import check_writable, exclusive, first_line, write_text
 from dmd_jax.devices.processes import from_first, together
 from dmd_jax.quality.evaluator import REPORT
-from dmd_jax.training import health
+from dmd_jax.training import health, roles
+from dmd_jax.training.adapters import config_role
 from dmd_jax.training.checkpoints import Checkpointer
 from dmd_jax.training.configuration import defaults, differences, flatten
 from dmd_jax.training.cost import cost
 from dmd_jax.training.preemption import Preemption
 from dmd_jax.training.profiling import Profiler, warn_of_taken
 from dmd_jax.training.writers import Progress, Writer
+from dmd_jax.weights import adapter_files
 
 log = logging.getLogger(__name__)
 
 CONFIG, EXPORT, BEST = "config.json", "generator.safetensors", "best.safetensors"
+ADAPTER = "adapter.safetensors"
 COMPILATION = "compilation of the steps"  # name of the thread
 
 
@@ -123,7 +127,7 @@ def train(run, workdir, profile=range(0)):
 
 
 def _train(run, workdir, profile):
-    identity = _identity(run.config)
+    identity = _identity(run)
     _require_own(identity, run.config, workdir)
     shape = run.state_shape()
     with Checkpointer(workdir, keep=run.checkpoint.keep) as checkpoints:
@@ -151,7 +155,7 @@ def _train(run, workdir, profile):
                 write_text(workdir / CONFIG, text)
             writer.rewind(first)
             if _lacks_judgement(run, first, workdir):
-                _judge(run, state.ema, first, checkpoints, writer)
+                _judge(run, state.ema, frozen, first, checkpoints, writer)
             (workdir / REPORT).unlink(missing_ok=True)  # not the report of this run's last step
             try:
                 with Preemption() as preemption:
@@ -159,7 +163,7 @@ def _train(run, workdir, profile):
                         run, steps, state, frozen, extra, checkpoints, writer, profiler, preemption
                     )
             except health.Diverged:
-                _export_best(run, shape.ema, checkpoints, workdir)
+                _export_best(run, shape.ema, frozen, checkpoints, workdir)
                 raise
             if int(state.step) < run.config.steps:
                 log.info("stopped and saved at step %d; the same command goes on", int(state.step))
@@ -196,12 +200,13 @@ def _writer(run, workdir):
 
 def _finish(run, state, frozen, checkpoints, writer, workdir):
     """Exports the averages of the last state and writes the report; returns its path, or None."""
-    trained = sharding.replicate(state.ema)
-    _export(run, trained, workdir / EXPORT, run.config.steps)
+    trained = _export(run, state.ema, frozen, workdir / EXPORT, run.config.steps)
     for decay, average in state.more_ema.items():
         path = (workdir / EXPORT).with_stem(f"generator.ema-{decay}")
-        _export(run, sharding.replicate(average), path, run.config.steps)
-    _export_best(run, state.ema, checkpoints, workdir)
+        _export(run, average, frozen, path, run.config.steps)
+    _export_best(run, state.ema, frozen, checkpoints, workdir)
+    if "generator" in run.bind.lora:
+        _export_adapter(run, state.ema, workdir / ADAPTER)
     text = _report(run, trained, frozen, workdir)
     if text is None:
         return None
@@ -209,12 +214,17 @@ def _finish(run, state, frozen, checkpoints, writer, workdir):
     return workdir / REPORT
 
 
-def _identity(config):
-    """The content of config.json: the flat config, and the checksum of the teacher's weights."""
-    flat = flatten(config)
-    if "teacher" in config:  # the file at this path may be replaced later
-        flat["teacher.sha256"] = from_first(lambda: weights.fingerprint(config.teacher.weights))
+def _identity(run):
+    """The content of config.json: the flat config, and checksums of the frozen weights."""
+    flat = flatten(run.config)
+    for name in run.frozen:  # the file at a path may be replaced later
+        role = config_role(name)
+        flat[f"{role}.sha256"] = from_first(partial(_fingerprint, run.config, role))
     return flat
+
+
+def _fingerprint(config, role):
+    return weights.fingerprint(roles.weights_path(config, role))
 
 
 def _require_own(identity, config, workdir):
@@ -277,7 +287,7 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
                 save(done)
         stopped = last and not end  # a signal leaves little time: the next start judges this step
         if done % config.evaluate.every == 0 and not stopped:  # saved: a failure loses no step
-            _judge(run, state.ema, done, checkpoints, writer)
+            _judge(run, state.ema, frozen, done, checkpoints, writer)
         if last:
             break
     checkpoints.wait()
@@ -303,13 +313,14 @@ def _lacks_judgement(run, step, workdir):
     return not from_first(lambda: "yes" if found() else "")
 
 
-def _judge(run, average, step, checkpoints, writer):
+def _judge(run, average, frozen, step, checkpoints, writer):
     """Shows and judges samples of the average, and saves the best. A failure is only a warning.
 
     All processes take part; a failure on one ends the judgement on all.
     """
+    generator = run.bind.network("generator", average, frozen)
     try:
-        picture, score = together(run.evaluator.preview, average)
+        picture, score = together(run.evaluator.preview, generator)
     except Exception as error:  # from the feature network, the data set or the device
         log.debug("judging failed", exc_info=error)
         log.warning("step %d could not be judged, the run goes on: %s", step, first_line(error))
@@ -325,19 +336,38 @@ def _judge(run, average, step, checkpoints, writer):
     writer.scalars(step, {f"quality/{key}": value for key, value in score.numbers.items()})
 
 
-def _export_best(run, shape, checkpoints, workdir):
+def _export_best(run, shape, frozen, checkpoints, workdir):
     """Writes the average with the best score, if one was judged."""
     if (best := checkpoints.restore_best(shape)) is not None:
         average, step, _ = best
-        _export(run, sharding.replicate(average), workdir / BEST, step)
+        _export(run, average, frozen, workdir / BEST, step)
 
 
-def _export(run, trained, path, step):
-    """Writes an averaged network as a safetensors file."""
-    notes = {"step": step, "method": type(run.method).__name__.lower()}
-    notes |= run.source.notes | run.method.notes()
+def _export(run, average, frozen, path, step):
+    """Writes an averaged generator as a safetensors file; returns it, whole on every device."""
+    generator = sharding.replicate(run.bind.merged("generator", average, frozen))
     if jax.process_index() == 0:
-        weights.save(path, trained, **notes)
+        weights.save(path, generator, **_notes(run, step))
+    return generator
+
+
+def _notes(run, step):
+    notes = {"step": step, "method": type(run.method).__name__.lower()}
+    return notes | run.source.notes | run.method.notes()
+
+
+def _export_adapter(run, average, path):
+    """Writes an averaged adapter of the generator as a safetensors file."""
+    adapter, base = sharding.replicate(average), _fingerprint(run.config, "generator")
+    if jax.process_index() == 0:
+        adapter_files.save(
+            path,
+            adapter,
+            run.nets["generator"].net,
+            alpha=run.bind.lora["generator"].alpha,
+            base=base,
+            **_notes(run, run.config.steps),
+        )
 
 
 def _report(run, trained, frozen, workdir):

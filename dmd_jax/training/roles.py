@@ -179,13 +179,17 @@ def load(config, role, abstract):
     """
     path = weights_path(config, role)
     if path is None:
-        # Every role has its own seed, so that two random networks differ.
-        seed = config.seed + config.method.cls.trainable.index(role)
         if role == DISCRIMINATOR:
-            return weights.build(abstract.config, seed=seed)
-        return dataclasses.replace(abstract, net=weights.build(abstract.net.config, seed=seed))
+            return weights.build(abstract.config, seed=seed(config, role))
+        net = weights.build(abstract.net.config, seed=seed(config, role))
+        return dataclasses.replace(abstract, net=net)
     places = jax.tree.map(lambda x: x.sharding, abstract)
     return weights.denoiser(path, shardings=places, **_compute(config, role))
+
+
+def seed(config, role):
+    """The seed of a role's random weights; every role has its own, so that two differ."""
+    return config.seed + config.method.cls.trainable.index(role)
 
 
 def zeros(tree):
@@ -197,11 +201,16 @@ def placed(shapes, nets, mesh):
     """`shapes` with shardings, by the rules of the families of `nets`.
 
     Args:
-        shapes: an abstract tree, such as a TrainState or the frozen networks.
+        shapes: an abstract tree, such as the frozen networks.
         nets: {role: Denoiser} whose arrays are in it.
         mesh: the devices.
     """
     shardings = weights.shardings(shapes, nets.values(), mesh) if nets else shapes
+    return with_shardings(shapes, shardings)
+
+
+def with_shardings(shapes, shardings):
+    """An abstract tree with the shardings of another."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

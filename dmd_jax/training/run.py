@@ -19,7 +19,7 @@ from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
-from dmd_jax.training import optimizer, roles
+from dmd_jax.training import adapters, optimizer, roles
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import construct, flatten, unknown
 from dmd_jax.training.cost import batch_shape, cost
@@ -42,8 +42,10 @@ class Run:
     Attributes:
         config: the ConfigDict from which the run was built.
         method: a dataclass of `methods/`.
-        nets: {role: Denoiser}, trainable, float32.
-        frozen: {role: Denoiser}, not trained, in their compute dtype.
+        nets: {role: Denoiser}, trainable, as the method sees them.
+        frozen: {role: Denoiser}, not trained, in their compute dtype: the method's, and the bases
+            of adapters.
+        bind: what is trained and what is frozen become the networks that the method sees.
         vae: the autoencoder, for a method that needs one; None for others.
         tx: the optimizer of all trainable roles.
         ema: the generator's averages.
@@ -57,6 +59,7 @@ class Run:
     method: Any
     nets: dict[str, Denoiser]
     frozen: dict[str, Denoiser]
+    bind: adapters.Bind
     vae: Any
     tx: Any
     ema: EMA
@@ -78,6 +81,7 @@ class Run:
             train_step,
             method=self.method,
             tx=self.tx,
+            bind=self.bind,
             ema=self.ema,
             reuse_rollout=self.config.reuse_rollout,
             accumulate=self.config.accumulate,
@@ -85,8 +89,10 @@ class Run:
 
     def state_shape(self):
         """The TrainState, as jax.ShapeDtypeStructs with shardings."""
-        shapes = jax.eval_shape(lambda: init_state(roles.zeros(self.nets), self.tx, self.ema))
-        shapes = roles.placed(shapes, self.nets, self.mesh)
+        trained = self.bind.trainable
+        shapes = jax.eval_shape(lambda: init_state(roles.zeros(trained), self.tx, self.ema))
+        places = sharding.infer(shapes, self.bind.rules(), self.mesh)
+        shapes = roles.with_shardings(shapes, places)
         return dataclasses.replace(shapes, stream=self._stream_shape())
 
     def _stream_shape(self):
@@ -109,12 +115,12 @@ class Run:
     def start(self):
         """(TrainState at step 0, frozen nets), loaded and placed."""
         shape = self.state_shape()
-        nets = {role: roles.load(self.config, role, net) for role, net in shape.nets.items()}
+        nets = {role: self.bind.load(self.config, role, x) for role, x in shape.nets.items()}
         shardings = jax.tree.map(lambda x: x.sharding, shape)
         cond = batch_shape(self)["cond"]
 
         def init(nets):
-            stream = self._stream(nets["generator"], roles.zeros(cond))
+            stream = self._stream(self.nets["generator"], roles.zeros(cond))
             return init_state(nets, self.tx, self.ema, stream)
 
         state = jax.jit(init, out_shardings=shardings)(nets)
@@ -128,7 +134,10 @@ class Run:
     def load_frozen(self):
         """The frozen nets, loaded and placed."""
         shape = roles.placed(self.frozen, self.frozen, self.mesh)
-        loaded = {role: roles.load(self.config, role, net) for role, net in shape.items()}
+        loaded = {
+            name: roles.load(self.config, adapters.config_role(name), net)
+            for name, net in shape.items()
+        }
         loaded = jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, shape)
         if self.vae is not None:
             loaded["vae"] = roles.load_vae(self.config, self.mesh)
@@ -171,12 +180,14 @@ def build(config, devices=None, *, files=True):
     _check_fit(frozen | nets, source)
     if roles.DISCRIMINATOR in kind.trainable:
         nets[roles.DISCRIMINATOR] = roles.abstract_discriminator(config, frozen | nets)
+    bind, frozen = adapters.resolve(config, nets, frozen, files=files)
     method = construct(config.method, "config.method", sample_shape=source.sample_shape)
     run = Run(
         config=config,
         method=method,
         nets=nets,
         frozen=frozen,
+        bind=bind,
         vae=roles.abstract_vae(config, files=files) if needs_vae(method) else None,
         tx=_optimizer(config, nets),
         ema=construct(config.ema, "config.ema"),
@@ -335,11 +346,12 @@ def describe(run):
         return tree_bytes(tree) / 2**20
 
     lines = [f"{'role':<12}{'parameters':>14}{'dtype':>10}{'weights':>14}"]
-    for role, denoiser in (run.nets | run.frozen).items():
-        count = sum(x.size for x in jax.tree.leaves(denoiser))
-        dtype = denoiser.net.config.dtype if role in run.frozen else "float32"
+    for role, tree in (run.bind.trainable | run.frozen).items():
+        count = sum(x.size for x in jax.tree.leaves(tree))
+        dtype = tree.net.config.dtype if role in run.frozen else "float32"
         size = count * jnp.dtype(dtype).itemsize / 2**20
-        lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB")
+        base = f", adapter of {run.bind.bases[role]}" if role in run.bind.bases else ""
+        lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB{base}")
     if run.vae is not None:
         count = sum(x.size for x in jax.tree.leaves(run.vae))
         lines.append(f"{'vae':<12}{count:>14,}{'stored':>10}{mebibytes(run.vae):>10.1f} MiB")

@@ -13,6 +13,8 @@ files          formats: safetensors, .pt, folders of shards
 pickles        reads PyTorch's files without executing anything
 loading        `denoiser`, `load`: opens any of these
 export         writes Wan transformers for other programs
+adapters       low-rank adapters (LoRA) as trees, and in networks
+adapter_files  files of adapters, of this library and of other programs
 digests        fingerprints of files and networks
 
 Imports devices, diffusion and models.

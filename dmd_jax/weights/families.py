@@ -61,8 +61,9 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree).items()}
 
 
-def sharding_rules(net: nnx.Module) -> tuple:
-    """The sharding rules of the family of `net`."""
+def sharding_rules(network: Any) -> tuple:
+    """The sharding rules of the family of a network, bare or in a Denoiser."""
+    net = network.net if isinstance(network, Denoiser) else network
     return FAMILIES[family_of(net.config)][2]
 
 
@@ -81,8 +82,7 @@ def shardings(tree: Any, networks: Iterable[Any], mesh: jax.sharding.Mesh) -> An
     Raises:
         ValueError: of `sharding.infer`.
     """
-    bare = [net.net if isinstance(net, Denoiser) else net for net in networks]
-    rules = [rule for net in bare for rule in sharding_rules(net)]
+    rules = [rule for network in networks for rule in sharding_rules(network)]
     return sharding.infer(tree, tuple(dict.fromkeys(rules)), mesh)
 
 

@@ -38,7 +38,7 @@ PREFIXES = re.compile(r"^((model|module|diffusion_model)\.)+")
 
 # {a pattern of the tensors' names: the kind of file}, of files that are not read.
 STRANGERS = {
-    r"lora_": "a LoRA, which is the change of a network: merge it into its network first",
+    r"lora_|/A/kernel$": "a LoRA, the change of a network: merge it into its network first",
     r"^double_blocks\.": "a Flux or Hunyuan transformer",
     r"^single_transformer_blocks\.": "a Flux transformer",
     r"^joint_blocks\.": "a Stable Diffusion 3 transformer",

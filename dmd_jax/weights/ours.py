@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from safetensors.numpy import save_file
 
 from dmd_jax.devices.disk import local_path
@@ -64,10 +65,15 @@ def save(path: str | PathLike, denoiser: Denoiser, **notes: Any) -> None:
         "notes": notes,
     }
     tensors = {name: jax.device_get(leaf) for name, leaf in named_leaves(denoiser.net).items()}
+    write(path, tensors, {HEADER: json.dumps(header)})
+
+
+def write(path: str | PathLike, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file. A failure leaves the file that was there before."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, {HEADER: json.dumps(header)})
+        save_file(tensors, partial, metadata)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

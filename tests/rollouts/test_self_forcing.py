@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from itertools import pairwise
 
 import jax
@@ -16,6 +17,7 @@ from dmd_jax.diffusion.schedule import FlowMatching, shift_time
 from dmd_jax.models import kv_cache
 from dmd_jax.models.wan import SHARDING_RULES, Causal, Wan, WanConfig
 from dmd_jax.rollouts.self_forcing import recache, self_forcing
+from dmd_jax.weights import adapters
 
 FLOW = FlowMatching()
 KEY = jax.random.key(3)
@@ -321,6 +323,30 @@ def test_the_memory_of_the_gradient_does_not_grow_with_the_blocks(generator):
         return compiled.memory_analysis().temp_size_in_bytes - 10 * noise.nbytes
 
     assert temporaries(12) <= 1.02 * temporaries(3)
+
+
+def test_a_frozen_base_has_no_gradient_and_its_adapter_the_right_one(generator):
+    net = generator.net
+    shapes = adapters.abstract(net, r"ffn/up/kernel$", 3)
+    adapter = {name: normal(i, *x.shape) / 4 for i, (name, x) in enumerate(shapes.items())}
+    noise, how = normal(0, 2, 4, *SIZE), dict(times=TIMES, schedule=FLOW, causal=PAIRS)
+
+    def loss(net):
+        how["exit_step"] = jnp.int32(1)
+        return jnp.sum(self_forcing(Denoiser(net), noise, COND, KEY, **how).x0 ** 2)
+
+    def of_adapter(adapter):
+        return loss(adapters.attach(net, adapter, 0.5))
+
+    found = jax.jit(jax.grad(of_adapter))(adapter)
+    whole = jax.jit(jax.grad(loss))(adapters.merge(net, adapter, 0.5))
+    A, B = adapter.values()
+    change = np.asarray(whole.blocks.ffn.up.kernel[...])
+    wanted = dict(zip(adapter, (0.5 * change @ B.mT, 0.5 * A.mT @ change), strict=True))
+    assert_close(found, wanted, rtol=2e-3, atol=2e-4)
+    products = re.compile(r"f32\[(16,24|24,16)\] = dot_general")  # gradients of ffn/up and down
+    assert products.search(str(jax.make_jaxpr(jax.grad(loss))(net)))
+    assert not products.search(str(jax.make_jaxpr(jax.grad(of_adapter))(adapter)))
 
 
 def test_exits_are_drawn_as_asked(generator):

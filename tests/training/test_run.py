@@ -308,8 +308,11 @@ def test_a_failure_while_judging_costs_the_judgement_and_not_the_run(
 def test_a_failure_while_judging_on_another_process_ends_the_judgement_here(monkeypatch, caplog):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda flag: np.array([flag, True]))
-    judging = SimpleNamespace(evaluator=SimpleNamespace(preview=lambda average: (None, None)))
-    loop._judge(judging, None, 8, checkpoints=None, writer=None)  # nothing is written
+    judging = SimpleNamespace(
+        bind=SimpleNamespace(network=lambda *_: None),
+        evaluator=SimpleNamespace(preview=lambda generator: (None, None)),
+    )
+    loop._judge(judging, None, {}, 8, checkpoints=None, writer=None)  # nothing is written
     assert "step 8 could not be judged, the run goes on: RuntimeError: process 1" in caplog.text
 
 
