@@ -61,7 +61,7 @@ def test_config_builds_and_its_step_works_out_in_shapes(name, variant, teacher, 
     kinds = {run.updates_generator(step) for step in range(config.generator_every)}
     for kind in kinds:
         step = partial(run.step, update_generator=kind)
-        after, metrics = jax.eval_shape(step, state, run.frozen, batch, key)
+        after, metrics = jax.eval_shape(step, state, run.frozen_shape(), batch, key)
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert {leaf.shape for leaf in jax.tree.leaves(metrics)} == {()}
     assert kinds and len(run.evaluator.samplers) == len(config.evaluate.steps)
