@@ -27,6 +27,8 @@ import torch.utils.checkpoint
 from einops import rearrange
 from omegaconf import OmegaConf
 
+CONFIGS = "default_config.yaml", "self_forcing_dmd.yaml"
+
 
 def attention(q, k, v, k_lens=None, **unused):
     """Softmax attention of [B, L, heads, channels] over all keys."""
@@ -37,7 +39,7 @@ def attention(q, k, v, k_lens=None, **unused):
 
 
 def program(folder):
-    """Their modules {"base", "dmd", "wrapper"}, made fit for a CPU."""
+    """(their module model.dmd, their module utils.wan_wrapper), made fit for a CPU."""
     sys.path.insert(0, str(folder))
     for name in ("wan", "wan.modules", "pipeline", "model"):
         # Without their __init__.py, which imports everything that they have.
@@ -53,10 +55,7 @@ def program(folder):
     base = importlib.import_module("model.base")
     base.WanTextEncoder = base.WanVAEWrapper = torch.nn.Identity
     torch.Tensor.cuda = lambda tensor: tensor
-    return {
-        "dmd": importlib.import_module("model.dmd"),
-        "wrapper": importlib.import_module("utils.wan_wrapper"),
-    }
+    return tuple(map(importlib.import_module, ("model.dmd", "utils.wan_wrapper")))
 
 
 def to_torch(x):
@@ -81,25 +80,24 @@ class Published:
     """
 
     def __init__(self, folder, sizes, files, *, frames, tokens):
-        modules = program(folder)
-        self.wrapper = wrapper = modules["wrapper"].WanDiffusionWrapper
+        dmd, wrapper = program(folder)
+        self.wrapper = wrapper.WanDiffusionWrapper
         make = classmethod(lambda network, path, **settings: network(**sizes, **settings))
         for network in ("WanModel", "CausalWanModel"):
-            getattr(modules["wrapper"], network).from_pretrained = make
+            getattr(wrapper, network).from_pretrained = make
         settings = (OmegaConf.load(folder / "configs" / name) for name in CONFIGS)
         changed = {
             "mixed_precision": False,
-            "gradient_checkpointing": False,  # see below
+            "gradient_checkpointing": False,  # switched on below
             "num_training_frames": frames,
         }
-        self.dmd = modules["dmd"].DMD(OmegaConf.merge(*settings, changed), torch.device("cpu"))
+        self.dmd = dmd.DMD(OmegaConf.merge(*settings, changed), torch.device("cpu"))
         for role, file in files.items():
             network = getattr(self.dmd, role)
             network.load_state_dict(torch.load(file)["generator_ema"])
             network.seq_len = frames * tokens
-            # Of today's diffusers, enable_gradient_checkpointing refuses their networks.
+            # Their switch calls a method of diffusers that refuses their networks today.
             network.model.gradient_checkpointing = True
-        assert isinstance(self.dmd.generator, wrapper)
         self.dmd._initialize_inference_pipeline()
         self._shrink(self.dmd.inference_pipeline, sizes, frames, tokens)
 
@@ -229,9 +227,6 @@ class Published:
         x0 = self.dmd.fake_score._convert_flow_pred_to_x0(v, x_t, t)
         seen = self.wrapper._convert_x0_to_flow_pred(self.dmd.scheduler, x0, x_t, t)
         return v.float().numpy(), seen.float().numpy()
-
-
-CONFIGS = "default_config.yaml", "self_forcing_dmd.yaml"
 
 
 def gradients(network):

@@ -6,14 +6,14 @@
 
 Both run the same tiny networks in float32, from one file of weights, with the same noise, exit
 steps and times: the rollout, its gradient, the DMD loss and the critic's. Where ours differs on
-purpose (docs/self_forcing.md), their code runs as it is, and ours runs twice: as it is, and with
-the published behaviour put in from outside. The second must agree to float32 rounding, which shows
-that nothing else differs; the first says what the difference is worth.
+purpose (docs/self_forcing.md), it is compared twice: as it is, and with one of the two changed from
+outside to do what the other does. The second must agree to float32 rounding, which shows that
+nothing else differs; the first is the size of the difference.
 
-A number is the largest difference over the largest value; of gradients over all weights, that of
-the worst tensor and, where a difference is measured, |a - b| / |b| of all of them. The networks
-are random: on trained ones, differences have other sizes. Stops with an error where numbers differ
-that should agree.
+The columns "theirs" and "ours" say what was changed: nothing where they are empty. "largest" is the
+largest difference over the largest value, of a gradient over weights that of the worst tensor.
+The networks are random; in trained ones, differences have other sizes. Ends with an error where
+numbers differ that should agree.
 """
 
 import dataclasses
@@ -160,7 +160,7 @@ def our_rollout(generator, context_time):
     def functional(generator):
         x0 = self_forcing(
             generator,
-            NOISE,
+            jnp.asarray(NOISE),
             CONTEXT,
             jax.random.key(0),
             times=TIMES,
@@ -198,7 +198,7 @@ def compare_rollouts(rows, theirs, net):
         rows.add(what, "", "", as_it_is[i], block, same=i == 0)
     what = "gradient over the weights"
     rows.add(what, "constant caches", "noisy context", constant, noisy_gradient, same=True)
-    rows.add(what, "both", "", both, gradient, same=True)
+    rows.add(what, "clean, constant", "", both, gradient, same=True)
     rows.add(what, "constant caches", "", constant, gradient, same=False)
     rows.add(what, "", "noisy context", leaking, noisy_gradient, same=False)
     rows.add(what, "", "", leaking, gradient, same=False)
@@ -217,7 +217,7 @@ def compare_exits(rows, theirs, net):
     def ours(exit_step):
         rollout = self_forcing(
             Denoiser(net),
-            NOISE,
+            jnp.asarray(NOISE),
             CONTEXT,
             jax.random.key(0),
             times=TIMES,
