@@ -246,6 +246,7 @@ def our_losses(x0, nets, t, tables):
     """
     method = DMD(sample_shape=SHAPE, guidance=4.0)
     batch = {"uncond": NULL, "index": jnp.arange(1)}
+    key = jax.random.key(0)  # of draws that `diffuse` does not make
     x0_scale, velocity_scale = (x0_by_table, velocity_by_tables) if tables else (None, None)
 
     def diffuse(self, rollout, schedule, *unused):
@@ -259,11 +260,11 @@ def our_losses(x0, nets, t, tables):
             "teacher": score(nets["real_score"], x0_scale),
             "fake_score": score(nets["fake_score"], x0_scale),
         }
-        return method.compare(rollout(x0), scores, batch, None, None)[0]
+        return method.compare(rollout(x0), scores, batch, key, key)[0]
 
     def critic(net):
         critics = {"fake_score": score(net, velocity_scale)}
-        return method.critic_loss(critics, {}, rollout(x0), batch, jax.random.key(0))[0]
+        return method.critic_loss(critics, {}, rollout(x0), batch, key)[0]
 
     with mock.patch.object(DMD, "diffuse", diffuse):
         return *jax.value_and_grad(dmd)(x0), *jax.value_and_grad(critic)(nets["fake_score"])
