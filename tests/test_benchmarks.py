@@ -1,7 +1,11 @@
-"""The benchmark of the train step still runs. What it measures is nothing for a test."""
+"""Benchmarks still run. What they measure is nothing for a test."""
 
+import jax
+import numpy as np
 import programs
 import pytest
+
+from dmd_jax.diffusion.denoiser import Denoiser
 
 
 @pytest.mark.slow
@@ -14,3 +18,27 @@ def test_the_parts_of_a_train_step_are_timed(teacher, data_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     for part in ("teacher, guided", "critic, forward and backward", "whole step without"):
         assert f"{part} " in result.stdout
+
+
+def test_without_a_clone_the_comparison_with_self_forcing_says_how_to_get_one(tmp_path):
+    script = "benchmarks/self_forcing_parity.py", f"--self_forcing={tmp_path}"
+    result = programs.python(*script)
+    assert result.returncode != 0
+    assert f"{tmp_path} is no clone" in result.stderr and "git clone https://" in result.stderr
+
+
+@pytest.mark.slow
+def test_our_half_of_the_comparison_with_self_forcing_runs():
+    parity = programs.load_module("benchmarks/self_forcing_parity.py")
+    net = parity.random_network(0)
+    clean, _ = parity.our_rollout(Denoiser(net), 0.0)
+    published = Denoiser(net, prediction=parity.TimeZero())
+    noisy, _ = parity.our_rollout(published, parity.LAST)
+    # The noise of the context is all that differs, and the first block has no context.
+    first, *others = zip(parity.to_blocks(clean), parity.to_blocks(noisy), strict=True)
+    np.testing.assert_array_equal(*first)
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in others)
+    nets = dict.fromkeys(parity.ROLES, net)
+    for tables in (True, False):
+        losses = parity.our_losses(clean, nets, np.float32([0.5]), tables)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(losses))
