@@ -1,8 +1,8 @@
 """The published code of Self-Forcing beside ours, number by number, on a CPU.
 
-    git clone https://github.com/guandeh17/Self-Forcing /tmp/Self-Forcing
+    git clone https://github.com/guandeh17/Self-Forcing
     pip install torch diffusers omegaconf        (a CPU build of torch will do)
-    python benchmarks/self_forcing_parity.py --self_forcing=/tmp/Self-Forcing
+    python benchmarks/self_forcing_parity.py --self_forcing=Self-Forcing
 
 Both run the same tiny networks in float32, from one file of weights, with the same noise, exit
 steps and times: the rollout, its gradient, the DMD loss and the critic's. Where ours differs on

@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused(program, monkeypatch, tmp_path, flags, com
     "notes, complaint",
     [
         (dict(causal=dict(frames_per_block=1)), "Causal(frames_per_block=1, "),
-        (dict(causal=dict(frames_per_block=2, sink=1)), "sink=1), not Causal("),
+        (dict(causal=dict(frames_per_block=2, sink=1)), "sink=1, keep_sink=False), not Causal("),
         (dict(context_time=0.2), "was trained with context_time=0.2"),
     ],
 )

@@ -115,31 +115,18 @@ class CausalRollout:
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfForcing(CausalRollout):
-    """Self-Forcing (Huang et al. 2025): the rollout of inference, block by block, with its cache.
+class OwnBlocks(CausalRollout):
+    """Base of rollouts that are those of inference: block by block, with the generator's cache.
 
     Attributes:
         per_block_exit: an exit step for each block, not one for all.
-        graded: only the last so many frames pass gradient; None for all, or those compared.
-        compared: only the last so many frames are compared with the teacher's distribution: the
-            length of the teacher's videos, where the student's are longer. None for all.
         image_latent: the first frame that is compared is decoded and encoded again as an image,
             where others come before it: a teacher expects a video to begin with one. It needs the
-            network `vae`; the blocks of that frame are not graded.
-        least_blocks: the number of blocks of a rollout is drawn from `least_blocks` up to all; None
-            for always all. It needs `compared`, and so many blocks have to fill it.
-
-    Raises:
-        ValueError: a number is out of range.
+            network `vae`, and counts in no loss.
     """
 
-    title: ClassVar = "self-forcing"
-
     per_block_exit: bool = False
-    graded: int | None = None
-    compared: int | None = None
     image_latent: bool = False
-    least_blocks: int | None = None
 
     @property
     def needs_vae(self) -> bool:
@@ -150,6 +137,28 @@ class SelfForcing(CausalRollout):
     def shares_exit(self) -> bool:
         """Whether all blocks stop at one exit step."""
         return not self.per_block_exit
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfForcing(OwnBlocks):
+    """Self-Forcing (Huang et al. 2025): each rollout makes a whole video.
+
+    Attributes:
+        graded: only the last so many frames pass gradient; None for all, or those compared.
+        compared: only the last so many frames are compared with the teacher's distribution: the
+            length of the teacher's videos, where the student's are longer. None for all.
+        least_blocks: the number of blocks of a rollout is drawn from `least_blocks` up to all; None
+            for always all. It needs `compared`, and so many blocks have to fill it.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    title: ClassVar = "self-forcing"
+
+    graded: int | None = None
+    compared: int | None = None
+    least_blocks: int | None = None
 
     def check(self, sample_shape: tuple[int, ...]) -> None:
         super().check(sample_shape)

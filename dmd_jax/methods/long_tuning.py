@@ -16,7 +16,7 @@ from jaxtyping import Array, Float32, Int32, Key, PyTree
 
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.methods import Batch, Nets
-from dmd_jax.methods.causal import CausalRollout
+from dmd_jax.methods.causal import OwnBlocks
 from dmd_jax.models import kv_cache
 from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -47,7 +47,7 @@ class Streams(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LongTuning(CausalRollout):
+class LongTuning(OwnBlocks):
     """Self-Forcing on videos longer than the teacher's, of which each step makes the next chunk.
 
     The first chunk has as many frames as a sample; later ones begin with the last `overlap` frames
@@ -62,9 +62,6 @@ class LongTuning(CausalRollout):
         frames: of a whole video.
         overlap: frames that a chunk shares with the one before.
         prompt_switch: whether the prompts change, once in a video.
-        image_latent: the first frame of a later chunk is decoded and encoded again as an image: a
-            teacher expects a video to begin with one. It needs the network `vae`.
-        per_block_exit: an exit step for each block, not one for all.
 
     Raises:
         ValueError: a number is out of range.
@@ -75,18 +72,6 @@ class LongTuning(CausalRollout):
     frames: int = 240
     overlap: int = 3
     prompt_switch: bool = True
-    image_latent: bool = False
-    per_block_exit: bool = False
-
-    @property
-    def needs_vae(self) -> bool:
-        """Whether rollouts call the network `vae`."""
-        return self.image_latent
-
-    @property
-    def shares_exit(self) -> bool:
-        """Whether all blocks stop at one exit step."""
-        return not self.per_block_exit
 
     def check(self, sample_shape: tuple[int, ...]) -> None:
         super().check(sample_shape)

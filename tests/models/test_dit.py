@@ -93,10 +93,10 @@ def test_every_weight_learns(gradient):
 
 def test_the_scan_is_a_loop_over_the_layers(net, out):
     class Looped(DiT):
-        def _layers(self, tokens, modulation):
+        def _layers(self, tokens, modulation, features):
             for i in range(self.config.depth):
                 tokens = jax.tree.map(lambda w, i=i: w[i], self.blocks)(tokens, modulation)
-            return tokens
+            return tokens, None
 
     looped = jax.eval_shape(lambda: Looped(TINY, rngs=nnx.Rngs(0)))
     looped = jax.tree.unflatten(jax.tree.structure(looped), jax.tree.leaves(net))
