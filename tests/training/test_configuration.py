@@ -165,7 +165,7 @@ def test_a_flag_chooses_a_class_and_changes_what_both_classes_have():
         (
             {"cls": DMD},
             "Pretrain",
-            r"config\.part\.cls is DMD, and 'Pretrain' .* 'DMD', .*'SiD'",
+            r"config\.part\.cls is DMD, and 'Pretrain' .*'DMD', .*'SiD'",
         ),
         ({"cls": Inner}, "None", r"config\.part\.cls is Inner, and 'None' cannot take its place"),
         ({"cls": SiD, "alpha": 1.2}, "DMD", r"config\.part states alpha of SiD, which DMD"),
