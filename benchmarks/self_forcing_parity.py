@@ -36,7 +36,7 @@ from dmd_jax.rollouts.backward_simulation import Rollout
 from dmd_jax.rollouts.self_forcing import self_forcing
 from dmd_jax.weights import export, table, wan
 
-FOLDER = flags.DEFINE_string("self_forcing", None, "A clone of their repository.", required=True)
+FOLDER = flags.DEFINE_string("self_forcing", "Self-Forcing", "A clone of their repository.")
 
 CONFIG = WanConfig(dim=48, ffn=96, heads=2, depth=2, text_dim=24, freq_dim=32)
 ROLES = "generator", "real_score", "fake_score"

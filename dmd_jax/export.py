@@ -12,6 +12,7 @@ diffusers_lora, comfyui_lora   of an adapter: a safetensors file with the names 
 """
 
 import sys
+from pathlib import Path
 
 from absl import app, flags
 
@@ -48,6 +49,10 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
     if shift is not None and shift <= 0:
         raise ValueError(f"--shift={shift} must be above 0; 1 shifts nothing")
     if to in ADAPTERS:
+        if shift is not None:
+            raise ValueError(f"--shift={shift} is for --to=diffusers, not {to}")
+        if Path(out).exists():
+            raise ValueError(f"{out} is there already: choose another file")
         adapter_files.convert(checkpoint_path, to, out, dtype)
         return ""
     export.require_place(out, to_file=to == "self_forcing")

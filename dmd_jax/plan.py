@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
 
@@ -24,6 +23,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from dmd_jax.devices.disk import check_writable, first_line, local_path, write_text
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.training import topologies
 from dmd_jax.training.configuration import compute_dtypes, expand_home, flag_error
@@ -58,13 +58,17 @@ def main(argv):
     expand_home(config)
     use_float32_products(*compute_dtypes(config))
     try:
+        if FLAGS.json:
+            check_writable(local_path(FLAGS.json).parent)
         chip, devices = topologies.load(FLAGS.topology, FLAGS.slices)
         result = searched(config, chip, devices) if FLAGS.search else plan(config, chip, devices)
     except (ValueError, OSError, ImportError) as error:
         refuse(error)
+    except (RuntimeError, TypeError) as error:  # of a compiler; NotImplementedError among them
+        refuse(f"the step cannot be compiled for {FLAGS.topology}: {first_line(error)}")
     print(result.table())
     if FLAGS.json:
-        Path(FLAGS.json).write_text(json.dumps(result.json(), indent=2) + "\n")
+        write_text(local_path(FLAGS.json), json.dumps(result.json(), indent=2) + "\n")
     sys.exit(0 if result.fits else 1)
 
 

@@ -51,7 +51,9 @@ def make_mesh(data=-1, fsdp=1, context=1, tensor=1, *, devices=None):
         )
     shape = [len(devices) // given if n == -1 else n for n in shape]
     types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # GPUs have this number too, that of their host; and not all TPUs have it.
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     if shape[0] % slices:

@@ -44,6 +44,7 @@ class CausalRollout:
     needs_vae: ClassVar = False
     title: ClassVar = "student"  # in tables
     shares_exit: ClassVar = False  # whether all blocks stop at one exit step
+    makes_whole_videos: ClassVar = True  # whether samples begin where videos do, and end there
 
     causal: Causal = dataclasses.field(default=Causal())
     first_times: tuple[float, ...] | None = None
@@ -65,12 +66,12 @@ class CausalRollout:
         videos = jax.ShapeDtypeStruct((1, *sample_shape), jnp.float32)
         return Layout.of("videos", videos, self.causal, lone_first=True)
 
-    def expected_blocks(self, sample_shape: tuple[int, ...]) -> float:
-        """Mean number of blocks of a rollout, where that is drawn or differs from step to step.
+    def expected_blocks(self, sample_shape: tuple[int, ...]) -> tuple[float, float]:
+        """Mean numbers of blocks of a rollout: those that are made, and those that pass gradient.
 
         A lone first frame does not count.
         """
-        return self._layout(sample_shape).count
+        return (float(self._layout(sample_shape).count),) * 2
 
     def streams(self, generator: Denoiser, sample_shape: tuple[int, ...], cond: PyTree) -> Any:
         """What training goes on from at the first step; None where each step begins anew.
@@ -160,6 +161,11 @@ class SelfForcing(OwnBlocks):
     compared: int | None = None
     least_blocks: int | None = None
 
+    @property
+    def makes_whole_videos(self) -> bool:
+        """Whether all frames are compared."""
+        return self.compared is None
+
     def check(self, sample_shape: tuple[int, ...]) -> None:
         super().check(sample_shape)
         layout = self._layout(sample_shape)
@@ -185,10 +191,12 @@ class SelfForcing(OwnBlocks):
                 f"frames, and at most the {layout.frames} frames of a video"
             )
 
-    def expected_blocks(self, sample_shape: tuple[int, ...]) -> float:
+    def expected_blocks(self, sample_shape: tuple[int, ...]) -> tuple[float, float]:
         layout = self._layout(sample_shape)
         least = layout.total if self.least_blocks is None else self.least_blocks
-        return (least + layout.total) / 2 - layout.lone
+        graded = layout.count if self._graded is None else self._graded // layout.size
+        made = range(least - layout.lone, layout.count + 1)
+        return sum(made) / len(made), sum(min(n, graded) for n in made) / len(made)
 
     def cache_shape(self, generator: Denoiser, videos: jax.ShapeDtypeStruct) -> KVCache | None:
         frames = videos.shape[1]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Key
 
 from dmd_jax.diffusion.denoiser import conditional_and_unconditional
-from dmd_jax.losses.distribution_matching import dmd_gradient, dmd_loss
+from dmd_jax.diffusion.schedule import expand
+from dmd_jax.losses.distribution_matching import dmd_gradient, dmd_loss, finite_samples
 from dmd_jax.methods import Batch, Metrics, Nets, Observed
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -31,7 +32,8 @@ class DecoupledDMD(DMD):
             paper's ablation found this the best; without it, only the draws are independent.
 
     Raises:
-        ValueError: `guidance` is 1, the fake score is guided, or blocks exit at times of their own.
+        ValueError: `guidance` is 1, the fake score is guided, or, with `hybrid`, the two shifts
+            differ or blocks exit at times of their own.
     """
 
     hybrid: bool = True
@@ -42,6 +44,12 @@ class DecoupledDMD(DMD):
             raise ValueError(
                 f"guidance={self.guidance}, fake_guidance={self.fake_guidance}: the augmentation "
                 "is the teacher's guidance, which must not be 1, and the fake score's must be 1"
+            )
+        if self.hybrid and self.score_shift != self.shift:
+            raise ValueError(
+                f"hybrid=True with shift={self.shift} and score_shift={self.score_shift}: the "
+                "augmentation's times end at that of the generator's call, so that both shifts "
+                "must be the same"
             )
         if self.hybrid and self.video is not None and not self.video.shares_exit:
             raise ValueError(
@@ -92,7 +100,10 @@ class DecoupledDMD(DMD):
 
         observed = self.observe(rollout, real, fake, t)
         observed |= {"matching": size(matching), "augmentation": size(augmentation)}
-        return matching + augmentation, observed
+        # One part alone would not rest where the sum does.
+        usable = observed["usable"] & finite_samples(cond - uncond)
+        observed["usable"] = jax.lax.stop_gradient(usable)
+        return jnp.where(expand(usable, matching), matching + augmentation, 0.0), observed
 
     def metrics(self, observed: Observed) -> Metrics:
         """`DMD.metrics`, whose teacher here is the unguided one, and augmentation/ratio.

@@ -32,7 +32,7 @@ from dmd_jax.losses.distribution_matching import (
 from dmd_jax.methods import Batch, Metrics, Nets, Observed
 from dmd_jax.methods.causal import CausalRollout
 from dmd_jax.rollouts.backward_simulation import Rollout, backward_simulation, one_step
-from dmd_jax.rollouts.blocks import BLOCKS
+from dmd_jax.rollouts.blocks import BLOCKS, GRADED
 from dmd_jax.rollouts.samplers import Sampler, few_step
 
 BANDS = 4  # intervals of t, of equal length, in which the metric gap/i is reported
@@ -153,7 +153,7 @@ class DMD:
         """Expected numbers of iterations, see `training.flops.count`."""
         trips = {"": self.expected_exit_step}
         if self.video is not None:
-            trips[BLOCKS] = self.video.expected_blocks(self.sample_shape)
+            trips[BLOCKS], trips[GRADED] = self.video.expected_blocks(self.sample_shape)
         return trips
 
     @property

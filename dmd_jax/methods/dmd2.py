@@ -20,7 +20,7 @@ from dmd_jax.losses.adversarial import (
 from dmd_jax.losses.distribution_matching import finite_samples
 from dmd_jax.methods import Batch, Metrics, Nets, Observed
 from dmd_jax.methods.dmd import DMD
-from dmd_jax.rollouts.backward_simulation import Rollout
+from dmd_jax.rollouts.backward_simulation import Rollout, constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ class DMD2(DMD):
         perturbation: the penalties by finite differences of this size; None for exact ones.
 
     Raises:
-        ValueError: a number is out of range, or the features are of no score.
+        ValueError: a number is out of range, the features are of no score, or `video` compares
+            parts of videos.
     """
 
     trainable: ClassVar = ("generator", "fake_score", "discriminator")
@@ -66,6 +67,11 @@ class DMD2(DMD):
         for name in ("backbone_weight", "gan_weight", "r1", "r2"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.video is not None and not self.video.makes_whole_videos:
+            raise ValueError(
+                f"the discriminator would tell parts of videos, as {self.video} makes them, from "
+                "real videos by their length or their beginning: compare whole videos"
+            )
         if self.perturbation is not None and self.perturbation <= 0.0:
             raise ValueError(
                 f"perturbation={self.perturbation} must be above 0, or None for exact penalties"
@@ -215,11 +221,11 @@ class DMD2(DMD):
 
 def _slowed(network, weight):
     """The same network, whose weights get `weight` times their gradient; its input all of it."""
+    fixed = constant(network)
+    if not weight:  # the backward pass through the weights is not made at all
+        return fixed
 
-    def slow(x):
-        if not isinstance(x, jax.Array):
-            return x
-        constant = jax.lax.stop_gradient(x)
-        return constant + weight * (x - constant)
+    def slow(x, fixed):
+        return fixed + weight * (x - fixed) if isinstance(x, jax.Array) else x
 
-    return jax.tree.map(slow, network)
+    return jax.tree.map(slow, network, fixed)

@@ -57,6 +57,8 @@ class LongTuning(OwnBlocks):
 
     At the border between two chunks, drawn at random, the prompts change to those of that step: the
     cache is computed anew from the frames of the window, as streams do it (`Causal.keep_sink`).
+    (Where a step makes two chunks, a video may begin and reach that border within it: then its
+    prompts stay.) If a frame is not finite, all videos end with that chunk.
 
     Attributes:
         frames: of a whole video.
@@ -68,6 +70,7 @@ class LongTuning(OwnBlocks):
     """
 
     title: ClassVar = "long tuning"
+    makes_whole_videos: ClassVar = False
 
     frames: int = 240
     overlap: int = 3
@@ -106,10 +109,10 @@ class LongTuning(OwnBlocks):
         """How many chunks a video has after the first."""
         return (self.frames - chunk) // (chunk - self.overlap)
 
-    def expected_blocks(self, sample_shape: tuple[int, ...]) -> float:
+    def expected_blocks(self, sample_shape: tuple[int, ...]) -> tuple[float, float]:
         chunk, later = sample_shape[0], self._later(sample_shape[0])
         frames = chunk + later * (chunk - self.overlap)
-        return frames / (1 + later) / self.causal.frames_per_block
+        return (frames / (1 + later) / self.causal.frames_per_block,) * 2
 
     def cache_shape(self, generator: Denoiser, videos: jax.ShapeDtypeStruct) -> KVCache:
         return jax.eval_shape(lambda: self._empty_cache(generator, videos))
@@ -233,5 +236,6 @@ class LongTuning(OwnBlocks):
             x0 = jnp.concatenate([first, x0[:, self.overlap :]], axis=1)
         chunk = x0.shape[1]
         made = streams.made + jnp.where(new, chunk, chunk - self.overlap)
+        made = jnp.where(jnp.isfinite(x0).all(), made, self.frames)  # all videos end
         cache = jax.lax.stop_gradient(rollout.cache)
         return Streams(cache, x0, streams.cond, made.astype(jnp.int32), streams.switch)

@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-BLOCKS = "loop_over_blocks"  # name of the function in which their number is a traced value
+# Names of the functions in which a number of blocks is a traced value: of those that are made, and
+# of those that are evaluated again for the gradient.
+BLOCKS, GRADED = "loop_over_blocks", "loop_over_graded_blocks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Layout:
             )
         return False, self.count - frames // self.size
 
-    def for_each(self, body, carry, *, left_out=0, lone=True, first=0):
+    def for_each(self, body, carry, *, left_out=0, lone=True, first=0, name=BLOCKS):
         """carry = body(block, place, size, carry) for each block in order; returns the last carry.
 
         Args:
@@ -65,6 +67,7 @@ class Layout:
                 block lies directly before that one. May be traced.
             lone: whether the lone block takes part, if there is one.
             first: the first of the other blocks that takes part.
+            name: of the loop, where its length is traced.
         """
         if self.lone and lone:
             carry = body(0, self.size * left_out, 1, carry)
@@ -81,7 +84,7 @@ class Layout:
         def loop(start, carry):
             return jax.lax.fori_loop(start, self.count, other, carry)
 
-        loop.__name__ = BLOCKS
+        loop.__name__ = name
         return jax.jit(loop)(jnp.maximum(first, left_out), carry)
 
     def starts(self, start, left_out):

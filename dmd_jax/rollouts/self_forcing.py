@@ -26,7 +26,7 @@ from dmd_jax.models.attention import Causal
 from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout, constant
 from dmd_jax.rollouts.block_maker import EXIT, FIRST_EXIT, LAST, BlockMaker, Steps, predict
-from dmd_jax.rollouts.blocks import Layout
+from dmd_jax.rollouts.blocks import GRADED, Layout
 
 
 def self_forcing(
@@ -263,7 +263,8 @@ def _replay(plan, saved, gradient):
 
     zeros = jax.tree.map(jnp.zeros_like, learned)
     lone, first = layout.graded(graded)
-    total = layout.for_each(add, zeros, left_out=calls.left_out, lone=lone, first=first)
+    which = dict(left_out=calls.left_out, lone=lone, first=first, name=GRADED)
+    total = layout.for_each(add, zeros, **which)
     return total, None, None
 
 

@@ -136,7 +136,8 @@ class Monitor:
     - exploding: |`<network>/loss`| above `explosion` times its running median over the last 50
       records without this symptom, once there are 5. A median below 0.1 counts as 0.1: these losses
       are means over elements of order one, and one that starts near 0 (a critic that still equals
-      the teacher) may grow tenfold in a healthy run.
+      the teacher) may grow tenfold in a healthy run. A discriminator's counts as 2 log 2, its loss
+      where it cannot tell samples from data: what every generator aims at.
     - saturating: `samples/saturation`, the fraction of |x| > 1.05, above `saturation`.
     - collapsing: `samples/diversity` below `collapse` times its median over the first 5 records.
 
@@ -231,7 +232,8 @@ class Monitor:
         past = self._past.setdefault(key, [])
         size = abs(numbers[key])
         if len(past) >= self.warm_up:
-            usual = max(statistics.median(past), self.least_median)
+            least = 2 * math.log(2) if key.startswith("discriminator") else self.least_median
+            usual = max(statistics.median(past), least)
             if size > self.thresholds.explosion * usual:
                 return (
                     f"{key} is {numbers[key]:.3g}, {size / usual:.0f} times its usual {usual:.3g}"

@@ -144,16 +144,15 @@ class Program:
         return once + Traffic(unknown_loops=1) if trips is None else once.times(trips)
 
     def _counted_trips(self, name):
-        """The constant below which a condition keeps its counter, which begins at 0; or None."""
+        """How often a loop runs whose counter and limit are constant when it begins; or None."""
         condition = self._computations[name]
         root, compare = _root(condition), _root(condition)
         if root.opcode == "fusion":
             compare = _root(self._computations[_called(root)[0]])
         if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
             return None
-        limits = [self._constant(condition[operand], name) for operand in root.operands]
-        # The counter is constant too, at first: 0.
-        return next((n for n in limits if n), None)
+        ends = [self._constant(condition[operand], name) for operand in root.operands]
+        return None if None in ends else max(ends) - min(ends, default=0)
 
     def _constant(self, x, name):
         """The integer that an instruction of a computation stands for; None if it is not constant.

@@ -168,7 +168,7 @@ def _train(run, workdir, profile):
             if int(state.step) < run.config.steps:
                 log.info("stopped and saved at step %d; the same command goes on", int(state.step))
                 return None
-            return _finish(run, state, frozen, checkpoints, writer, workdir)
+            return _finish(run, identity, state, frozen, checkpoints, writer, workdir)
 
 
 def _reported(run, workdir):
@@ -198,7 +198,7 @@ def _writer(run, workdir):
     )
 
 
-def _finish(run, state, frozen, checkpoints, writer, workdir):
+def _finish(run, identity, state, frozen, checkpoints, writer, workdir):
     """Exports the averages of the last state and writes the report; returns its path, or None."""
     trained = _export(run, state.ema, frozen, workdir / EXPORT, run.config.steps)
     for decay, average in state.more_ema.items():
@@ -206,7 +206,8 @@ def _finish(run, state, frozen, checkpoints, writer, workdir):
         _export(run, average, frozen, path, run.config.steps)
     _export_best(run, state.ema, frozen, checkpoints, workdir)
     if "generator" in run.bind.lora:
-        _export_adapter(run, state.ema, workdir / ADAPTER)
+        base = identity[_digest_key(run.bind.bases["generator"])]
+        _export_adapter(run, state.ema, base, workdir / ADAPTER)
     text = _report(run, trained, frozen, workdir)
     if text is None:
         return None
@@ -218,13 +219,14 @@ def _identity(run):
     """The content of config.json: the flat config, and checksums of the frozen weights."""
     flat = flatten(run.config)
     for name in run.frozen:  # the file at a path may be replaced later
-        role = config_role(name)
-        flat[f"{role}.sha256"] = from_first(partial(_fingerprint, run.config, role))
+        path = roles.weights_path(run.config, config_role(name))
+        flat[_digest_key(name)] = from_first(partial(weights.fingerprint, path))
     return flat
 
 
-def _fingerprint(config, role):
-    return weights.fingerprint(roles.weights_path(config, role))
+def _digest_key(name):
+    """The entry of config.json for the checksum of a frozen network's file."""
+    return f"{config_role(name)}.sha256"
 
 
 def _require_own(identity, config, workdir):
@@ -356,9 +358,9 @@ def _notes(run, step):
     return notes | run.source.notes | run.method.notes()
 
 
-def _export_adapter(run, average, path):
-    """Writes an averaged adapter of the generator as a safetensors file."""
-    adapter, base = sharding.replicate(average), _fingerprint(run.config, "generator")
+def _export_adapter(run, average, base, path):
+    """Writes an averaged adapter of the generator, on the base of that checksum, as safetensors."""
+    adapter = sharding.replicate(average)
     if jax.process_index() == 0:
         adapter_files.save(
             path,

@@ -37,8 +37,8 @@ class Step:
         flops: of all devices together.
         refusal: why the compiler refused it; "" if it did not, and what follows is zero if it did.
         temporaries: activations, gradients and everything else that lives within the step.
-        peak: the most that is in use, by the compiler's plan; the networks that the step does not
-            read are there too, and are counted.
+        peak: the most that is in use, by the compiler's plan; `total` where that plan does not have
+            all networks, because the step does not read them.
         total: arguments, temporaries and new outputs without any reuse, more than the peak.
         traffic: bytes that the step moves.
         seconds: {"FLOPs", "memory", "links", "network": the least time that each allows}; empty if
@@ -296,8 +296,9 @@ def _measured(step, compiled, run, chip, resident):
     slices = [getattr(device, "slice_index", 0) for device in run.mesh.devices.flat]
     trips = getattr(run.method, "trips", {})
     traffic = Program(compiled.as_text(), trips, slices).traffic()
-    # Only a TPU's compiler plans where everything lies, and refuses what has no place.
-    peak = total if chip is None else m.peak_memory_in_bytes + unread
+    # Only a TPU's compiler plans where everything lies, and refuses what has no place; but it does
+    # not know of networks that the step does not read.
+    peak = total if chip is None or unread else m.peak_memory_in_bytes
     return dataclasses.replace(
         step,
         temporaries=temporaries,

@@ -134,11 +134,10 @@ class Run:
     def load_frozen(self):
         """The frozen nets, loaded and placed."""
         shape = roles.placed(self.frozen, self.frozen, self.mesh)
-        loaded = {
-            name: roles.load(self.config, adapters.config_role(name), net)
-            for name, net in shape.items()
-        }
-        loaded = jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, shape)
+        loaded = {}
+        for name, to in shape.items():  # cast one by one: files may hold float32
+            net = roles.load(self.config, adapters.config_role(name), to)
+            loaded[name] = jax.tree.map(lambda x, to: x.astype(to.dtype), net, to)
         if self.vae is not None:
             loaded["vae"] = roles.load_vae(self.config, self.mesh)
         return loaded

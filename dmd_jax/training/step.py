@@ -248,8 +248,9 @@ def _gradients(trainable, frozen, batch, *, key, method, bind, update_generator,
             bound = bind({**trainable, **critics}, frozen)
             trained = {role: bound[role] for role in critics}
             loss, seen = method.critic_loss(trained, bound, rollout, batch, keys[CRITIC])
-            by_role = loss if isinstance(loss, Mapping) else dict.fromkeys(critics, loss)
-            return sum(by_role.values()), (by_role, seen)
+            if not isinstance(loss, Mapping):
+                return loss, (dict.fromkeys(critics, loss), seen)
+            return sum(loss.values()), (loss, seen)
 
         (_, (loss, critic_observed)), grad = jax.value_and_grad(critic_loss, has_aux=True)(critics)
         observed = observed | critic_observed
@@ -275,8 +276,8 @@ def _accumulate(one, batch, axes, size, parts):
         return jnp.moveaxis(x.reshape(*before, size // parts, parts, *after), axis + 1, 0)
 
     def join(x, axis):
-        if axis < 0:
-            return x[0]
+        if axis < 0:  # one value, except where samples of some parts are not finite
+            return x.max(0)
         before, after = x.shape[1 : axis + 1], x.shape[axis + 2 :]
         return jnp.moveaxis(x, 0, axis + 1).reshape(*before, size, *after)
 

@@ -203,6 +203,10 @@ class _Other:
 
     def __init__(self, tensors, shapes):
         self._tensors = tensors
+        self._peft = json.loads(tensors.metadata.get("lora_adapter_metadata", "{}"))
+        for key in ("transformer.alpha_pattern", "transformer.use_rslora"):
+            if self._peft.get(key):
+                raise ValueError(f"an adapter with {key}={self._peft[key]!r} cannot be read")
         diffusers = any(name.startswith("transformer.") for name in tensors.shapes)
         names = OTHERS["diffusers_lora" if diffusers else "comfyui_lora"]
         # `files.open_tensors` removes ComfyUI's prefix.
@@ -225,7 +229,7 @@ class _Other:
             stack = (len(theirs),) if self._stacked(name) else ()
             if len(found) == 1 and () not in found:
                 shapes[name] = (*stack, *found.pop())
-        return shapes | {name: shape for name, shape in held.items() if "lora_" in name}
+        return shapes | {name: x for name, x in held.items() if not name.endswith(".alpha")}
 
     def _stacked(self, name):
         return self._stacks[re.sub(r"[AB]/kernel$", "kernel", name)] != ()
@@ -237,14 +241,13 @@ class _Other:
     def scale(self, name):
         """alpha / rank of a factor B: [], or [layers, 1, 1]."""
         rank = self._tensors.shapes[self._theirs[name][0]][1]
-        peft = json.loads(self._tensors.metadata.get("lora_adapter_metadata", "{}"))
-        alphas = [self._alpha(layer, peft, rank) for layer in self._theirs[name]]
+        alphas = [self._alpha(layer, rank) for layer in self._theirs[name]]
         shape = (-1, 1, 1) if self._stacked(name) else ()
         return np.reshape(alphas, shape) / rank
 
-    def _alpha(self, layer, peft, rank):
+    def _alpha(self, layer, rank):
         """A tensor beside the factors, an entry of PEFT's in the header, or the rank."""
         name = re.sub(r"\.lora_\w+\.weight$", ".alpha", layer)
         if name in self._tensors.shapes:
             return float(self._tensors.read(name))
-        return float(peft.get("transformer.lora_alpha", rank))
+        return float(self._peft.get("transformer.lora_alpha", rank))

@@ -13,6 +13,7 @@ from dmd_jax.diffusion.schedule import FlowMatching, shift_time
 from dmd_jax.losses.distribution_matching import dmd_gradient
 from dmd_jax.methods.causal import CausVid, SelfForcing
 from dmd_jax.methods.dmd import DMD
+from dmd_jax.methods.long_tuning import LongTuning
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.wan import Causal
 from dmd_jax.rollouts.samplers import CausalFewStep, sampler_for
@@ -129,6 +130,14 @@ def test_rollouts_of_drawn_length_are_compared_in_as_many_frames(nets):
         # Halved adds the number of frames that it decodes, 3.
         assert (x0[:, 0].mean() > 1.5) != shorter
     assert seen == {True, False}
+
+
+def test_blocks_are_counted_by_their_mean_number():
+    """Of 3 blocks, 2 or 3 are made, and the last 2 pass gradient."""
+    drawn = SelfForcing(PAIRS, compared=4, least_blocks=2)
+    assert drawn.expected_blocks(SHAPE) == (2.5, 2.0)
+    assert SelfForcing(PAIRS).expected_blocks(SHAPE) == (3.0, 3.0)
+    assert LongTuning(PAIRS, frames=14, overlap=2).expected_blocks(SHAPE) == (7 / 3, 7 / 3)
 
 
 def test_frames_that_the_mask_leaves_out_pass_no_gradient(nets):

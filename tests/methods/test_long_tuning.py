@@ -98,6 +98,17 @@ def test_a_video_that_is_full_is_followed_by_a_new_one_of_other_prompts(nets):
     assert int(one.stream.made) == 6
 
 
+def test_videos_end_where_a_frame_is_not_finite(nets):
+    dmd = method()
+    [(_, first)] = chunks(dmd, nets, 1)
+    keys = first.stream.cache.keys.at[:, 1].set(jnp.nan)  # of the second sample
+    cache = first.stream.cache._replace(keys=keys)
+    broken = first.stream._replace(cache=cache, switch=jnp.int32(0))
+    [(_, rollout)] = chunks(dmd, nets, 1, broken)
+    assert np.isfinite(rollout.x0[0]).all() and not np.isfinite(rollout.x0[1]).all()
+    assert int(rollout.stream.made) == LONG.frames
+
+
 def test_prompts_change_once_at_a_border_that_is_drawn(nets):
     dmd, borders = method(), set()
     for seed in range(8):

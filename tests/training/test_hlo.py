@@ -47,9 +47,10 @@ def test_the_layers_of_a_scan_gather_all_weights_once():
     assert found.sent == {"all-gather": received} and not found.unknown_loops
 
 
-def test_a_loop_of_traced_length_takes_the_expected_number():
-    def loop(length, x, w):
-        return jax.lax.fori_loop(0, length, lambda _, x: x @ w, x)
+@pytest.mark.parametrize("bounds", [lambda n: (0, n), lambda n: (n, 11)], ids=["end", "start"])
+def test_a_loop_of_traced_length_takes_the_expected_number(bounds):
+    def loop(number, x, w):
+        return jax.lax.fori_loop(*bounds(number), lambda _, x: x @ w, x)
 
     length = jax.ShapeDtypeStruct((), jnp.int32)
     text = jax.jit(loop).lower(length, shape(D, D), shape(D, D)).compile().as_text()
