@@ -1,10 +1,11 @@
 """Bouncing digits: videos whose future is random, to train and to judge causal students.
 
-A digit of `mnist5k` crosses a black box, by its own width at each move. At a wall it takes a new
+A digit of `mnist5k` crosses a box of 3 x 3 places, one place at each move. At a wall it takes a new
 direction, any of the eight that does not lead into the wall: a causal model must invent what a
 bidirectional one can look up. The videos are computed, frame by frame and for any length, as they
 are read; nothing is stored. Latents are folded pixels, and words have fixed vectors: neither a VAE
-nor a language model is needed. A digit fills one patch of a Wan network.
+nor a language model is needed. A place is one token of a Wan network. The walls are drawn, for
+such a network has no other means to know where a token is: it turns by relative positions alone.
 
 Imports numpy, Pillow and the files of this room that make toy videos.
 """
@@ -22,11 +23,14 @@ from dmd_jax.data.pixels import fold, unfold
 from dmd_jax.data.prompts import TextVideos, side_by_side
 from dmd_jax.data.scans import DIGITS, INK, small_scans
 
-FRAMES, SIZE, DIGIT, FOLD = 12, 40, 10, 5  # in pixels, except the number of frames
-MEAN, STD = -0.968, 0.444  # mean of the pixels; a digit's pixels have the scale of the noise
+FRAMES = 12
+DIGIT, PLACE, SIZE, FOLD = 10, 12, 36, 6  # sides in pixels: a digit, its place, the box, a fold
+WALL = 200  # grey of the outermost pixels
+MEAN, STD = -0.78, 0.5  # of the pixels, rounded
 TEXT_LENGTH = 3
-SPEEDS = {"slowly": 0.5, "fast": 1.0}  # moves per frame
+SPEEDS = {"slowly": 0.25, "fast": 0.5}  # moves per frame
 PROMPTS = tuple(f"{digit} bounces {speed}" for digit in DIGITS for speed in SPEEDS)
+INSIDE = np.pad(np.ones((SIZE - 2, SIZE - 2), bool), 1)  # pixels that are no wall
 SHAPE = (SIZE // FOLD, SIZE // FOLD, FOLD**2)  # of a latent frame
 
 
@@ -46,7 +50,7 @@ def video(prompt: int, seed: Sequence[int], frames: int = FRAMES, split: str = "
     scans, labels = small_scans(split, DIGIT)
     digit, speed = divmod(prompt, len(SPEEDS))
     scan = scans[rng.choice(np.flatnonzero(labels == digit))]
-    out = np.zeros((frames, SIZE, SIZE, 1), np.uint8)
+    out = np.where(INSIDE, 0, WALL).astype(np.uint8)[None, ..., None].repeat(frames, 0)
     for frame, (row, column) in zip(out, path(rng, [*SPEEDS.values()][speed], frames), strict=True):
         frame[row : row + DIGIT, column : column + DIGIT, 0] = scan
     return out
@@ -57,10 +61,10 @@ def path(rng: np.random.Generator, speed: float, frames: int) -> np.ndarray:
 
     Args:
         rng: of the start and the directions.
-        speed: moves per frame: 1, or 1/2 for one in every second frame.
+        speed: moves per frame, such as 1/4 for one in every fourth frame.
         frames: length of the path.
     """
-    room = SIZE // DIGIT - 1
+    room = SIZE // PLACE - 1
     place, direction = rng.integers(0, room + 1, 2), np.zeros(2, int)
     places = []
     for frame in range(frames):
@@ -71,7 +75,7 @@ def path(rng: np.random.Generator, speed: float, frames: int) -> np.ndarray:
         if not direction.any() or (direction * wall < 0).any():
             direction = _direction(rng, wall)
         place = place + direction
-    return np.stack(places) * DIGIT
+    return np.stack(places) * PLACE + (PLACE - DIGIT) // 2
 
 
 def _direction(rng, away):
@@ -80,6 +84,11 @@ def _direction(rng, away):
         direction = rng.integers(-1, 2, 2)
         if direction.any() and (direction * away >= 0).all():
             return direction
+
+
+def inside(videos: np.ndarray) -> np.ndarray:
+    """Videos [..., H, W, 1] with black walls."""
+    return videos * INSIDE[..., None]
 
 
 def centre(frames: np.ndarray) -> np.ndarray:
@@ -156,7 +165,7 @@ class BouncingDigits(TextVideos):
     def asked(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """What prompts ask for: (digits int [n], speeds in pixels per frame [n])."""
         digits, speeds = np.divmod(np.asarray(rows), len(SPEEDS))
-        return digits, DIGIT * np.array([*SPEEDS.values()])[speeds]
+        return digits, PLACE * np.array([*SPEEDS.values()])[speeds]
 
     def real(self, rows: Sequence[int], frames: int) -> np.ndarray:
         """Videos of test scans, to compare with: uint8 [n, frames, SIZE, SIZE, 1]."""
@@ -172,7 +181,7 @@ class BouncingDigits(TextVideos):
     def digits(self, videos: np.ndarray) -> np.ndarray:
         """The digit of every frame as a scan of `mnist5k`: uint8 [N, F, 28, 28, 1]."""
         side = round(28 * DIGIT / INK)
-        frames = videos.reshape(-1, SIZE, SIZE)
+        frames = inside(videos).reshape(-1, SIZE, SIZE)
         padded = np.pad(frames, ((0, 0), (side, side), (side, side)))
         corners = np.rint(centre(frames)).astype(int) + side - side // 2
         scans = [

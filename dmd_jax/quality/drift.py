@@ -14,18 +14,20 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dmd_jax.data.bouncing_digits import centre
+from dmd_jax.data.bouncing_digits import PLACE, centre, inside
 from dmd_jax.quality import report
 from dmd_jax.quality.features import SHIPPED, load_features
 
-LAG = 2  # frames over which motion is measured: a slow digit moves in every second one
+LAG = 4  # frames over which motion is measured: a slow digit moves in every fourth one
 TURN = np.pi / 3  # least change of direction that counts as one
+JUMP = 1.5 * PLACE  # pixels; the longest move, along a diagonal, has 1.41 places
 
 MEASURES = {
     "digit": "share of frames whose digit is the one asked for, by the metric network",
     "sharpness": "squared differences of neighbouring pixels over squared pixels",
-    "brightness": "mean of all pixels, from 0 to 1",
+    "brightness": "mean of the pixels, from 0 to 1; neither here nor above are those of the walls",
     "speed": f"distance that the digit moves in {LAG} frames, over that asked for",
+    "jumps": "share of videos whose digit moves by more than one place at once",
     "turns": f"share of videos that turn by more than {round(np.degrees(TURN))} degrees",
 }
 
@@ -54,21 +56,23 @@ def by_frame(videos: np.ndarray, rows: Sequence[int], source: Videos) -> ByFrame
 
     Returns:
         {name: F numbers} by the names of `MEASURES`; None where a frame has no such number: the
-        first `LAG` have no speed, the first and the last no turn.
+        first `LAG` have no speed, the first and the last no turn, the first no jump.
     """
     wanted, speeds = source.asked(rows)
     scans = source.digits(videos)
     _, logits = load_features(SHIPPED).extract(scans.reshape(-1, *scans.shape[2:]))
     right = logits.argmax(-1).reshape(videos.shape[:2]) == wanted[:, None]
-    levels = videos[..., 0].astype(np.float32) / 255
+    levels = inside(videos)[..., 0].astype(np.float32) / 255
     places, unknown = centre(levels), [None] * LAG
     steps = places[:, LAG:] - places[:, :-LAG]
+    jumps = np.linalg.norm(np.diff(places, axis=1), axis=-1) > JUMP
     speed = np.linalg.norm(steps, axis=-1) / (LAG * speeds[:, None])
     return {
         "digit": right.mean(0).tolist(),
         "sharpness": _sharpness(levels).mean(0).tolist(),
         "brightness": levels.mean((0, 2, 3)).tolist(),
         "speed": unknown + speed.mean(0).tolist(),
+        "jumps": [None] + jumps.mean(0).tolist(),
         "turns": unknown + _turns(steps).mean(0).tolist() + unknown,
     }
 
@@ -122,7 +126,7 @@ def figure(path: str | Path, rows: Sequence[Mapping], length: int, *, title: str
         title: one line above all.
     """
     with rc_context(report.STYLE):
-        drawing = Figure(figsize=(12, 2.9), dpi=160, facecolor="white", layout="constrained")
+        drawing = Figure(figsize=(14, 2.9), dpi=160, facecolor="white", layout="constrained")
         drawing.suptitle(title, x=0.01, ha="left", size=13, weight="bold")
         for place, name in enumerate(MEASURES, 1):
             axes = drawing.add_subplot(1, len(MEASURES), place)
@@ -141,7 +145,7 @@ def figure(path: str | Path, rows: Sequence[Mapping], length: int, *, title: str
             axes.axvline(length, color=report.RULE, lw=1)
             axes.set_title(name, loc="left", size=9)
             axes.set_xlabel("frame")
-            if name in ("digit", "brightness", "speed"):
+            if name not in ("sharpness", "turns"):
                 axes.set_ylim(0)
         drawing.legend(
             *axes.get_legend_handles_labels(),
