@@ -72,7 +72,7 @@ def by_frame(videos: np.ndarray, rows: Sequence[int], source: Videos) -> ByFrame
         "sharpness": _sharpness(levels).mean(0).tolist(),
         "brightness": levels.mean((0, 2, 3)).tolist(),
         "speed": unknown + speed.mean(0).tolist(),
-        "jumps": [None] + jumps.mean(0).tolist(),
+        "jumps": [None, *jumps.mean(0).tolist()],
         "turns": unknown + _turns(steps).mean(0).tolist() + unknown,
     }
 
