@@ -61,7 +61,7 @@ def define_flags():
         "steps", None, "Network steps; a student's own, or 50 of a teacher.", lower_bound=1
     )
     flags.DEFINE_float("guidance", None, "Weight of a teacher's guidance; 1 disables it.")
-    flags.DEFINE_float("shift", None, "Time shift; a student's own, or 1.")
+    flags.DEFINE_float("shift", None, "Time shift; that of the checkpoint, or 1.")
     flags.DEFINE_enum(
         "solver", None, sorted(SOLVERS), "ODE solver of a teacher; euler if not given."
     )

@@ -67,7 +67,7 @@ def by_frame(videos: np.ndarray, rows: Sequence[int], source: Videos) -> ByFrame
     steps = places[:, LAG:] - places[:, :-LAG]
     jumps = np.linalg.norm(np.diff(places, axis=1), axis=-1) > JUMP
     speed = np.linalg.norm(steps, axis=-1) / (LAG * speeds[:, None])
-    return {
+    numbers = {
         "digit": right.mean(0).tolist(),
         "sharpness": _sharpness(levels).mean(0).tolist(),
         "brightness": levels.mean((0, 2, 3)).tolist(),
@@ -75,6 +75,7 @@ def by_frame(videos: np.ndarray, rows: Sequence[int], source: Videos) -> ByFrame
         "jumps": [None, *jumps.mean(0).tolist()],
         "turns": unknown + _turns(steps).mean(0).tolist() + unknown,
     }
+    return {name: values[: videos.shape[1]] for name, values in numbers.items()}
 
 
 def _sharpness(levels):

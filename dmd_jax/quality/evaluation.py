@@ -74,8 +74,8 @@ class Evaluation:
         for name in ("every", "samples", "num"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.frames and self.frames < 5:  # turns need two steps of two frames
-            raise ValueError(f"frames={self.frames} must be 0, or 5 or more")
+        if self.frames < 0:
+            raise ValueError(f"frames={self.frames} must be 0 or more")
         if not self.steps:
             raise ValueError("steps=() must name one number of steps or more")
         for name in ("steps", "teacher_steps"):

@@ -53,9 +53,9 @@ class Sampler:
     def notes(self):
         """Entries for the header of a network's file, from which `sampler_for` makes the sampler.
 
-        Of a network that is sampled in many steps, only what a user does not choose.
+        Of a network that is sampled in many steps, only what its training decides.
         """
-        return {}
+        return {} if self.shift == 1 else {"shift": self.shift}
 
     @property
     def title(self):
@@ -238,7 +238,7 @@ class CausalManyStep(Sampler):
         return (self.steps + 1) * (1 if self.guidance == 1 else 2)
 
     def notes(self):
-        return _context_notes(self)
+        return super().notes() | _context_notes(self)
 
     def __call__(self, denoiser, noise, cond, uncond, key, index):
         return block_ode(
@@ -381,13 +381,14 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
     Args:
         steps: the student's own if None, or 50.
         guidance: not for students; 1 (no guidance) if None.
-        shift: the student's own if None, or 1.
+        shift: that of the checkpoint if None, or 1.
         solver: not for students; "euler" if None.
 
     Raises:
         ValueError: guidance or a solver for a student, or a number out of range.
     """
     notes = weights.notes(path)
+    shift = notes.get("shift", 1.0) if shift is None else shift
     context = {}
     if "causal" in notes:
         time = notes.get("context_time", 0.0)
@@ -395,7 +396,6 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
     if "times" not in notes:
         steps = 50 if steps is None else steps
         guidance = 1.0 if guidance is None else guidance
-        shift = 1.0 if shift is None else shift
         if not context:
             return ManyStep(steps, guidance, shift, "euler" if solver is None else solver)
         if solver not in (None, "euler"):
@@ -414,7 +414,7 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
     if context:
         context["first_times"] = None if first is None else tuple(first)
     steps = len(times) if steps is None else steps
-    return few_step(times, steps, 1, notes["shift"] if shift is None else shift, **context)
+    return few_step(times, steps, 1, shift, **context)
 
 
 def balanced(num, num_classes):

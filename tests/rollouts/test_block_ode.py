@@ -11,7 +11,7 @@ from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.wan import Causal, Wan, WanConfig
 from dmd_jax.rollouts.block_ode import block_ode
 from dmd_jax.rollouts.ode import ode
-from dmd_jax.rollouts.samplers import CausalFewStep, CausalManyStep, sampler_for
+from dmd_jax.rollouts.samplers import CausalFewStep, CausalManyStep, ManyStep, sampler_for
 from dmd_jax.rollouts.teacher_forcing import After, TeacherForced
 
 SHAPE = (6, 4, 4, 3)
@@ -84,6 +84,13 @@ def test_noise_in_the_context_is_seen_by_later_blocks_alone(net):
 def test_a_file_says_how_its_network_is_sampled(net, sampler, tmp_path):
     files.save(tmp_path / "net.safetensors", net, **sampler.notes())
     assert sampler_for(tmp_path / "net.safetensors") == sampler
+
+
+@pytest.mark.parametrize("way", [ManyStep, CausalManyStep])
+def test_a_network_is_sampled_with_the_shift_of_its_training(net, tmp_path, way):
+    files.save(tmp_path / "net.safetensors", net, **way(8, 2.0, shift=5.0).notes())
+    assert sampler_for(tmp_path / "net.safetensors", steps=8, guidance=2.0) == way(8, 2.0, 5.0)
+    assert sampler_for(tmp_path / "net.safetensors", steps=8, shift=1.0) == way(8)
 
 
 def test_a_causal_network_has_one_solver(net, tmp_path):
