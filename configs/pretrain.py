@@ -140,7 +140,7 @@ def _bouncing_causal(config):
     _bouncing_small(config)
     config.method = dict(
         cls=TeacherForcing,
-        causal=dict(cls=Causal, frames_per_block=3, window=6, sink=3),
+        causal=dict(cls=Causal, frames_per_block=3, window=6),
         dropout=0.1,
         shift=5.0,
     )
