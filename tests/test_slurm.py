@@ -13,14 +13,35 @@ pytestmark = [
     pytest.mark.skipif(not slurm.INSTALLED, reason="Slurm (slurm-wlm, munge) is not installed"),
 ]
 
-STEPS = 1000
-RUN = {
-    "steps": STEPS,
-    "log.every": 50,
-    "checkpoint.every": 50,
-    "evaluate.every": STEPS,
-    "evaluate.steps": (1,),
-}
+SMALL = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
+PATIENCE = 900  # seconds for a start of two JAX processes on a busy machine
+
+
+class Job:
+    """A job of the launcher: two tasks of one node."""
+
+    def __init__(self, cluster, clone, *flags):
+        script = ("sbatch", "--parsable", *SMALL, "launch/slurm.sbatch", *flags)
+        self.number = cluster(*script, cwd=clone).strip()
+        self._cluster, self._log = cluster, clone / f"dmd_jax-{self.number}.log"
+
+    def shown(self, field):
+        """A field of what Slurm says about the job: JobState, Restarts."""
+        said = self._cluster("scontrol", "show", "job", self.number)
+        return re.search(rf"\b{field}=(\S+)", said)[1]
+
+    def said(self, words):
+        """How often the job has printed these words."""
+        return self._log.read_text().count(words) if self._log.exists() else 0
+
+    def until(self, condition, seconds=PATIENCE):
+        """Waits for `condition()`; fails with the log where the job ends in an error first."""
+
+        def alive():
+            assert self.shown("JobState") not in ("FAILED", "TIMEOUT"), self._log.read_text()
+            return condition()
+
+        slurm.until(alive, seconds)
 
 
 @pytest.fixture(scope="module")
@@ -38,47 +59,76 @@ def clone(tmp_path):
     return tmp_path
 
 
-def test_a_job_finds_its_peers_is_stopped_and_preempted_and_comes_back_to_its_end(
-    cluster, clone, teacher, data_dir, monkeypatch
+TASK = """#!/usr/bin/env bash
+# In place of Python: waits for SIGTERM, and "has saved" then; a file says with what else it ends.
+trap 'exit 75' TERM
+echo begun
+until [ -e end ]; do sleep 0.1; done
+exit "$(cat end)"
+"""
+
+
+@pytest.fixture
+def pretence(clone):
+    """The clone, with tasks in place of Python that train nothing."""
+    (clone / ".venv").unlink()
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    python = clone / ".venv" / "bin" / "python"
+    python.write_text(TASK)
+    python.chmod(0o755)
+    return clone
+
+
+def test_a_job_comes_back_after_the_signal_of_its_time_limit_and_not_after_its_end(
+    cluster, pretence
 ):
-    """Two tasks, nothing set but --distributed; the job is submitted once."""
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    workdir, saved = clone / "run", clone / "run" / "checkpoints"
-    small = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
-    flags = programs.flags(workdir, programs.short(teacher, data_dir, **RUN))
-    script = ("sbatch", "--parsable", *small, "launch/slurm.sbatch", *flags)
-    job = cluster(*script, cwd=clone).strip()
-
-    def shown(field):
-        return re.search(rf"\b{field}=(\S+)", cluster("scontrol", "show", "job", job))[1]
-
-    def log():
-        path = clone / f"dmd_jax-{job}.log"
-        return path.read_text() if path.exists() else ""
-
-    def trains(restarts):
-        """Whether this start has gone beyond the newest checkpoint that it found."""
-        state = shown("JobState")
-        assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), log()
-        begun = log().count("devices: 2 (cpu)") > 2 * restarts
-        return begun and len(list(saved.glob("[0-9]*"))) > 0 and state == "RUNNING"
-
-    slurm.until(lambda: trains(0), 900)
+    job = Job(cluster, pretence)
+    job.until(lambda: job.said("begun") == 2)
     # What --signal sends before the time is up: SIGTERM to the tasks, not to the script.
-    cluster("scancel", "--signal=TERM", job)
-    slurm.until(lambda: shown("Restarts") == "1", 300)
-    assert log().count("stopped and saved at step") == 2, log()
+    cluster("scancel", "--signal=TERM", job.number)
+    job.until(lambda: job.said("begun") == 4)
+    (pretence / "end").write_text("0")
+    job.until(lambda: job.shown("JobState") == "COMPLETED")
+    assert job.shown("Restarts") == "1"
 
-    slurm.until(lambda: trains(1) and "going on from step" in log(), 900)
-    urgent = ("--partition=urgent", "--nodes=1", "--ntasks=2", "--output=/dev/null")
-    cluster("sbatch", *urgent, "--wrap=true")
-    slurm.until(lambda: shown("Restarts") == "2", 300)
-    assert log().count("stopped and saved at step") == 4, log()
-    assert not (saved / str(STEPS)).exists()  # it was interrupted in time, both times
 
-    slurm.until(lambda: shown("JobState") == "COMPLETED", 900)
-    assert log().count("going on from step") == 4
+def test_a_job_that_is_cancelled_or_fails_does_not_come_back(cluster, pretence):
+    cancelled = Job(cluster, pretence)
+    cancelled.until(lambda: cancelled.said("begun") == 2)
+    cluster("scancel", cancelled.number)  # its tasks end as those of a preempted job do
+    cancelled.until(lambda: cancelled.shown("JobState") == "CANCELLED", 120)
+    (pretence / "end").write_text("1")
+    failed = Job(cluster, pretence)
+    slurm.until(lambda: failed.shown("JobState") == "FAILED", PATIENCE)
+    assert cancelled.shown("Restarts") == failed.shown("Restarts") == "0"
+    assert cancelled.shown("JobState") == "CANCELLED"
+
+
+STEPS = 800
+RUN = {
+    "steps": STEPS,
+    "log.every": 20,
+    "checkpoint.every": 20,
+    "evaluate.every": STEPS,
+    "evaluate.steps": (1,),
+}
+
+
+def test_a_preempted_job_goes_on_to_its_end(cluster, clone, teacher, data_dir, monkeypatch):
+    """Two tasks, nothing set but --distributed; a more urgent job takes the node from them."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    workdir = clone / "run"
+    flags = programs.flags(workdir, programs.short(teacher, data_dir, **RUN))
+    job = Job(cluster, clone, *flags)
+    job.until(lambda: any(workdir.glob("checkpoints/[0-9]*")))
+    assert job.said("devices: 2 (cpu)") == 2  # each of the tasks sees the other's device
+    cluster("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--wrap=true")
+    job.until(lambda: job.said("stopped and saved at step") == 2)
+    assert not (workdir / "checkpoints" / str(STEPS)).exists()  # it was interrupted in time
+
+    job.until(lambda: job.shown("JobState") == "COMPLETED")
+    assert job.shown("Restarts") == "1" and job.said("going on from step") == 2
     assert (workdir / "report.md").exists()
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     losses = [line["step"] for line in lines if "generator/loss" in line]
-    assert losses == list(range(50, STEPS + 1, 50))
+    assert losses == list(range(20, STEPS + 1, 20))
