@@ -8,7 +8,7 @@
 # --auto-mount=true` has attached a volume that all hosts write to (Filestore or a bucket).
 #
 # A preempted job starts again and goes on from its newest checkpoint. XPK restarts for the exit
-# codes 42 and 127 to 255; 75 is that of a run that was stopped and saved. An error, 1, ends the job.
+# codes 42 and 127 to 255; 75 is that of a run that was stopped and saved. An error (1) ends it.
 # Not yet tried on TPU hardware.
 set -euo pipefail
 name=$1 cluster=$2 type=$3 image=$4
