@@ -10,7 +10,9 @@ Imports the rooms; no room imports a command.
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -28,10 +30,12 @@ from dmd_jax.devices.disk import first_line
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.training import checkpoint, health, loop, profiling
 from dmd_jax.training.configuration import compute_dtypes, expand_home, flag_error
+from dmd_jax.training.preemption import STOPPED, Stopped
 from dmd_jax.training.run import build, describe
 
 FLAGS = flags.FLAGS
 REFUSALS = (ValueError, OSError, ImportError, checkpoint.CheckpointError, health.Diverged)
+PATIENCE = 300  # seconds in which all processes of a job must have joined
 MEMORY = (
     "Lower config.batch_size, raise config.accumulate, set config.<role>.compute.remat='full', or "
     "split the weights over more devices by config.mesh.fsdp"
@@ -100,14 +104,36 @@ def split_cores(config):
 
 
 def join():
-    """Joins the other processes of the job; the scheduler knows their addresses."""
+    """Joins the other processes of the job; the scheduler knows their addresses.
+
+    Where one does not come, JAX aborts the process with a trace of C++ frames. A timer is first.
+    """
+    logging.getLogger("jax._src.distributed").setLevel(logging.INFO)  # the coordinator's address
+    timer = threading.Timer(PATIENCE, give_up)
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(initialization_timeout=2 * PATIENCE)
     except ValueError as error:
         refuse(
             f"--distributed found no Cloud TPU, GKE, Slurm or Open MPI job to join ({error}); a "
             "single process needs no such flag"
         )
+    finally:
+        timer.cancel()
+
+
+def give_up():
+    """Ends a process that waits in vain for others."""
+    print(
+        f"error: not all processes of this job have joined within {PATIENCE} s; this one, on "
+        f"{socket.gethostname()}, ends. Look in the logs of the others for one that never started "
+        "or has failed. If all of them have waited, they cannot reach the coordinator: the line "
+        "'Connecting to' above has its address; JAX_COORDINATOR_PORT sets another port",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def main(argv):
@@ -134,8 +160,12 @@ def main(argv):
     print(refusing(describe, run), flush=True)
     if FLAGS.dry_run:
         return
-    with jax.set_mesh(run.mesh):
-        refusing(loop.train, run, workdir(), profile)
+    try:
+        with jax.set_mesh(run.mesh):
+            refusing(loop.train, run, workdir(), profile)
+    except Stopped as stop:
+        print(stop, flush=True)
+        sys.exit(STOPPED)
 
 
 def start():

@@ -24,7 +24,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 # Modules of the longest tests, begun first: so all workers end at about the same time.
-LONGEST = ("test_loop", "test_run", "test_launch", "test_wan", "test_checkpoint", "test_docs")
+LONGEST = ("slurm", "loop", "run", "launch", "wan", "checkpoint", "docs")
 
 
 def pytest_configure(config):
@@ -44,7 +44,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Sorts the modules of `LONGEST` to the front."""
-    rank = {name: place for place, name in enumerate(LONGEST)}
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 

@@ -1,6 +1,9 @@
 """Every launcher starts the one entry point, and --distributed joins what a scheduler started."""
 
 import json
+import os
+import re
+import shutil
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +13,10 @@ import programs
 import pytest
 import yaml
 
+from dmd_jax.training.preemption import STOPPED
+
 LAUNCH = programs.ROOT / "launch"
-SCRIPTS = ("gpu_node.sh", "slurm.sbatch", "tpu_pod.sh")
+SCRIPTS = ("gke_xpk.sh", "gpu_node.sh", "slurm.sbatch", "tpu_pod.sh")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -20,6 +25,17 @@ def test_scripts_are_bash_that_starts_main(name):
     # One process drives all GPUs of a node; all other launchers start several.
     start = "python -m dmd_jax.main" + ("" if name == "gpu_node.sh" else " --distributed")
     assert start in (LAUNCH / name).read_text()
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    found = subprocess.run(
+        ["shellcheck", *(LAUNCH / name for name in SCRIPTS)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout == "" and found.returncode == 0
 
 
 def test_the_jobset_starts_main_once_a_host():
@@ -33,6 +49,78 @@ def test_the_jobset_starts_main_once_a_host():
     columns, rows = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert columns * rows == chips * spec["completions"]
+
+
+def test_every_scheduler_knows_the_status_of_a_stopped_run():
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]
+    rules = jobset["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rules[0]["onExitCodes"]["values"] == [STOPPED]
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [STOPPED]
+    for name in ("gke_xpk.sh", "slurm.sbatch", "tpu_pod.sh"):
+        assert re.search(rf"(=|= |!= ){STOPPED}\b", (LAUNCH / name).read_text()), name
+
+
+GCLOUD = """#!/usr/bin/env bash
+# Stands in for Google's: one slice, whose first training ends with STATUS and leaves it in STATE.
+cd "$(dirname "$0")" && printf '%s\\n' "$*" >> calls
+case $* in
+  *" describe "*) cat state ;;
+  *" create "*) echo ACTIVE > state ;;
+  *" delete "*) rm state ;;
+  *" ssh "*) if [ ! -e trained ]; then touch trained; echo "$STATE" > state; exit "$STATUS"; fi ;;
+esac
+"""
+
+
+def stand_in(directory, name, source):
+    """Writes a program in place of one that is not here."""
+    (directory / name).write_text(source)
+    (directory / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "status, state, ends, calls",
+    [
+        (0, "ACTIVE", 0, "create scp ssh"),
+        (1, "ACTIVE", 1, "create scp ssh"),  # an error, which would come again
+        (75, "ACTIVE", 0, "create scp ssh scp ssh"),
+        (255, "SUSPENDED", 0, "create scp ssh delete create scp ssh"),
+    ],
+    ids=["done", "error", "stopped", "taken-away"],
+)
+def test_a_tpu_slice_that_is_taken_away_is_asked_for_again(status, state, ends, calls, tmp_path):
+    stand_in(tmp_path, "gcloud", GCLOUD)
+    stand_in(tmp_path, "sleep", "#!/bin/sh\n")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MOUNT": "mount it"}
+    ended = subprocess.run(
+        [LAUNCH / "tpu_pod.sh", "slice", "zone", "v6e-16", "--workdir=a b"],
+        env=os.environ | environment | {"STATUS": str(status), "STATE": state},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == ends, ended.stderr
+    made = (tmp_path / "calls").read_text()
+    assert re.findall(r"^compute tpus \S+ (create|delete|scp|ssh) ", made, re.M) == calls.split()
+    assert "--runtime-version=v2-alpha-tpuv6e" in made and " mount it\n" in made
+    assert "-m dmd_jax.main --distributed --workdir=a\\ b" in made
+
+
+def test_xpk_gets_the_command_as_one_argument(tmp_path):
+    stand_in(tmp_path, "xpk", "#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    printed = subprocess.run(
+        [LAUNCH / "gke_xpk.sh", "run", "cluster", "v6e-16", "image", "--workdir=a b"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert (
+        "--command=cd /dmd_jax && exec python -m dmd_jax.main --distributed --workdir=a\\ b"
+        in printed
+    )
+    assert "--restart-on-exit-codes=75\n" in printed
 
 
 def slurm(process, count, port):
@@ -60,6 +148,23 @@ def test_distributed_is_refused_where_there_is_nothing_to_join():
     completed = programs.python("-m", "dmd_jax.main", "--distributed", "--dry_run")
     assert completed.returncode == 1
     assert completed.stderr.startswith("error: --distributed found no ")
+
+
+IMPATIENT = "from dmd_jax import main; main.PATIENCE = 3; main.start()"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [0, 1], ids=["coordinator", "other"])
+def test_a_job_with_a_process_missing_ends_with_an_error(alone):
+    """JAX would abort it later, without a word of what is wrong."""
+    variables = slurm(alone, 2, free_port())
+    ended = programs.python("-c", IMPATIENT, "--distributed", "--dry_run", **variables)
+    assert ended.returncode == 1
+    error = ended.stderr.splitlines()[-1]
+    assert error.startswith("error: not all processes of this job have joined within 3 s")
+    assert f"Connecting to JAX distributed service on {variables['SLURM_STEP_NODELIST']}:" in (
+        ended.stderr
+    )
 
 
 @pytest.mark.slow

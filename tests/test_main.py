@@ -211,6 +211,7 @@ LEAVING = """
     "how, code, message",
     [
         ("return", 0, ""),
+        ("raise main.Stopped('saved')", 75, ""),
         ("raise ValueError('no')", 1, "error: no"),
         ("raise KeyboardInterrupt", 130, ""),
         ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug"),

@@ -31,6 +31,7 @@ def make_mesh(data=-1, fsdp=1, context=1, tensor=1, *, devices=None):
     """A mesh over all devices; one axis may be -1 and takes the devices that the others leave.
 
     Several slices of a TPU, which only the network of their hosts joins, split the axis `data`.
+    Several nodes of GPUs count as one slice.
 
     Raises:
         ValueError: an axis is below 1 and not -1, the axes do not multiply to the number of
@@ -51,15 +52,17 @@ def make_mesh(data=-1, fsdp=1, context=1, tensor=1, *, devices=None):
         )
     shape = [len(devices) // given if n == -1 else n for n in shape]
     types = (AxisType.Auto,) * len(AXES)
-    # GPUs have this number too, that of their host; and not all TPUs have it.
-    tpu = devices[0].platform == "tpu"
-    slices = len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
+    slices = len({getattr(d, "slice_index", 0) for d in devices})  # not all devices have it
     if slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    if shape[0] % slices:
+    if devices[0].platform == "gpu":
+        # The number is that of the host, and jax.make_mesh refuses several.
+        grid = mesh_utils.create_device_mesh(shape, devices)
+    elif shape[0] % slices:
         raise ValueError(f"mesh data={shape[0]} does not divide into the {slices} slices")
-    within, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    else:
+        within, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
     return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 

@@ -28,7 +28,7 @@ from dmd_jax.training.adapters import config_role
 from dmd_jax.training.checkpoints import Checkpointer
 from dmd_jax.training.configuration import defaults, differences, flatten
 from dmd_jax.training.cost import cost
-from dmd_jax.training.preemption import Preemption
+from dmd_jax.training.preemption import Preemption, Stopped
 from dmd_jax.training.profiling import Profiler, warn_of_taken
 from dmd_jax.training.writers import Progress, Writer
 from dmd_jax.weights import adapter_files
@@ -111,10 +111,10 @@ def train(run, workdir, profile=range(0)):
         profile: the steps to trace into <workdir>/profile, counted from 1.
 
     Returns:
-        The path of the report; None if a signal stopped the run before its last step, or if the
-        report failed.
+        The path of the report; None if the report failed.
 
     Raises:
+        Stopped: a signal stopped the run before its last step; it is saved.
         ValueError: the directory belongs to another run, is in use, cannot be written or is too
             small.
         health.Diverged: the run diverged; its last good checkpoint is kept.
@@ -166,8 +166,9 @@ def _train(run, workdir, profile):
                 _export_best(run, shape.ema, frozen, checkpoints, workdir)
                 raise
             if int(state.step) < run.config.steps:
-                log.info("stopped and saved at step %d; the same command goes on", int(state.step))
-                return None
+                raise Stopped(
+                    f"stopped and saved at step {int(state.step)}; the same command goes on"
+                )
             return _finish(run, identity, state, frozen, checkpoints, writer, workdir)
 
 

@@ -9,6 +9,14 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+# The exit status of a run that was stopped: "try again later" (EX_TEMPFAIL of sysexits.h). Not 0,
+# which a scheduler would take for the end of the training, and not that of an error.
+STOPPED = 75
+
+
+class Stopped(Exception):
+    """The run was asked to stop before its last step, and is saved."""
+
 
 class Preemption:
     """Turns SIGTERM and the first Ctrl-C into a flag that the training loop reads at every step.

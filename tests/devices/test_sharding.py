@@ -1,5 +1,6 @@
 """Meshes and rules; and that eight devices compute what one does."""
 
+import dataclasses
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,6 +30,48 @@ def test_one_axis_of_a_mesh_may_be_the_rest():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes):
     with pytest.raises(ValueError, match=r"mesh\(data=.*\) does not fit 8 devices"):
         make_mesh(**axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What a mesh asks of a device; JAX gives GPUs a slice_index too, that of their host."""
+
+    platform: str
+    device_kind: str
+    id: int
+    process_index: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+
+
+def two_slices(platform, kind):
+    """Two slices of 2x2 chips, or two nodes of four GPUs; JAX lists them in any order."""
+    places = [(group, row, column) for row in (0, 1) for column in (0, 1) for group in (0, 1)]
+    return [
+        FakeDevice(platform, kind, 4 * group + 2 * row + column, group, group, (column, row, 0))
+        for group, row, column in places
+    ]
+
+
+def test_slices_of_a_tpu_split_data_and_no_other_axis():
+    mesh = make_mesh(data=-1, fsdp=2, devices=two_slices("tpu", "TPU v5 lite"))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
+    found = np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(4, 2)
+    np.testing.assert_array_equal(found, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    assert {device.id for device in mesh.devices.flat} == set(range(8))
+
+
+def test_weights_cannot_be_split_over_slices():
+    with pytest.raises(ValueError, match="mesh data=1 does not divide into the 2 slices"):
+        make_mesh(data=1, fsdp=8, devices=two_slices("tpu", "TPU v5 lite"))
+
+
+def test_nodes_of_gpus_are_one_slice():
+    """So that weights may be split over them; one after the other, as their batches are."""
+    mesh = make_mesh(data=1, fsdp=8, devices=two_slices("gpu", "NVIDIA H100"))
+    assert mesh.shape["fsdp"] == 8
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
 
 
 WEIGHTS = {

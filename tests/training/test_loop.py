@@ -12,6 +12,7 @@ import programs
 import pytest
 
 from dmd_jax.training import checkpoint
+from dmd_jax.training.preemption import STOPPED
 from dmd_jax.training.run import build
 
 pytestmark = pytest.mark.slow
@@ -111,7 +112,7 @@ def test_a_run_killed_and_stopped_at_every_moment_ends_with_the_bits_of_one_that
 
     interrupt(metrics.exists)  # before the first checkpoint
     code, output = interrupt(lambda: newest(saved) >= 40, signal.SIGTERM)
-    assert code == 0 and "stopped and saved at step" in output
+    assert code == STOPPED and "stopped and saved at step" in output
     code, output = interrupt(lambda: newest(saved) >= 80)  # between two checkpoints
     assert code == -signal.SIGKILL and "going on from step" in output
     interrupt(lambda: any(saved.glob("*tmp*")))  # while saving

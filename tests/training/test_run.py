@@ -255,7 +255,8 @@ def test_a_signal_during_a_compilation_saves_and_leaves(kind, saved, build, tmp_
     """The first step updates the generator; the second, which does not, is compiled later."""
     compile_steps = loop.compile_steps
     monkeypatch.setattr(loop, "compile_steps", lambda run: compile_steps(run) | {kind: Endless()})
-    assert start(build(), tmp_path) is None
+    with pytest.raises(preemption.Stopped):
+        start(build(), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == saved
 
 
@@ -268,10 +269,10 @@ def test_sigterm_saves_at_once_and_the_next_start_ends_bit_identical(
     build, straight, no_report, tmp_path, monkeypatch, caplog
 ):
     workdir = tmp_path / "run"
-    with monkeypatch.context() as patched, caplog.at_level("INFO", "dmd_jax"):
+    stops = pytest.raises(preemption.Stopped, match=r"stopped and saved at step [56];")
+    with monkeypatch.context() as patched, stops:
         signal_at(5, patched)
-        assert start(build(), workdir) is None
-    assert "stopped and saved at step " in caplog.text
+        start(build(), workdir)
     assert not (workdir / "generator.safetensors").exists()
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert saved in (5, 6)
@@ -287,7 +288,8 @@ def test_a_signal_at_a_step_that_is_judged_costs_no_judgement(
     with monkeypatch.context() as patched:
         patched.setattr(preemption.Preemption, "requested", lambda self, step: step == 8)
         patched.setattr(loop, "_judge", None)  # it leaves at once
-        assert start(build(), tmp_path / "run") is None
+        with pytest.raises(preemption.Stopped, match="at step 8;"):
+            start(build(), tmp_path / "run")
     start(build(), tmp_path / "run")
     assert_same_run(build, tmp_path / "run", straight)
 
