@@ -22,18 +22,20 @@ def step(
     s: Float[Array, "..."], t: Times, schedule: Schedule
 ) -> tuple[Float32[Array, "B ..."], Float32[Array, "B ..."]]:
     """(A, B) of the diffusion from s to t."""
-    scale, share = _scale(s, t, schedule), fresh_share(s, t, schedule)
-    return scale, schedule.sigma(t) * jnp.sqrt(share)
+    fresh = schedule.sigma(t) * jnp.sqrt(_fresh_share(s, t, schedule))
+    return _scale(s, t, schedule), fresh
 
 
-def fresh_share(s: Float[Array, "..."], t: Times, schedule: Schedule) -> Float32[Array, "B ..."]:
-    """(B / sigma(t))^2, the share of the noise of x_t that x_s does not have: 0 at s, 1 for s = 0.
+def weight(s: Float[Array, "..."], t: Times, schedule: Schedule) -> Float32[Array, "B ..."]:
+    """The weight of the regression: (B / sigma(t))^2 alpha(s)^2 / (alpha(s)^2 + sigma(s)^2).
 
-    It is the weight of the regression: the target of the noise is sigma(t) eps / B, whose variance
-    is its inverse. Any positive weight has the same minimiser.
+    The variance of the targets grows without bound as t falls to s. With this weight, and samples
+    as of data of variance 1, what is left of the loss after training is that of ordinary denoising
+    at the same t. At s = 0 it is 1. Any positive weight has the same minimiser.
     """
-    old = _scale(s, t, schedule) * _sigma(s, schedule) / schedule.sigma(t)
-    return (1.0 - old) * (1.0 + old)  # and not 1 - old^2, which loses the digits near s
+    clean = jnp.square(_alpha(s, schedule))
+    share = clean / (clean + jnp.square(_sigma(s, schedule)))
+    return _fresh_share(s, t, schedule) * share
 
 
 def add_noise(
@@ -61,6 +63,12 @@ def targets(
     pull = scale * jnp.square(_sigma(s, schedule)) / (clean * fresh)
     x0 = x_s / align(clean, x_s) - align(pull, x_s) * eps
     return x0, align(schedule.sigma(t) / fresh, x_s) * eps
+
+
+def _fresh_share(s, t, schedule):
+    """(B / sigma(t))^2: 0 at s."""
+    old = _scale(s, t, schedule) * _sigma(s, schedule) / schedule.sigma(t)
+    return (1.0 - old) * (1.0 + old)  # and not 1 - old^2, which loses the digits near s
 
 
 def _scale(s, t, schedule):

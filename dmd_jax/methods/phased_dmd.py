@@ -159,7 +159,7 @@ class PhasedDMD(DMD):
         time_key, eps_key = jax.random.split(key)
         x_t, t, eps = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
         x0, noise = subintervals.targets(x_s, eps, s, t, schedule)
-        weight = subintervals.fresh_share(s, t, schedule)
+        weight = subintervals.weight(s, t, schedule)
         return self.regress(fake_score, x_t, t, x0, noise, rollout, weight), {}
 
     def diffuse(
