@@ -177,7 +177,9 @@ class PhasedDMD(DMD):
         """
         number, x_s, s = rollout.phase
         levels = jnp.asarray(self.levels, jnp.float32)
-        bounds = shift_time(levels, 1.0 / self.score_shift)  # before the shift of the times
+        # The same before the shift of the times, which are uniform there.
+        bounds = [shift_time(level, 1.0 / self.score_shift) for level in self.levels]
+        bounds = jnp.asarray(bounds, jnp.float32)
         part = number
         if self.nested:
             time_key, part_key = jax.random.split(time_key)

@@ -89,15 +89,15 @@ def abstract(config, role, *, source, files):
     several = experts(config, role)
     if several is None:
         return _one(config, role, "transformer", source=source, files=files)
+    if config[role].weights == "random":
+        raise ValueError(
+            f"config.{role}.experts start from weights, and config.{role}.weights is 'random'"
+        )
     found = [_one(config, role, part, source=source, files=files) for part in several.sources]
     if isinstance(found[0].net, Experts):
         raise ValueError(
             f"config.{role}.weights={config[role].weights!r} holds experts already: remove "
             f"config.{role}.experts"
-        )
-    if config[role].weights == "random":
-        raise ValueError(
-            f"config.{role}.experts start from weights, and config.{role}.weights is 'random'"
         )
     try:
         return combine(found, several.boundaries)

@@ -25,7 +25,7 @@ MEAN, STD, S = 0.8, 0.5, 0.5  # of the teacher; the time at which the first of t
 # Mean and standard deviation of the teacher's samples at S.
 MEAN_S, STD_S = (1 - S) * MEAN, float(np.hypot((1 - S) * STD, S))
 TWO = PhasedDMD((1,), times=(1.0, 0.5), phases=(1, 1), normalize=False)
-KEYS = jax.random.split(jax.random.key(1))
+KEYS = tuple(jax.random.split(jax.random.key(1)))
 
 
 @jax.tree_util.register_dataclass
@@ -186,7 +186,7 @@ def test_training_brings_both_experts_to_the_teachers_samples():
         return jax.tree.map(lambda x, g: x - 0.3 * g, generator, grad), None
 
     start = Denoiser(AffinePair(jnp.asarray([[0.2, -0.5], [1.5, 1.0]])), FLOW, X0(time_scale=1.0))
-    keys = jax.random.split(KEYS[0], 600)
+    keys = jax.random.split(KEYS[0], 400)
     end = jax.jit(lambda start: jax.lax.scan(step, start, keys)[0])(start)
     wanted = [(MEAN_S, STD_S), (MEAN, STD)]
     np.testing.assert_allclose(end.net.distributions(), wanted, atol=0.03)
