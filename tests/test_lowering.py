@@ -29,7 +29,7 @@ LENGTHS = "(32760|32768|8190|37440|37888|60840|61440|4680)"
 
 RECIPES = [
     ("dmd", "wan_t2v_1_3b"),
-    ("dmd", "wan_t2v_a14b"),
+    pytest.param(("dmd", "wan_t2v_a14b"), marks=pytest.mark.slow),
     ("self_forcing", "wan_t2v_1_3b"),
     pytest.param(("self_forcing", "long"), marks=pytest.mark.slow),
 ]
