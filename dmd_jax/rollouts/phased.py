@@ -43,7 +43,7 @@ def phased(
     schedule: Schedule,
     shift: float = 1.0,
 ) -> Rollout:
-    """Runs the generator as in inference, up to one of its calls (Phased DMD, section 3).
+    """Runs the generator as in inference, up to one of its calls (Phased DMD).
 
     The calls before it are Euler steps along the path, each to the time of the next, through the
     experts of the earlier phases and of its own. The last call goes to the end of its phase. The

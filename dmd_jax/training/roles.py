@@ -2,9 +2,8 @@
 
 A role is a section of the config: `weights` (a file, a name, "teacher" or "random"), `compute`
 (dtype, remat), if the file does not state them, `model`, `schedule` and `prediction`, and
-`experts` where it is several networks. A network
-is abstract, with jax.ShapeDtypeStruct in place of arrays, until `load`. Imports weights,
-diffusion and the configuration.
+`experts` where it is several networks. A network is abstract, with jax.ShapeDtypeStruct in place of
+arrays, until `load`. Imports weights, models, diffusion and the configuration.
 """
 
 import dataclasses
