@@ -8,15 +8,18 @@ Variants and their commands:
     python -m dmd_jax.main --config=configs/dmd.py:dmd2        a student for 4 steps, with a GAN
     python -m dmd_jax.main --config=configs/dmd.py:f_distill   the same, by Jensen-Shannon
     python -m dmd_jax.main --config=configs/dmd.py:decoupled   a student for 4 steps, decoupled
+    python -m dmd_jax.main --config=configs/dmd.py:phased      the same, in phases of two experts
     python -m dmd_jax.main --config=configs/dmd.py:lora        the first, by adapters of one network
     python -m dmd_jax.main --config=configs/dmd.py:wan_tiny    videos: Wan in miniature
     python -m dmd_jax.main --config=configs/dmd.py:wan_t2v_1_3b  Wan2.1: 14B to 1.3B
+    python -m dmd_jax.main --config=configs/dmd.py:wan_t2v_a14b  Wan2.2: its pair, in two phases
 
-All but the last two are for digits. Training the first three takes 10 TFLOP, 10 and 21, some
+All but the last three are for digits. Training the first three takes 10 TFLOP, 10 and 21, some
 minutes on two CPU cores. Expect, as means of three seeds, an FD-MNIST64 of 0.51 in 4 steps, 0.44 in
 2 and 1.23 in 1 from the first, and 0.81 from `one_step`; the teacher has 0.36 in 50. `dmd2` and
 `f_distill` train on real digits too; `lora` trains adapters of rank 16 on the teacher's weights.
-These three and `decoupled` were run for some steps only: their numbers are starting points.
+These three, `decoupled` and `phased` were run for some steps only: their numbers are starting
+points.
 
 `wan_tiny` generates videos of moving digits from captions, after a few minutes on these cores. The
 student starts from its teacher and the fake score from a smaller network. Both are shipped and were
@@ -25,6 +28,9 @@ trained by configs/pretrain.py:wan_teacher and :wan_small.
 `wan_t2v_1_3b` uses the published numbers of Self-Forcing for a bidirectional student. It needs some
 64 accelerators of 80 GB or a TPU slice; `--dry_run` prints the memory of each role. It has not been
 run. --config.data.embeddings is the folder that `python -m dmd_jax.embed` wrote.
+
+`wan_t2v_a14b` distils Wan 2.2's pair of experts into a pair, by Phased DMD, with the numbers of
+LightX2V's recipe. Its three roles are six networks of 14B. It has not been run either.
 
 A flag overrides any entry, also one that may be None or a class:
 --config.generator.optimizer.clip=None, --config.method.regression=X0. It also puts another class of
@@ -44,15 +50,17 @@ from dmd_jax.methods.decoupled_dmd import DecoupledDMD
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.dmd2 import DMD2
 from dmd_jax.methods.f_distill import FDistill
+from dmd_jax.methods.phased_dmd import PhasedDMD
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.discriminator import DiscriminatorConfig
-from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
+from dmd_jax.models.wan import T2V_1_3B, T2V_14B, T2V_A14B, WanConfig
 from dmd_jax.quality.evaluation import Evaluation
 from dmd_jax.training.adapters import LoRA
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
+from dmd_jax.training.roles import ByNoise
 from dmd_jax.training.step import EMA
 from dmd_jax.training.writers import Log
 
@@ -146,6 +154,13 @@ def _decoupled(config):
     config.evaluate.steps = (4,)
 
 
+def _phased(config):
+    config.method.update(cls=PhasedDMD, strides=(1,), last_step_share=0.0, phases=(2, 2))
+    for role in (config.generator, config.fake_score):
+        role.experts = dict(cls=ByNoise, boundaries=(0.5,))
+    config.evaluate.steps = (4,)
+
+
 def _lora(config):
     config.generator.adapter = dict(cls=LoRA, rank=16, alpha=16.0)
     config.fake_score.adapter = dict(cls=LoRA, rank=16, alpha=16.0)
@@ -234,6 +249,32 @@ def _wan_t2v_1_3b(config):
     )
 
 
+def _wan_t2v_a14b(config):
+    _wan_t2v_1_3b(config)
+    config.method = dict(
+        cls=PhasedDMD,
+        times=(1.0, 0.75, 0.5, 0.25),
+        phases=(2, 2),
+        nested=False,  # each network stays at the noise levels that it was trained for
+        shift=7.0,  # the first phase ends at the pair's boundary: 0.5, shifted, is 0.875
+        score_shift=7.0,
+        clip=(0.02, 0.999),
+        guidance=4.0,
+        batched_guidance=False,
+    )
+    for name, rate in {"teacher": None, "generator": 2e-6, "fake_score": 4e-7}.items():
+        config[name] = _wan(T2V_A14B, "Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+        config[name].experts = dict(
+            cls=ByNoise, boundaries=(0.875,), parts=("transformer", "transformer_2")
+        )
+        if rate:
+            config[name].optimizer = dict(
+                cls=AdamW, b1=0.0, b2=0.999, weight_decay=0.01, clip=1.0, learning_rate=rate
+            )
+    config.steps = 4_000
+    config.evaluate.teacher_guidance = 4.0
+
+
 VARIANTS = {
     "": _four_steps,
     "one_step": _one_step,
@@ -241,7 +282,9 @@ VARIANTS = {
     "dmd2": _dmd2,
     "f_distill": _f_distill,
     "decoupled": _decoupled,
+    "phased": _phased,
     "lora": _lora,
     "wan_tiny": _wan_tiny,
     "wan_t2v_1_3b": _wan_t2v_1_3b,
+    "wan_t2v_a14b": _wan_t2v_a14b,
 }

@@ -65,7 +65,9 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
         return ""
     notes = weights.notes(checkpoint_path)
     times, shift = notes.get("times"), notes.get("shift", SHIFT) if shift is None else shift
-    scheduler = export.few_step(shift) if times else export.many_step(shift)
+    scheduler = export.many_step(shift)
+    if times:
+        scheduler = export.few_step(shift, fresh_noise="phases" not in notes)
     export.diffusers(out, net, scheduler=scheduler, dtype=dtype, base=base)
     return f"; sample with scheduler.set_timesteps(sigmas={times})" if times else ""
 

@@ -29,6 +29,7 @@ LENGTHS = "(32760|32768|8190|37440|37888|60840|61440|4680)"
 
 RECIPES = [
     ("dmd", "wan_t2v_1_3b"),
+    pytest.param(("dmd", "wan_t2v_a14b"), marks=pytest.mark.slow),
     ("self_forcing", "wan_t2v_1_3b"),
     pytest.param(("self_forcing", "long"), marks=pytest.mark.slow),
 ]
@@ -67,7 +68,8 @@ def test_a_step_uses_the_kernels_and_makes_no_square_of_its_length(
     text = lowered(run, platform, update_generator)
     for kernel in KERNELS[platform]:
         assert f"custom_call @{kernel}" in text
-    assert "all_to_all" in text and "tensor<64x32760x1536xbf16>" in text
+    width = run.nets["generator"].net.config.dim
+    assert "all_to_all" in text and f"tensor<64x32760x{width}xbf16>" in text
     assert not re.search(rf"tensor<(\d+x)*{LENGTHS}x(\d+x)*{LENGTHS}x", text)
 
 

@@ -270,17 +270,34 @@ class DMD:
             (loss, per-sample values for `metrics`).
         """
         fake_score = critics["fake_score"]
-        schedule, prediction = fake_score.schedule, fake_score.prediction
         time_key, eps_key = jax.random.split(key)
         rollout = jax.lax.stop_gradient(rollout)
-        x_t, t, eps = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
+        x_t, t, eps = self.diffuse(rollout, fake_score.schedule, batch["index"], time_key, eps_key)
+        loss = self.regress(fake_score, x_t, t, rollout.x0, eps, rollout)
+        return loss, {}
+
+    def regress(
+        self,
+        fake_score: Denoiser,
+        x_t: Samples,
+        t: Float32[Array, " B"],
+        x0: Samples,
+        eps: Samples,
+        rollout: Rollout,
+        weight: Real[ArrayLike, "..."] = 1.0,
+    ) -> Float32[Array, ""]:
+        """The fake score's loss at x_t, whose data and noise are x0 and eps.
+
+        Args:
+            weight: of each sample, [B], before that of `regression`; or one number.
+        """
+        schedule, prediction = fake_score.schedule, fake_score.prediction
         raw = fake_score.predict(x_t, t, rollout.cond).raw
-        target = prediction.target(rollout.x0.astype(jnp.float32), eps, t, schedule)
-        weight = 1.0
+        target = prediction.target(x0.astype(jnp.float32), eps, t, schedule)
         if self.regression is not None:
             own, wanted = prediction.x0_scale(t, schedule), self.regression.x0_scale(t, schedule)
-            weight = jnp.square(own / wanted)
-        return denoising_loss(raw, target, weight, rollout.mask), {}
+            weight = weight * jnp.square(own / wanted)
+        return denoising_loss(raw, target, weight, rollout.mask)
 
     def diffuse(
         self,

@@ -5,9 +5,10 @@ wan          video latents from text and images
 wan_vae      video latents and pixels
 umt5         text embeddings
 discriminator  heads on the features of another network
+experts      several networks as one, each for an interval of noise levels
 attention    masks, one kernel per platform
 kv_cache     keys and values of earlier frames
 layers       linear layers, time embedding, stacks of layers
 
-Imports jax, flax and devices.
+Imports jax, flax, devices and diffusion.
 """

@@ -16,7 +16,8 @@ import numpy as np
 from dmd_jax import weights
 from dmd_jax.devices.disk import local_path
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.models.wan import Experts, WanConfig
+from dmd_jax.models.experts import combine
+from dmd_jax.models.wan import WanConfig
 from dmd_jax.pipelines import digits, wan
 from dmd_jax.rollouts.samplers import CAUSAL, draw, require_blocks, sampler_for
 from dmd_jax.weights import parts
@@ -66,10 +67,7 @@ def load_denoiser(
             abstract = weights.abstract(checkpoint, part=part, dtype=dtype)
             shardings = weights.shardings(abstract, [abstract], mesh)
         denoisers.append(weights.denoiser(checkpoint, part=part, shardings=shardings, dtype=dtype))
-    if len(denoisers) == 1:
-        return denoisers[0]
-    high, low = denoisers
-    return Denoiser(Experts(high.net, low.net, 1000 * boundary), high.schedule, high.prediction)
+    return denoisers[0] if len(denoisers) == 1 else combine(denoisers, (boundary,))
 
 
 def sample_videos(

@@ -1,6 +1,7 @@
 """How samples are drawn from networks, in training and in inference.
 
 backward_simulation    a few-step generator in training: the exit step, `Rollout`
+phased                 a few-step generator in phases, whose calls are Euler steps
 self_forcing           a causal generator in training, block by block; `recache` for a new prompt
 block_maker            one block of a causal video, in training and in a stream
 blocks                 how the frames of a video divide into blocks

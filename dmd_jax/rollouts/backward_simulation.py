@@ -16,6 +16,20 @@ from dmd_jax.diffusion.denoiser import DenoiserFn
 from dmd_jax.diffusion.schedule import Samples, Schedule, align, check_step_times, shift_time
 
 
+class Phase(NamedTuple):
+    """Where a rollout in phases has stopped (`phased`).
+
+    Attributes:
+        number: of the phase, 0 for the noisiest.
+        x_s: the samples at the end of the phase, differentiable as `Rollout.x0`.
+        s: the time of that end, after the shift; 0 of the last phase, whose x_s is x0.
+    """
+
+    number: Int[Array, ""]
+    x_s: Float32[Array, " B *data"]
+    s: Float32[Array, ""]
+
+
 class Rollout(NamedTuple):
     """A generator's samples, and what a loss needs to know about them.
 
@@ -27,6 +41,7 @@ class Rollout(NamedTuple):
         cond: the condition of the samples.
         cache: the network's cache after the last call, where it has one.
         stream: what the next step goes on from, where videos go on from step to step.
+        phase: of a rollout in phases; None for others.
     """
 
     x0: Float[Array, " B *data"]
@@ -36,6 +51,7 @@ class Rollout(NamedTuple):
     cond: PyTree
     cache: Any = None
     stream: Any = None
+    phase: Phase | None = None
 
 
 def constant(tree: PyTree) -> PyTree:

@@ -23,6 +23,7 @@ from dmd_jax.rollouts.backward_simulation import backward_simulation
 from dmd_jax.rollouts.block_ode import block_ode
 from dmd_jax.rollouts.blocks import Layout
 from dmd_jax.rollouts.ode import ode
+from dmd_jax.rollouts.phased import check_phases, phased
 from dmd_jax.rollouts.self_forcing import self_forcing
 
 BATCH = 250  # images per call of the compiled sampler
@@ -70,11 +71,22 @@ class FewStep(Sampler):
     Attributes:
         times: times of the calls before the shift, descending from 1.
         shift, name: see `Sampler`.
+        phases: of a student in phases, the number of calls of each: Euler steps without fresh
+            noise, by the expert of the phase (`phased`).
+
+    Raises:
+        ValueError: the phases are not the calls at `times`.
     """
 
     times: tuple[float, ...]
     shift: float = 1.0
+    phases: tuple[int, ...] | None = None
     name: str = dataclasses.field(default="student", repr=False, compare=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.phases is not None:
+            check_phases(self.times, self.phases)
 
     @property
     def steps(self):
@@ -86,19 +98,21 @@ class FewStep(Sampler):
         return self.steps
 
     def notes(self):
-        return {"times": self.times, "shift": self.shift}
+        notes = {"times": self.times, "shift": self.shift}
+        return notes if self.phases is None else notes | {"phases": self.phases}
 
     def __call__(self, denoiser, noise, cond, uncond, key, index):
+        how = dict(times=self.times, shift=self.shift, schedule=denoiser.schedule)
+        if self.phases is not None:
+            return phased(denoiser, noise, cond, self.steps - 1, phases=self.phases, **how).x0
         return backward_simulation(
             denoiser,
             noise,
             cond,
             key,
-            times=self.times,
-            shift=self.shift,
-            schedule=denoiser.schedule,
             index=index,
-            exit_step=len(self.times) - 1,
+            exit_step=self.steps - 1,
+            **how,
         ).x0
 
 
@@ -273,6 +287,7 @@ def few_step(
     *,
     context_time=0.0,
     first_times=None,
+    phases=None,
     name="student",
 ):
     """The sampler of a student in `steps` calls.
@@ -283,21 +298,27 @@ def few_step(
         guidance: 1; it is in the weights of a student.
         causal: of a causal student; None for others.
         context_time, first_times: of a causal student, see `self_forcing`.
+        phases: of a student in phases, see `FewStep`.
         name: of the network.
 
     Returns:
         FewStep or CausalFewStep.
 
     Raises:
-        ValueError: guidance, or no steps.
+        ValueError: guidance, no steps, or fewer steps of a student in phases.
     """
     if guidance != 1:
         raise ValueError(
             f"guidance is {guidance}, but guidance is in the weights of a student: leave it at 1"
         )
+    if phases is not None and steps != len(times):
+        raise ValueError(
+            f"steps={steps}, but each of this student's {len(times)} calls belongs to one of its "
+            f"phases={phases}: sample it in {len(times)}"
+        )
     times = fewer(times, steps)
     if causal is None:
-        return FewStep(times, shift, name=name)
+        return FewStep(times, shift, phases, name=name)
     return CausalFewStep(times, shift, causal, first_times, context_time, name=name)
 
 
@@ -413,6 +434,8 @@ def sampler_for(path, *, steps=None, guidance=None, shift=None, solver=None):
     times, first = tuple(notes["times"]), notes.get("first_times")
     if context:
         context["first_times"] = None if first is None else tuple(first)
+    if "phases" in notes:
+        context["phases"] = tuple(notes["phases"])
     steps = len(times) if steps is None else steps
     return few_step(times, steps, 1, shift, **context)
 

@@ -167,9 +167,9 @@ def resolve(config, nets, frozen, *, files):
 
 
 def _base_key(config, role, net):
-    """What two bases in one place in memory agree in: file, names, dtypes and shapes."""
+    """What two bases in one place in memory agree in: file, experts, names, dtypes, shapes."""
     arrays = [(name, x.shape, x.dtype) for name, x in named_leaves(net).items()]
-    return roles.weights_path(config, role), tuple(arrays)
+    return roles.weights_path(config, role), roles.experts(config, role), tuple(arrays)
 
 
 def _check(config, bind, files):

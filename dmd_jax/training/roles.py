@@ -1,9 +1,9 @@
 """The networks of a run by role ("generator", "fake_score", "teacher"): resolved, loaded, placed.
 
 A role is a section of the config: `weights` (a file, a name, "teacher" or "random"), `compute`
-(dtype, remat) and, if the file does not state them, `model`, `schedule` and `prediction`. A network
-is abstract, with jax.ShapeDtypeStruct in place of arrays, until `load`. Imports weights,
-diffusion and the configuration.
+(dtype, remat), if the file does not state them, `model`, `schedule` and `prediction`, and
+`experts` where it is several networks. A network is abstract, with jax.ShapeDtypeStruct in place of
+arrays, until `load`. Imports weights, models, diffusion and the configuration.
 """
 
 import dataclasses
@@ -14,12 +14,47 @@ import jax.numpy as jnp
 from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.models.experts import Experts, combine
 from dmd_jax.models.wan_vae import SHARDING_RULES as VAE_RULES
 from dmd_jax.models.wan_vae import WanVAE
 from dmd_jax.training.configuration import construct, unknown
 
 # The role that is no Denoiser: heads on the features of another role's network.
 DISCRIMINATOR = "discriminator"
+
+
+@dataclasses.dataclass(frozen=True)
+class ByNoise:
+    """The `experts` of a role: several networks, each for an interval of noise levels.
+
+    Attributes:
+        boundaries: the times in [0, 1] that divide them, descending.
+        parts: the part of the checkpoint at `weights` that each starts from, from high noise to
+            low; () starts all of them from the same network.
+
+    Raises:
+        ValueError: there is not one part more than boundaries.
+    """
+
+    boundaries: tuple[float, ...] = (0.875,)
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.parts and len(self.parts) != len(self.boundaries) + 1:
+            raise ValueError(
+                f"parts={self.parts} must be one more than boundaries={self.boundaries}"
+            )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The part of the checkpoint of each expert."""
+        return self.parts or ("transformer",) * (len(self.boundaries) + 1)
+
+
+def experts(config, role):
+    """The `ByNoise` of a role; None for one network."""
+    spec = config[role]
+    return construct(spec.experts, f"config.{role}.experts") if "experts" in spec else None
 
 
 def weights_path(config, role):
@@ -50,13 +85,34 @@ def abstract(config, role, *, source, files):
     Raises:
         ValueError: the file cannot be used, its network is not `model`, or entries are missing.
     """
+    several = experts(config, role)
+    if several is None:
+        return _one(config, role, "transformer", source=source, files=files)
+    if config[role].weights == "random":
+        raise ValueError(
+            f"config.{role}.experts start from weights, and config.{role}.weights is 'random'"
+        )
+    found = [_one(config, role, part, source=source, files=files) for part in several.sources]
+    if isinstance(found[0].net, Experts):
+        raise ValueError(
+            f"config.{role}.weights={config[role].weights!r} holds experts already: remove "
+            f"config.{role}.experts"
+        )
+    try:
+        return combine(found, several.boundaries)
+    except ValueError as error:
+        raise ValueError(f"config.{role}.experts: {error}") from error
+
+
+def _one(config, role, part, *, source, files):
+    """The abstract Denoiser of one part of a role's checkpoint; see `abstract`."""
     spec, path = config[role], weights_path(config, role)
     if "model" in spec and not files:
         path = None
     if path is None:
         return _stated(config, role, source)
     try:
-        stored = weights.abstract(path, **_compute(config, role))
+        stored = weights.abstract(path, part=part, **_compute(config, role))
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"config.{role}: {error}") from error
     if "model" in spec:
@@ -184,7 +240,19 @@ def load(config, role, abstract):
         net = weights.build(abstract.net.config, seed=seed(config, role))
         return dataclasses.replace(abstract, net=net)
     places = jax.tree.map(lambda x: x.sharding, abstract)
-    return weights.denoiser(path, shardings=places, **_compute(config, role))
+    several = experts(config, role)
+    if several is None:
+        return weights.denoiser(path, shardings=places, **_compute(config, role))
+    nets = [
+        weights.denoiser(
+            path,
+            part=part,
+            shardings=dataclasses.replace(places, net=net),
+            **_compute(config, role),
+        )
+        for part, net in zip(several.sources, places.net.nets, strict=True)
+    ]
+    return combine(nets, several.boundaries)
 
 
 def seed(config, role):

@@ -181,6 +181,8 @@ def build(config, devices=None, *, files=True):
         nets[roles.DISCRIMINATOR] = roles.abstract_discriminator(config, frozen | nets)
     bind, frozen = adapters.resolve(config, nets, frozen, files=files)
     method = construct(config.method, "config.method", sample_shape=source.sample_shape)
+    if hasattr(method, "check_networks"):
+        _check_networks(method, frozen | nets)
     run = Run(
         config=config,
         method=method,
@@ -199,6 +201,13 @@ def build(config, devices=None, *, files=True):
     )
     _check_fallback(run)
     return run
+
+
+def _check_networks(method, nets):
+    try:
+        method.check_networks(nets)
+    except ValueError as error:
+        raise ValueError(f"config.method: {error}") from error
 
 
 def needs_vae(method):

@@ -76,16 +76,17 @@ def self_forcing(path, net, *, dtype=None):
         pickles.write(file, {"generator_ema": tree}, arrays)
 
 
-def few_step(shift):
+def few_step(shift, *, fresh_noise=True):
     """Settings of the scheduler for few-step students: predict x0, add fresh noise, repeat.
 
-    Pass the times to `scheduler.set_timesteps(sigmas=times)`; it applies the shift.
+    Pass the times to `scheduler.set_timesteps(sigmas=times)`; it applies the shift. Without
+    `fresh_noise`, Euler steps: of students in phases.
     """
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "shift": shift,
-        "stochastic_sampling": True,
+        "stochastic_sampling": fresh_noise,
     }
 
 

@@ -1,7 +1,7 @@
 """Our own files: safetensors with one tensor for each weight, named by its path in the network.
 
 A header in the metadata holds the family's name, the network's config, schedule and prediction as
-plain numbers, and notes. Imports the tables that resolve these names.
+plain numbers, the boundaries of experts, and notes. Imports the tables that resolve these names.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from dmd_jax.devices.disk import local_path
 from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.models.experts import Experts
 from dmd_jax.weights.families import (
     FAMILIES,
     PREDICTIONS,
@@ -50,7 +51,7 @@ def save(path: str | PathLike, denoiser: Denoiser, **notes: Any) -> None:
 
     Args:
         path: the file.
-        denoiser: a Denoiser whose network is of a family in FAMILIES.
+        denoiser: a Denoiser whose network is of a family in FAMILIES, or experts of one.
         **notes: JSON values kept in the header, such as the `times` and `shift` of a student.
 
     Raises:
@@ -64,6 +65,8 @@ def save(path: str | PathLike, denoiser: Denoiser, **notes: Any) -> None:
         "prediction": to_plain(PREDICTIONS, denoiser.prediction),
         "notes": notes,
     }
+    if isinstance(denoiser.net, Experts):
+        header["boundaries"] = denoiser.net.boundaries
     tensors = {name: jax.device_get(leaf) for name, leaf in named_leaves(denoiser.net).items()}
     write(path, tensors, {HEADER: json.dumps(header)})
 
@@ -105,4 +108,6 @@ def abstract_denoiser(path: Path, header: dict[str, Any], overrides: dict[str, A
             f"{path}: its header is not of this version of dmd_jax: {error}"
         ) from error
     net = abstract_net(network, dataclasses.replace(config, **overrides))
+    if boundaries := header.get("boundaries"):
+        net = Experts([net] * (len(boundaries) + 1), boundaries)
     return Denoiser(net, schedule, prediction)

@@ -1,10 +1,24 @@
-"""The discriminator as a role: sized by the network that it reads, refused where it is not."""
+"""Roles of more than one network's file: a discriminator's features, and experts."""
+
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import programs
 import pytest
+import toys
+from ml_collections import ConfigDict
 
+from dmd_jax import weights
+from dmd_jax.devices import sharding
+from dmd_jax.models.wan import Wan, WanConfig
+from dmd_jax.rollouts.samplers import sampler_for
+from dmd_jax.training import roles
+from dmd_jax.training.adapters import LoRA
+from dmd_jax.training.configuration import complete
+from dmd_jax.training.roles import ByNoise
 from dmd_jax.training.run import build, describe
+from dmd_jax.weights import export
 
 
 @pytest.fixture
@@ -42,3 +56,73 @@ def test_features_of_a_role_that_is_not_there_are_refused(config):
     config.method.features = "teachers"
     with pytest.raises(ValueError, match=r"config\.method\.features='teachers'.*'teacher'"):
         build(config, jax.devices()[:1])
+
+
+@pytest.fixture
+def phased(teacher, data_dir):
+    return programs.config(teacher, data_dir, variant="phased", **{"evaluate.steps": (4,)})
+
+
+def test_experts_start_as_copies_of_one_file_and_the_student_is_one_file(phased, tmp_path):
+    run = build(phased, jax.devices()[:1])
+    state, frozen = run.start()
+    for role in ("generator", "fake_score"):
+        assert state.nets[role].net.boundaries == (500.0,)
+        for net in state.nets[role].net.nets:
+            toys.assert_same(net, frozen["teacher"].net)
+    assert "generator           32,200   float32" in describe(run)
+    path = tmp_path / "student.safetensors"
+    weights.save(path, state.ema, **run.method.notes())
+    assert sampler_for(path) == run.evaluator.samplers[0]
+    phased.fake_score.weights = str(path)
+    with pytest.raises(ValueError, match=r"holds experts already: remove config\.fake_score\.exp"):
+        build(phased, jax.devices()[:1])
+    with phased.unlocked():
+        del phased.fake_score.experts
+    assert build(phased, jax.devices()[:1]).nets["fake_score"].net.boundaries == (500.0,)
+
+
+def test_each_expert_of_a_pair_starts_from_its_part(tmp_path):
+    size = WanConfig(16, 24, 2, 1, 4, 4, text_dim=5, freq_dim=8)
+    nets = [toys.weights(lambda rngs: Wan(size, rngs=rngs), seed) for seed in range(2)]
+    for name, net in zip("ab", nets, strict=True):
+        export.diffusers(tmp_path / name, net, scheduler=export.many_step(5.0))
+    (tmp_path / "b" / "transformer").rename(tmp_path / "a" / "transformer_2")
+    experts = dict(cls=ByNoise, parts=("transformer", "transformer_2"))
+    config = ConfigDict({"generator": dict(weights=str(tmp_path / "a"), experts=experts)})
+    abstract = roles.abstract(config, "generator", source=None, files=True)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    pair = roles.load(config, "generator", roles.placed(abstract, {"": abstract}, mesh)).net
+    assert pair.boundaries == (875.0,)
+    for net, wanted in zip(pair.nets, nets, strict=True):
+        toys.assert_same(jax.tree.leaves(net), jax.tree.leaves(wanted))
+
+
+def test_adapters_of_experts_are_on_a_base_of_experts(phased):
+    with phased.unlocked():
+        phased.generator.adapter = complete(ConfigDict(dict(cls=LoRA, rank=2, alpha=2.0)))
+    run = build(phased, jax.devices()[:1])
+    shapes, bases = run.bind.shapes("generator"), run.bind.bases
+    assert bases == {"generator": "generator_base"}
+    assert {name.split("/")[1] for name in shapes} == {"0", "1"}
+    step = partial(run.step, update_generator=True)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    label = jax.ShapeDtypeStruct((8,), jnp.int32)
+    batch = {"cond": label, "uncond": label}
+    after, _ = jax.eval_shape(step, run.state_shape(), run.frozen_shape(), batch, key)
+    assert after.nets["generator"].keys() == shapes.keys()
+
+
+def test_experts_of_random_weights_are_refused(phased):
+    phased.generator.weights = "random"
+    with pytest.raises(ValueError, match=r"experts start from weights, and .* is 'random'"):
+        build(phased, jax.devices()[:1])
+
+
+def test_networks_that_are_not_those_of_the_phases_are_refused(phased):
+    phased.generator.experts.boundaries = (0.5, 0.25)
+    with pytest.raises(ValueError, match=r"config\.method: the generator has 3 experts for the 2"):
+        build(phased, jax.devices()[:1])
+    phased.generator.experts.boundaries = (1.5,)
+    with pytest.raises(ValueError, match=r"config\.generator\.experts: boundaries=\(1\.5,\) must"):
+        build(phased, jax.devices()[:1])

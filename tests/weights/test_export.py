@@ -103,6 +103,14 @@ def wide(net):
     return jax.tree.map(lambda x: x.astype(jnp.float32), net)
 
 
+@pytest.mark.parametrize("notes, fresh", [({}, True), ({"phases": (2, 2)}, False)])
+def test_a_student_in_phases_takes_euler_steps_and_others_fresh_noise(tmp_path, notes, fresh):
+    weights.save(tmp_path / "s.safetensors", Denoiser(wan()), times=TIMES, shift=SHIFT, **notes)
+    export.write(tmp_path / "s.safetensors", "diffusers", tmp_path / "out")
+    settings = (tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text()
+    assert json.loads(settings)["stochastic_sampling"] is fresh
+
+
 @pytest.mark.torch
 def test_a_teachers_scheduler_is_unipc_with_its_shift(tmp_path):
     diffusers = pytest.importorskip("diffusers")

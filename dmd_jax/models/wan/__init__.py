@@ -1,7 +1,7 @@
 """Wan 2.1 and 2.2: a transformer over video latents (Wan Team 2025, arXiv 2503.20314).
 
 config            sizes, presets
-network           `Wan`, its inputs and outputs; `Experts`
+network           `Wan`, its inputs and outputs
 layers            patches, attention, blocks; their sharding rules
 rope              rotary embedding of time, height and width
 self_attention    which frames attend to which: the whole sequence, or one block and a cache
@@ -22,7 +22,7 @@ from dmd_jax.models.wan.config import (
     WanConfig,
 )
 from dmd_jax.models.wan.layers import SHARDING_RULES
-from dmd_jax.models.wan.network import Conditions, Experts, Wan
+from dmd_jax.models.wan.network import Conditions, Wan
 
 __all__ = [
     "I2V_14B",
@@ -36,7 +36,6 @@ __all__ = [
     "TINY",
     "Causal",
     "Conditions",
-    "Experts",
     "Wan",
     "WanConfig",
 ]

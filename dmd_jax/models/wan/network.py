@@ -280,28 +280,3 @@ class Wan(nnx.Module):
             p=p,
             q=q,
         )
-
-
-class Experts(nnx.Module):
-    """Wan 2.2's pair of networks: one for high noise, one for low.
-
-    Attributes:
-        high, low: the networks, of one configuration.
-        boundary: `high` is called for timesteps, 0 ... 1000, from this one up.
-    """
-
-    def __init__(self, high, low, boundary):
-        self.high, self.low, self.boundary = high, low, boundary
-
-    @property
-    def config(self):
-        """Of both networks."""
-        return self.high.config
-
-    def __call__(self, x, timestep, text):
-        """As a bidirectional Wan; all samples of a batch have one timestep, as in a sampler."""
-        return jax.lax.cond(
-            timestep.reshape(-1)[0] >= self.boundary,
-            lambda: self.high(x, timestep, text),
-            lambda: self.low(x, timestep, text),
-        )
