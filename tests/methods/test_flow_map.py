@@ -141,17 +141,17 @@ def test_mean_flow_of_a_network_with_spans_asks_for_both_times():
     """A DiT whose span has weights: the derivative has a part of the span."""
     data = batch(3, shape=(8, 8, 1)) | {"cond": jnp.arange(3), "uncond": jnp.full(3, 3)}
     method = MeanFlow((8, 8, 1), guidance=2.0, warmup=0, share=1.0)
-    teacher = {"teacher": Denoiser(tiny_dit(1))}
+    teacher = {"teacher": Denoiser(tiny_dit(1, depth=1))}
 
     @jax.jit
     @jax.value_and_grad
     def loss(generator):
         return method.generator_loss(generator, teacher, data, KEY)[0]
 
-    value, grad = loss(Denoiser(tiny_dit(0, spans=True)))
+    value, grad = loss(Denoiser(tiny_dit(0, depth=1, spans=True)))
     assert jnp.isfinite(value) and jnp.abs(grad.net.span.kernel[...]).max() > 0
     with pytest.raises(ValueError, match="takes no span: its config has spans=False"):
-        method.generator_loss(Denoiser(tiny_dit(0)), teacher, data, KEY)
+        method.generator_loss(Denoiser(tiny_dit(0, depth=1)), teacher, data, KEY)
 
 
 @names
