@@ -13,7 +13,7 @@ from dmd_jax.diffusion.denoiser import X0, Denoiser, Velocity
 from dmd_jax.diffusion.schedule import VP
 from dmd_jax.methods.consistency import Consistency
 from dmd_jax.methods.flow_map import warmth
-from dmd_jax.methods.mean_flow import MeanFlow
+from dmd_jax.methods.mean_flow import MeanFlow, average_velocity
 from dmd_jax.methods.scm import SCM
 from dmd_jax.training.optimizer import AdamW, per_role
 from dmd_jax.training.step import init_state, train_step
@@ -137,21 +137,27 @@ def test_the_gap_shrinks_by_stages_to_its_least():
     np.testing.assert_array_equal(warmth(jnp.array([0]), 0), 1.0)
 
 
-def test_mean_flow_of_a_network_with_spans_asks_for_both_times():
-    """A DiT whose span has weights: the derivative has a part of the span."""
-    data = batch(3, shape=(8, 8, 1)) | {"cond": jnp.arange(3), "uncond": jnp.full(3, 3)}
-    method = MeanFlow((8, 8, 1), guidance=2.0, warmup=0, share=1.0)
-    teacher = {"teacher": Denoiser(tiny_dit(1, depth=1))}
+def test_mean_flow_gives_a_dit_the_span_in_its_units_of_time():
+    net, label = tiny_dit(0, depth=1, spans=True), jnp.arange(3)
+    x, t, r = normal(4, 3, 8, 8, 1), jnp.array([0.9, 0.5, 0.3]), jnp.array([0.1, 0.5, 0.0])
+    call = jax.jit(lambda x, t, span: net(x, t, label, span=span))
+    at_once = jax.jit(lambda x, t, r: average_velocity(Denoiser(net), label)(x, t, r))(x, t, r)
+    np.testing.assert_allclose(at_once, call(x, 1000 * t, 1000 * (t - r)), rtol=1e-4, atol=1e-5)
+    assert jnp.abs(at_once - call(x, 1000 * t, 0 * t)).max() > 1e-3
 
-    @jax.jit
-    @jax.value_and_grad
+
+def test_a_dit_without_spans_is_refused_and_one_with_them_learns_them():
+    """In shapes: the gradient has the weights of the span."""
+    data = batch(3, shape=(8, 8, 1)) | {"cond": jnp.arange(3), "uncond": jnp.full(3, 3)}
+    method, teacher = MeanFlow((8, 8, 1), guidance=2.0), {"teacher": Denoiser(tiny_dit(1))}
+
     def loss(generator):
         return method.generator_loss(generator, teacher, data, KEY)[0]
 
-    value, grad = loss(Denoiser(tiny_dit(0, depth=1, spans=True)))
-    assert jnp.isfinite(value) and jnp.abs(grad.net.span.kernel[...]).max() > 0
+    grad = jax.eval_shape(jax.grad(loss), Denoiser(tiny_dit(0, spans=True)))
+    assert grad.net.span.kernel.shape == (256, 16)
     with pytest.raises(ValueError, match="takes no span: its config has spans=False"):
-        method.generator_loss(Denoiser(tiny_dit(0, depth=1)), teacher, data, KEY)
+        jax.eval_shape(loss, Denoiser(tiny_dit(0)))
 
 
 @names
