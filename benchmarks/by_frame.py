@@ -1,7 +1,8 @@
 r"""Quality by frame of several runs: means over their seeds, and the spread.
 
     for seed in 0 1 2; do
-      python -m dmd_jax.main --config=configs/self_forcing.py --config.seed=$seed --workdir=runs/sf_$seed
+      python -m dmd_jax.main --config=configs/self_forcing.py --config.seed=$seed \
+          --workdir=runs/sf_$seed
       python -m dmd_jax.main --config=configs/self_forcing.py:teacher_forcing --config.seed=$seed \
           --workdir=runs/tf_$seed
     done

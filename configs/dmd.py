@@ -10,6 +10,10 @@ Variants and their commands:
     python -m dmd_jax.main --config=configs/dmd.py:decoupled   a student for 4 steps, decoupled
     python -m dmd_jax.main --config=configs/dmd.py:phased      the same, in phases of two experts
     python -m dmd_jax.main --config=configs/dmd.py:lora        the first, by adapters of one network
+    python -m dmd_jax.main --config=configs/dmd.py:consistency   consistency distillation, 4 steps
+    python -m dmd_jax.main --config=configs/dmd.py:scm         the same in continuous time
+    python -m dmd_jax.main --config=configs/dmd.py:meanflow    the same by a network of two times
+    python -m dmd_jax.main --config=configs/dmd.py:rcm         a student for 4 steps, DMD and sCM
     python -m dmd_jax.main --config=configs/dmd.py:wan_tiny    videos: Wan in miniature
     python -m dmd_jax.main --config=configs/dmd.py:wan_t2v_1_3b  Wan2.1: 14B to 1.3B
     python -m dmd_jax.main --config=configs/dmd.py:wan_t2v_a14b  Wan2.2: its pair, in two phases
@@ -18,8 +22,8 @@ All but the last three are for digits. Training the first three takes 10 TFLOP, 
 minutes on two CPU cores. Expect, as means of three seeds, an FD-MNIST64 of 0.51 in 4 steps, 0.44 in
 2 and 1.23 in 1 from the first, and 0.81 from `one_step`; the teacher has 0.36 in 50. `dmd2` and
 `f_distill` train on real digits too; `lora` trains adapters of rank 16 on the teacher's weights.
-These three, `decoupled` and `phased` were run for some steps only: their numbers are starting
-points.
+These three, `decoupled`, `phased`, `consistency`, `scm`, `meanflow` and `rcm` were run for some
+steps only: their numbers are starting points. The last four learn from real digits too.
 
 `wan_tiny` generates videos of moving digits from captions, after a few minutes on these cores. The
 student starts from its teacher and the fake score from a smaller network. Both are shipped and were
@@ -46,11 +50,15 @@ from ml_collections import config_dict
 from dmd_jax.data import MovingDigits, Prompts
 from dmd_jax.diffusion.denoiser import Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
+from dmd_jax.methods.consistency import Consistency
 from dmd_jax.methods.decoupled_dmd import DecoupledDMD
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.dmd2 import DMD2
 from dmd_jax.methods.f_distill import FDistill
+from dmd_jax.methods.mean_flow import MeanFlow
 from dmd_jax.methods.phased_dmd import PhasedDMD
+from dmd_jax.methods.rcm import RCM
+from dmd_jax.methods.scm import SCM
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.discriminator import DiscriminatorConfig
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, T2V_A14B, WanConfig
@@ -158,6 +166,33 @@ def _phased(config):
     config.method.update(cls=PhasedDMD, strides=(1,), last_step_share=0.0, phases=(2, 2))
     for role in (config.generator, config.fake_score):
         role.experts = dict(cls=ByNoise, boundaries=(0.5,))
+    config.evaluate.steps = (4,)
+
+
+def _flow_map(config, cls):
+    config.method = dict(cls=cls, times=(1.0, 0.75, 0.5, 0.25), guidance=1.25)
+    del config.fake_score
+    config.batch_size = 64
+    config.generator.optimizer.update(b1=0.9, learning_rate=1e-4)
+    config.evaluate.steps = (4, 2, 1)
+
+
+def _consistency(config):
+    _flow_map(config, Consistency)
+
+
+def _scm(config):
+    _flow_map(config, SCM)
+    config.method.warmup = 400
+
+
+def _mean_flow(config):
+    _flow_map(config, MeanFlow)
+    config.method.warmup = 400
+
+
+def _rcm(config):
+    config.method.update(cls=RCM, strides=(1,), consistency=0.1, warmup=400)
     config.evaluate.steps = (4,)
 
 
@@ -283,6 +318,10 @@ VARIANTS = {
     "f_distill": _f_distill,
     "decoupled": _decoupled,
     "phased": _phased,
+    "consistency": _consistency,
+    "scm": _scm,
+    "meanflow": _mean_flow,
+    "rcm": _rcm,
     "lora": _lora,
     "wan_tiny": _wan_tiny,
     "wan_t2v_1_3b": _wan_t2v_1_3b,

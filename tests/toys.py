@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dmd_jax.diffusion.denoiser import X0, Denoiser
+from dmd_jax.diffusion.denoiser import X0, Denoiser, Velocity
 from dmd_jax.diffusion.schedule import FlowMatching, Schedule, align
 from dmd_jax.models.dit import DiT, DiTConfig
 from dmd_jax.models.wan import Wan, WanConfig
@@ -199,3 +199,34 @@ def gaussian_video(mean=0.0, std=1.0, rho=0.0, *, solves=False):
     """The Denoiser of a `GaussianVideo`."""
     net = GaussianVideo(*(jnp.float32(x) for x in (mean, std, rho)), solves)
     return Denoiser(net, FLOW, X0(time_scale=1.0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussianFlow:
+    """Mean velocity of the exact ODE of N(mean, std^2) data from t to t - span, in closed form.
+
+    It is (x_t - x_r) / (t - r), solved so that nothing is divided by t - r: with span 0 it is the
+    velocity, with span t that of the exact map to data. A condition is added to the mean.
+
+    Attributes:
+        jumps: what a call without a span is: True for the map to data, False for the velocity.
+    """
+
+    mean: Any
+    std: Any
+    jumps: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __call__(self, x_t, t, cond=None, *, span=None):
+        if span is None:
+            span = t if self.jumps else jnp.zeros_like(t)
+        mean = self.mean if cond is None else self.mean + align(cond, x_t)
+        t, r = align(t, x_t), align(t - span, x_t)
+        now, then = (jnp.hypot((1 - at) * self.std, at) for at in (t, r))
+        slope = (self.std**2 * (t + r - 2) + t + r) / (now * (now + then))
+        return slope * (x_t - (1 - t) * mean) - mean
+
+
+def gaussian_flow(mean=0.0, std=1.0, *, jumps=False):
+    """The Denoiser of a `GaussianFlow`."""
+    return Denoiser(GaussianFlow(jnp.float32(mean), jnp.float32(std), jumps), FLOW, Velocity(1.0))

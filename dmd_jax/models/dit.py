@@ -29,7 +29,7 @@ P = jax.P
 SHARDING_RULES = (
     (r"(qkv|gate|up|time_mlp/up|modulation)/kernel$", P("fsdp", "tensor")),
     (r"(out|down|time_mlp/down)/kernel$", P("tensor", "fsdp")),
-    (r"(patch|head)/kernel$", P(None, "fsdp")),
+    (r"(patch|head|span)/kernel$", P(None, "fsdp")),
     (r"(position|label/embedding)$", P(None, "fsdp")),
     (r"(bias|scale|offset)$", P()),
 )
@@ -86,6 +86,9 @@ class DiTConfig:
         patch: side of a patch.
         dim, depth, heads: width, layers, attention heads.
         hidden: width of the SwiGLU; if 0, 8/3 dim, as many weights as an MLP of width 4 dim.
+        spans: the network takes the span of a step too, for the mean velocity of MeanFlow. The
+            weights of the span start as zeros: it starts as the network without them, from whose
+            files it can be loaded.
         dtype: compute dtype of the layers, "float32" or "bfloat16"; weights, norms and modulation
             are float32 in both.
         remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything, any
@@ -105,6 +108,7 @@ class DiTConfig:
     depth: int
     heads: int
     hidden: int = 0
+    spans: bool = False
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
@@ -150,9 +154,14 @@ class DiT(nnx.Module):
         self.blocks = stack(block, c.depth, rngs=rngs)
         self.head_modulation = linear(c.dim, 2 * c.dim, rngs=rngs, zero=True)
         self.head = linear(c.dim, pixels, rngs=rngs, zero=True)
+        if c.spans:
+            self.span = linear(256, c.dim, rngs=rngs, zero=True)
 
-    def __call__(self, x, t, label, *, features=()):
+    def __call__(self, x, t, label, *, span=None, features=()):
         """x [B, H, W, C], t [B] in 0 ... 1000, label int32 [B] -> [B, H, W, C] in float32.
+
+        A network with `spans` takes `span`, [B] in 0 ... t: its velocity is the mean one from t to
+        t - span. None is t, the way to data.
 
         With `features`, numbers of layers from 0, ascending, it returns (that, the tokens after
         each of these layers: [len(features), B, L, D] in the compute dtype).
@@ -161,6 +170,10 @@ class DiT(nnx.Module):
         tokens = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         tokens = self.patch(tokens) + self.position[...]
         condition = self.time_mlp(timestep_embedding(t, 256)) + self.label(label)
+        if self.config.spans:
+            condition += self.span(timestep_embedding(t if span is None else span, 256))
+        elif span is not None:
+            raise ValueError("this DiT takes no span: its config has spans=False")
         condition = sharding.shard_batch(jax.nn.silu(condition))
         modulation = sharding.shard_batch(self.modulation(condition))
         modulation = rearrange(modulation, "b (six d) -> b six d", six=6)

@@ -201,7 +201,9 @@ def _model(config, role, source):
 
 
 def _compute(config, role):
-    return dict(config[role].get("compute", {}))
+    """Fields of the network's config: how it computes, and what the method needs of a generator."""
+    needed = getattr(config.method.cls, "network_fields", {}) if role == "generator" else {}
+    return dict(config[role].get("compute", {})) | needed
 
 
 def _require_same(role, path, stored, stated):

@@ -168,7 +168,8 @@ def train_step(
     size = jax.tree.leaves(batch)[0].shape[0]
     # Random draws are sharded as the index is. Without this constraint every device would draw
     # and compute the whole batch, unless the networks or their conditioning are sharded.
-    batch = sharding.shard_batch({**batch, "index": jnp.arange(size)})
+    step = jnp.full(size, state.step)  # for each sample, as all of a batch
+    batch = sharding.shard_batch({**batch, "index": jnp.arange(size), "step": step})
     axes = jax.tree.map(lambda _: 0, batch)
     if state.stream is not None:
         batch["stream"], axes["stream"] = state.stream, state.stream.batch_axes()

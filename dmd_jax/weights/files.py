@@ -79,6 +79,16 @@ class Tensors:
         self._places = _plain_names(path, places)
         self.shapes = {name: place.shape for name, place in self._places.items()}
         self.dtypes = {name: place.dtype for name, place in self._places.items()}
+        self._zeros = {}
+
+    def with_zeros(self, shapes):
+        """The same tensors, and zeros for each name of {name: shape} that is not among them."""
+        result = Tensors(self.path, self._places, self.settings, self.metadata)
+        zeros = {name: shape for name, shape in shapes.items() if name not in self.shapes}
+        result.shapes |= zeros
+        result.dtypes |= dict.fromkeys(zeros, np.dtype(np.float32))
+        result._zeros = {name: np.broadcast_to(np.float32(0), s) for name, s in zeros.items()}
+        return result
 
     def renamed(self, aliases):
         """The same tensors by other names, {old: new}.
@@ -101,6 +111,8 @@ class Tensors:
 
     def read(self, name):
         """The tensor of this name in its stored dtype: a read-only view of the file."""
+        if name in self._zeros:
+            return self._zeros[name]
         place = self._places[name]
         if 0 in place.shape:
             return np.empty(place.shape, place.dtype)

@@ -45,6 +45,7 @@ def denoiser(
         part: of Wan 2.2's pair, "transformer" for high noise or "transformer_2" for low.
         shardings: a tree like `abstract(path)` of jax.sharding.Sharding; None for one device.
         **overrides: fields of the network's config that say how it runs (dtype, remat, unroll).
+            `spans=True` makes a DiT of one without spans, whose output is the same at first.
 
     Raises:
         FileNotFoundError: there is no such file, or a part of it is missing.
@@ -111,7 +112,11 @@ def _source(path, part, overrides):
     else:
         parts.require_part(tensors.path, "transformer", part)
         module = ours.abstract_denoiser(tensors.path, header, overrides)
-        rows = [Row(name, name) for name in shapes(module.net)]
+        wanted = shapes(module.net)
+        rows = [Row(name, name) for name in wanted]
+        if overrides.get("spans"):
+            grown = {name: shape for name, shape in wanted.items() if name.startswith("span/")}
+            tensors = tensors.with_zeros(grown)
     if lines := differing(their_shapes(_net(module), rows), tensors.shapes):
         reason = files.stranger(tensors.shapes) or "damaged, or of another version"
         raise ValueError(

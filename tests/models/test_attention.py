@@ -17,6 +17,7 @@ from dmd_jax.models.attention import (
     TeacherForcing,
     attention,
     cudnn,
+    forward_mode,
     splash,
     tiled,
 )
@@ -111,7 +112,8 @@ def with_gradients(f):
 
 
 def assert_same(outputs, wanted, tolerance=ROUNDING):
-    for name, a, b in zip(("out", "dq", "dk", "dv"), outputs, wanted, strict=True):
+    assert len(outputs) == len(wanted)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), outputs, wanted, strict=False):
         assert a.shape == b.shape, name
         assert foreign.relative_error(a, b) < tolerance, name
 
@@ -293,6 +295,52 @@ def test_other_arguments_that_do_not_fit_are_refused():
         attention(q[:, :4], k, v, mask=BlockCausal(Causal(1), 2))
     with pytest.raises(ValueError, match="halves of 5 tokens needs 10 tokens, not 12"):
         attention(q, k, v, mask=TeacherForcing(BlockCausal(Causal(1), 1), 5))
+
+
+# --- Forward mode ---------------------------------------------------------------------------------
+
+
+def derivative(f, *args):
+    """(out, its derivative along fixed directions of q, k and v), compiled."""
+    directions = tuple(foreign.tensor(f"direction {i}", x.shape) for i, x in enumerate(args))
+    return jax.jit(lambda *args: jax.jvp(f, args, directions))(*args)
+
+
+@pytest.mark.parametrize(("mask", "length"), [(None, 811), SEQUENCES[2]], ids=str)
+def test_in_forward_mode_attention_has_the_derivative_of_the_formula(mask, length):
+    args = inputs(length)
+    with forward_mode():
+        found = derivative(functools.partial(attention, mask=mask), *args)
+    assert_same(found, derivative(functools.partial(dense, mask=mask), *args))
+
+
+def test_forward_mode_hides_keys_and_works_on_a_mesh():
+    visible, args = np.arange(40) % 3 > 0, inputs(16, 40, batch=2, heads=4)
+    wanted = derivative(lambda q, k, v: dense(q, k, v, visible=visible), *args)
+    with jax.set_mesh(sharding.make_mesh(data=2, context=2, tensor=2)), forward_mode():
+        found = derivative(lambda q, k, v: attention(q, k, v, visible=visible), *args)
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_a_kernel_has_no_jvp_outside_of_forward_mode_and_none_is_used_within(platform, monkeypatch):
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(cudnn, lambda: 91000)
+    device = jax.sharding.AbstractDevice("any", 1, platform)
+    mesh = AbstractMesh((1,) * 4, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=device)
+    x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+
+    def lowered():
+        tangent = jax.jit(lambda x: jax.jvp(lambda x: attention(x, x, x), (x,), (x,)))
+        return tangent.trace(x).lower(lowering_platforms=(platform,)).as_text()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\)"):
+            lowered()
+        with forward_mode():
+            assert "custom_call" not in lowered()
+        with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\)"):
+            lowered()
 
 
 # --- The kernel of a TPU --------------------------------------------------------------------------

@@ -147,6 +147,7 @@ def test_a_config_says_what_its_samples_and_its_null_label_are():
 
 def test_the_rules_cover_a_large_network_and_none_is_idle():
     config = dataclasses.replace(TINY, image_size=32, dim=1152, depth=3, heads=16, hidden=0)
+    config = dataclasses.replace(config, spans=True)
     shapes = jax.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     places = sharding.infer(shapes, SHARDING_RULES, mesh)

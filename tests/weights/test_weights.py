@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
@@ -63,6 +64,22 @@ def test_overrides_say_how_a_network_runs(teacher):
     config = loaded.net.config
     assert (config.dtype, config.remat, config.unroll) == ("bfloat16", "full", 2)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype("float32")}
+
+
+def test_a_network_with_spans_starts_as_the_one_without_them_in_its_file(teacher, tmp_path):
+    plain, grown = weights.denoiser(teacher), weights.denoiser(teacher, spans=True)
+    assert weights.shapes(grown) == weights.shapes(weights.abstract(teacher, spans=True))
+    assert weights.shapes(grown).keys() - weights.shapes(plain).keys() == {
+        "net/span/bias",
+        "net/span/kernel",
+    }
+    x, t, label = toys.normal(0, 2, 28, 28, 1), jnp.array([900.0, 300.0]), jnp.array([1, 2])
+    call = jax.jit(lambda net, **span: net(x, t, label, **span))
+    wanted = call(plain.net)
+    for span in ({}, {"span": 0.5 * t}):
+        np.testing.assert_allclose(call(grown.net, **span), wanted, rtol=1e-5, atol=1e-6)
+    weights.save(tmp_path / "grown.safetensors", grown)
+    toys.assert_same(weights.denoiser(tmp_path / "grown.safetensors"), grown)
 
 
 def test_an_override_that_no_network_has_is_not_the_fault_of_the_file(teacher):

@@ -4,8 +4,13 @@ The platform is that of the current mesh, or of the process without one. A host 
 therefore compile a program for one. With a mesh, every device runs its kernel on its own
 sequences and heads. A sequence that is split over `context` is gathered by an exchange of heads for
 tokens (Ulysses, Jacobs et al. 2023).
+
+No kernel has a jvp: they are defined by their reverse mode. Within `forward_mode`, attention is
+computed without a kernel, and `jax.jvp` works.
 """
 
+import contextlib
+import contextvars
 import functools
 
 import jax
@@ -17,6 +22,25 @@ from dmd_jax.models.attention.padding import pad
 
 # By the names of platforms: a mesh calls a GPU "cuda", a process "gpu".
 _KERNELS = {"tpu": splash.attend, "gpu": cudnn.attend, "cuda": cudnn.attend}
+
+_in_forward_mode = contextvars.ContextVar("in_forward_mode", default=False)
+
+
+@contextlib.contextmanager
+def forward_mode():
+    """Within it, networks can be differentiated by `jax.jvp`, on every platform.
+
+    `attention` is then plain jax in tiles: slower than a kernel, in memory that grows with the
+    length and not its square. Its reverse mode would store every tile: take gradients outside.
+
+        with forward_mode():
+            out, tangent = jax.jvp(network, inputs, tangents)
+    """
+    token = _in_forward_mode.set(True)
+    try:
+        yield
+    finally:
+        _in_forward_mode.reset(token)
 
 
 def attention(q, k, v, *, mask=None, visible=None):
@@ -44,7 +68,10 @@ def attention(q, k, v, *, mask=None, visible=None):
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device  # None where there is no mesh
     platform = device.platform if device else jax.default_backend()
-    kernel = functools.partial(_KERNELS.get(platform, tiled.attend), mask=mask)
+    kernel = _KERNELS.get(platform, tiled.attend)
+    if _in_forward_mode.get():
+        kernel = tiled.attend_forward
+    kernel = functools.partial(kernel, mask=mask)
     if mesh.size <= 1:
         return kernel(q, k, v, visible)
     return _over_mesh(kernel, mesh.shape, q, k, v, visible, masked=mask is not None)

@@ -102,6 +102,12 @@ def attend(q, k, v, visible, *, mask):
     return _attend(q, k, v, visible, mask)
 
 
+@functools.partial(jax.jit, static_argnames="mask")
+def attend_forward(q, k, v, visible, *, mask):
+    """`attend` with a jvp, which needs no more memory; its reverse mode would store every tile."""
+    return _forward(q, k, v, visible, mask)[0]
+
+
 def _tiles(mask, visible, queries, keys):
     """Tiles of queries and of keys, of one size each; the last of a sequence is padded with zeros.
 
