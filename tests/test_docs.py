@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dmd_jax.diffusion.schedule import FlowMatching, sample_time
 from dmd_jax.losses.distribution_matching import dmd_gradient, dmd_loss
 from dmd_jax.models.attention import BlockCausal, Causal, TeacherForcing
 from dmd_jax.training.optimizer import AdamW, per_role
+from dmd_jax.training.run import build
 from dmd_jax.training.step import init_state, train_step
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +117,25 @@ def test_a_family_of_ones_own_is_saved_sampled_and_converted(notebook, tmp_path,
     np.testing.assert_array_equal(converted.net.last.kernel[...], np.ones((3, 3, 16, 1)))
     np.testing.assert_array_equal(converted.net.label.embedding[...], np.zeros((4, 16)))
     weights.sharding_rules(converted.net)
+
+
+def test_a_family_of_ones_own_is_the_teacher_of_a_run(notebook, tmp_path, monkeypatch, data_dir):
+    """By the config program of docs/teachers.md, for digits."""
+    from dmd_jax import weights
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setitem(weights.FAMILIES, "conv", None)  # taken out after the test
+    names = execute(blocks("docs/teachers.md")[-2:-1], dict(notebook))
+    net = names["Conv"](names["ConvConfig"](28, 1, 10, width=4), rngs=names["nnx"].Rngs(0))
+    weights.save(tmp_path / "digits.safetensors", Denoiser(net))
+    page = (ROOT / "docs/teachers.md").read_text()
+    source = re.search(r"^    import my_network.*?return config$", page, re.M | re.S)[0]
+    monkeypatch.syspath_prepend(ROOT)
+    source = textwrap.dedent(source).replace("import my_network", "")
+    config = execute([source.replace("conv", str(tmp_path / "digits"))])["get_config"]()
+    config.data.name, config.data.data_dir = "mnist5k", data_dir
+    run = build(config, jax.devices()[:1])
+    assert type(run.frozen["teacher"].net) is names["Conv"]
 
 
 def test_the_method_in_the_docs_learns(notebook):

@@ -56,6 +56,8 @@ class Linear:
         return features[0, :, 0] @ self.slope
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Quadratic(Linear):
     """A discriminator <slope, feature> + |feature|^2 / 2."""
 
