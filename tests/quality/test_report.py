@@ -43,9 +43,8 @@ def test_markdown_shows_a_missing_number_as_a_dash_and_zero_as_zero():
 
 
 def test_legend_names_the_reference_and_tells_inception_from_other_networks():
-    own, fid = (
-        " ".join(report.markdown(ROWS, name, "1,000 images").split()) for name in ("FD-TEST8", "FID")
-    )
+    texts = (report.markdown(ROWS, name, "1,000 images") for name in ("FD-TEST8", "FID"))
+    own, fid = (" ".join(text.split()) for text in texts)
     assert "FD-TEST8: Fréchet distance to 1,000 images, in the features of a network for" in own
     assert "not comparable" in own and "not comparable" not in fid
 
