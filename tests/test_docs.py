@@ -18,6 +18,7 @@ from dmd_jax.diffusion.denoiser import X0, Denoiser, guided
 from dmd_jax.diffusion.schedule import FlowMatching, sample_time
 from dmd_jax.losses.distribution_matching import dmd_gradient, dmd_loss
 from dmd_jax.models.attention import BlockCausal, Causal, TeacherForcing
+from dmd_jax.rollouts.samplers import sampler_for
 from dmd_jax.training.optimizer import AdamW, per_role
 from dmd_jax.training.run import build
 from dmd_jax.training.step import init_state, train_step
@@ -161,6 +162,7 @@ def test_readmes_ten_lines_run(tmp_path, monkeypatch):
     )
     small = Denoiser(weights.build(config))
     monkeypatch.setattr(weights, "denoiser", {"mnist_teacher": small}.__getitem__)
+    monkeypatch.chdir(tmp_path)
     [source] = blocks("README.md")
     shorter = source.replace("range(1000)", "range(6)")
     assert shorter != source
@@ -168,6 +170,7 @@ def test_readmes_ten_lines_run(tmp_path, monkeypatch):
     moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), names["student"], small)
     assert max(jax.tree.leaves(moved)) > 0
     assert all(jnp.all(jnp.isfinite(value)) for value in jax.tree.leaves(names["student"]))
+    assert sampler_for(tmp_path / "student.safetensors").calls == 4
 
 
 def test_guidance_table_agrees_with_guided():
