@@ -341,6 +341,7 @@ def test_the_features_may_be_those_of_a_network_of_videos(features, dim):
         assert jax.tree.structure(tree) == jax.tree.structure(nets[role])
 
 
+@pytest.mark.slow  # compilation
 def test_on_a_students_own_videos_both_gradients_pass_through_its_graded_frames():
     """Composed by hand: the rollout, the scores, D on the teacher's tokens, and back."""
     video = SelfForcing(Causal(1), graded=1)

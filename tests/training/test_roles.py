@@ -82,5 +82,9 @@ def test_a_network_without_features_is_refused(config, monkeypatch, tmp_path):
     path = tmp_path / "flat.safetensors"
     weights.save(path, Denoiser(Flat(FlatConfig(28, 10), rngs=nnx.Rngs(0))))
     config.teacher.weights = str(path)
+    with pytest.raises(ValueError, match="remat, unroll cannot be set, because FlatConfig has no"):
+        build(config, jax.devices()[:1])
+    for role in ("teacher", "generator", "fake_score"):
+        config[role].compute = dict(dtype="float32")
     with pytest.raises(ValueError, match="FlatConfig states neither their width, `dim`, nor"):
         build(config, jax.devices()[:1])
