@@ -1,8 +1,6 @@
-"""Runs that fail, diverge, are stopped before their first step, or are refused."""
+"""Runs that fail, diverge or are refused."""
 
 import json
-import signal
-from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax
@@ -39,23 +37,6 @@ def test_a_run_that_dies_before_it_is_accepted_writes_no_config(build, tmp_path,
     with pytest.raises(OSError, match="cannot be read"):
         start(build(), tmp_path)
     assert not (tmp_path / "config.json").exists()
-
-
-class Endless(Future):
-    """A compilation that never ends; a signal arrives while it is waited for."""
-
-    def result(self, timeout=None):
-        signal.raise_signal(signal.SIGTERM)
-        raise TimeoutError
-
-
-@pytest.mark.parametrize("kind, saved", [(True, []), (False, ["1"])], ids=["first", "second"])
-def test_a_signal_during_a_compilation_saves_and_leaves(kind, saved, build, tmp_path, monkeypatch):
-    """The first step updates the generator; the second, which does not, is compiled later."""
-    compile_steps = loop.compile_steps
-    monkeypatch.setattr(loop, "compile_steps", lambda run: compile_steps(run) | {kind: Endless()})
-    assert start(build(), tmp_path) is None
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == saved
 
 
 def test_a_failure_while_judging_costs_the_judgement_and_not_the_run(

@@ -1,42 +1,10 @@
 """The discriminator as a role: sized by the network that it reads, refused where it is not."""
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 import programs
 import pytest
-from flax import nnx
 
-from dmd_jax import weights
-from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.training.run import build, describe
-
-
-@dataclasses.dataclass(frozen=True)
-class FlatConfig:
-    size: int
-    num_classes: int
-    dtype: str = "float32"
-
-    @property
-    def sample_shape(self):
-        return (self.size, self.size, 1)
-
-    @property
-    def uncond(self):
-        return self.num_classes
-
-
-class Flat(nnx.Module):
-    """A network without layers."""
-
-    def __init__(self, config, *, rngs):
-        self.config = config
-        self.scale = nnx.Param(jnp.ones(()))
-
-    def __call__(self, x, t, label):
-        return self.scale[...] * x
 
 
 @pytest.fixture
@@ -73,18 +41,4 @@ def test_weights_of_a_file_are_refused(config):
 def test_features_of_a_role_that_is_not_there_are_refused(config):
     config.method.features = "teachers"
     with pytest.raises(ValueError, match=r"config\.method\.features='teachers'.*'teacher'"):
-        build(config, jax.devices()[:1])
-
-
-def test_a_network_without_features_is_refused(config, monkeypatch, tmp_path):
-    """One of a family of one's own, whose config states neither width nor depth."""
-    monkeypatch.setitem(weights.FAMILIES, "flat", (FlatConfig, Flat, ((r"scale$", jax.P()),)))
-    path = tmp_path / "flat.safetensors"
-    weights.save(path, Denoiser(Flat(FlatConfig(28, 10), rngs=nnx.Rngs(0))))
-    config.teacher.weights = str(path)
-    with pytest.raises(ValueError, match="remat, unroll cannot be set, because FlatConfig has no"):
-        build(config, jax.devices()[:1])
-    for role in ("teacher", "generator", "fake_score"):
-        config[role].compute = dict(dtype="float32")
-    with pytest.raises(ValueError, match="FlatConfig states neither their width, `dim`, nor"):
         build(config, jax.devices()[:1])

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tarfile
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -180,6 +181,23 @@ def test_a_run_of_an_earlier_version_goes_on_to_its_end(data_dir, no_report, tmp
     state, _ = final(run, tmp_path / "run", 8)
     assert state.step == 8
     assert (tmp_path / "run" / "generator.safetensors").exists()
+
+
+class Endless(Future):
+    """A compilation that never ends; a signal arrives while it is waited for."""
+
+    def result(self, timeout=None):
+        signal.raise_signal(signal.SIGTERM)
+        raise TimeoutError
+
+
+@pytest.mark.parametrize("kind, saved", [(True, []), (False, ["1"])], ids=["first", "second"])
+def test_a_signal_during_a_compilation_saves_and_leaves(kind, saved, build, tmp_path, monkeypatch):
+    """The first step updates the generator; the second, which does not, is compiled later."""
+    compile_steps = loop.compile_steps
+    monkeypatch.setattr(loop, "compile_steps", lambda run: compile_steps(run) | {kind: Endless()})
+    assert start(build(), tmp_path) is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == saved
 
 
 def test_the_last_log_window_is_recorded_though_it_is_incomplete(build, no_report, tmp_path):
