@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_formula import ROUNDING_BF16, assert_same, dense, inputs, with_gradients
 from jax.sharding import AbstractMesh, AxisType
+from masks_in_words import plain
 
 from dmd_jax.devices import sharding
 from dmd_jax.models.attention import (
@@ -21,6 +21,64 @@ from dmd_jax.models.attention import (
     splash,
     tiled,
 )
+
+# Sums of some hundred products in float32 (6e-8 each), then an exponential, in the norm.
+ROUNDING = 3e-6
+# The same with inputs and results of 8 bits (4e-3 each).
+ROUNDING_BF16 = 1e-2
+
+
+# --- Helpers --------------------------------------------------------------------------------------
+
+
+def dense(q, k, v, *, mask=None, visible=None):
+    """Attention by its formula, in float32 or float64, with all scores in memory."""
+    scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / np.sqrt(q.shape[-1])
+    if visible is not None:
+        scores = jnp.where(visible, scores, -jnp.inf)
+    if mask is not None:
+        scores = jnp.where(plain(mask, q.shape[1]), scores, -jnp.inf)
+    return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores, axis=-1), v)
+
+
+def inputs(queries, keys=None, batch=1, heads=2, width=8, dtype=jnp.float32):
+    """(q, k, v) with scores of several units: a softmax that is neither flat nor a maximum."""
+    keys = keys or queries
+    lengths = {"q": queries, "k": keys, "v": keys}
+    return tuple(
+        jnp.asarray(foreign.tensor(name, (batch, length, heads, width), 1.5), dtype)
+        for name, length in lengths.items()
+    )
+
+
+def with_gradients(f):
+    """f -> (out, gradients of its product with a fixed direction by q, k and v), compiled."""
+
+    def value(q, k, v, *visible):
+        out = f(q, k, v, *visible)
+        direction = foreign.tensor("direction", out.shape)
+        return jnp.vdot(out.astype(jnp.float32), direction), out
+
+    def both(q, k, v, *visible):
+        gradients, out = jax.grad(value, (0, 1, 2), has_aux=True)(q, k, v, *visible)
+        return out, *gradients
+
+    return jax.jit(both)
+
+
+def assert_same(outputs, wanted, tolerance=ROUNDING):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), outputs, wanted, strict=True):
+        assert a.shape == b.shape, name
+        assert foreign.relative_error(a, b) < tolerance, name
+
+
+def collectives(f, *args):
+    """How often each collective is in the compiled program."""
+    text = jax.jit(f).lower(*args).compile().as_text()
+    names = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    found = re.findall(rf" ({names})(?:-start)?\(", text)
+    return {name: found.count(name) for name in found}
+
 
 # --- Values ---------------------------------------------------------------------------------------
 
@@ -187,15 +245,6 @@ def test_what_cudnn_is_given_computes_the_same(mask, queries, keys, kept, monkey
 
 
 # --- Devices --------------------------------------------------------------------------------------
-
-
-def collectives(f, *args):
-    """How often each collective is in the compiled program."""
-    text = jax.jit(f).lower(*args).compile().as_text()
-    names = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
-    found = re.findall(rf" ({names})(?:-start)?\(", text)
-    return {name: found.count(name) for name in found}
-
 
 # What each mesh may send in the forward pass and in the backward pass beside it.
 MESHES = [

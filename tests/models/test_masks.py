@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from attention_formula import plain
+from masks_in_words import plain
 
 from dmd_jax.models.attention import BlockCausal, Causal, TeacherForcing
 
