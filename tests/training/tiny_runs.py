@@ -11,7 +11,7 @@ STEPS = programs.SHORT["steps"]
 
 
 def start(run, workdir, profile=range(0)):
-    """Trains under the run's mesh; returns the path of the report, None if it was stopped."""
+    """`loop.train` under the run's mesh."""
     with jax.set_mesh(run.mesh):
         return loop.train(run, workdir, profile)
 
