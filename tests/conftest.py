@@ -24,16 +24,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 # Modules of the longest tests, begun first: so all workers end at about the same time.
-LONGEST = (
-    "test_loop",
-    "test_run",
-    "test_launch",
-    "test_wan",
-    "test_causal_wan",
-    "test_failing_runs",
-    "test_checkpoint",
-    "test_docs",
-)
+LONGEST = ("test_loop", "test_run", "test_launch", "test_wan", "test_checkpoint", "test_docs")
 
 
 def pytest_configure(config):
