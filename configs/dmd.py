@@ -29,9 +29,10 @@ steps only: their numbers are starting points. The last four learn from real dig
 student starts from its teacher and the fake score from a smaller network. Both are shipped and were
 trained by configs/pretrain.py:wan_teacher and :wan_small.
 
-`wan_t2v_1_3b` uses the published numbers of Self-Forcing for a bidirectional student. It needs some
-64 accelerators of 80 GB or a TPU slice; `--dry_run` prints the memory of each role. It has not been
-run. --config.data.embeddings is the folder that `python -m dmd_jax.embed` wrote.
+`wan_t2v_1_3b` uses the published numbers of Self-Forcing for a bidirectional student. README.md has
+its command for eight GPUs, docs/wan.md a compiler's estimate for 64 TPU chips; `--dry_run` prints
+the memory of each role. It has not been run. --config.data.embeddings is the folder that
+`python -m dmd_jax.embed` wrote.
 
 `wan_t2v_a14b` distils Wan 2.2's pair of experts into a pair, by Phased DMD, with the numbers of
 LightX2V's recipe. Its three roles are six networks of 14B. It has not been run either.

@@ -29,6 +29,7 @@ import contextlib
 import sys
 import time
 
+import absl.logging
 import jax
 import numpy as np
 from absl import app, flags
@@ -107,6 +108,8 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    if not FLAGS["verbosity"].present:
+        absl.logging.set_verbosity(absl.logging.WARNING)
     use_float32_products(FLAGS.dtype)
     try:
         with devices():

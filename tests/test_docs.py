@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from dmd_jax.diffusion.denoiser import X0, Denoiser, guided
 from dmd_jax.diffusion.schedule import FlowMatching, sample_time
 from dmd_jax.losses.distribution_matching import dmd_gradient, dmd_loss
 from dmd_jax.models.attention import BlockCausal, Causal, TeacherForcing
+from dmd_jax.rollouts.samplers import sampler_for
 from dmd_jax.training.optimizer import AdamW, per_role
+from dmd_jax.training.run import build
 from dmd_jax.training.step import init_state, train_step
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +120,25 @@ def test_a_family_of_ones_own_is_saved_sampled_and_converted(notebook, tmp_path,
     weights.sharding_rules(converted.net)
 
 
+def test_a_family_of_ones_own_is_the_teacher_of_a_run(notebook, tmp_path, monkeypatch, data_dir):
+    """By the config program of docs/teachers.md, for digits."""
+    from dmd_jax import weights
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setitem(weights.FAMILIES, "conv", None)  # taken out after the test
+    names = execute(blocks("docs/teachers.md")[-2:-1], dict(notebook))
+    net = names["Conv"](names["ConvConfig"](28, 1, 10, width=4), rngs=names["nnx"].Rngs(0))
+    weights.save(tmp_path / "digits.safetensors", Denoiser(net))
+    page = (ROOT / "docs/teachers.md").read_text()
+    source = re.search(r"^    import my_network.*?return config$", page, re.M | re.S)[0]
+    monkeypatch.syspath_prepend(ROOT)
+    source = textwrap.dedent(source).replace("import my_network", "")
+    config = execute([source.replace("conv", str(tmp_path / "digits"))])["get_config"]()
+    config.data.name, config.data.data_dir = "mnist5k", data_dir
+    run = build(config, jax.devices()[:1])
+    assert type(run.frozen["teacher"].net) is names["Conv"]
+
+
 def test_the_method_in_the_docs_learns(notebook):
     """The regression of docs/methods.md, with the teacher and the student of docs/teachers.md."""
     method = execute(blocks("docs/methods.md"))["Regression"](sample_shape=(2,), steps=4)
@@ -140,6 +162,7 @@ def test_readmes_ten_lines_run(tmp_path, monkeypatch):
     )
     small = Denoiser(weights.build(config))
     monkeypatch.setattr(weights, "denoiser", {"mnist_teacher": small}.__getitem__)
+    monkeypatch.chdir(tmp_path)
     [source] = blocks("README.md")
     shorter = source.replace("range(1000)", "range(6)")
     assert shorter != source
@@ -147,6 +170,7 @@ def test_readmes_ten_lines_run(tmp_path, monkeypatch):
     moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), names["student"], small)
     assert max(jax.tree.leaves(moved)) > 0
     assert all(jnp.all(jnp.isfinite(value)) for value in jax.tree.leaves(names["student"]))
+    assert sampler_for(tmp_path / "student.safetensors").calls == 4
 
 
 def test_guidance_table_agrees_with_guided():

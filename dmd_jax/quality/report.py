@@ -5,6 +5,7 @@ per image, guidance included) and the numbers of a `Judge`. The row of real imag
 no calls (absent, None or 0). Imports only numpy, Pillow and matplotlib.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def markdown(rows: Sequence[Row], metric: str, reference: str = "test images") -
     columns = [(key, heading.format(metric=metric), spec) for key, heading, spec in COLUMNS]
     network = INCEPTION if metric == "FID" else OTHER
     legend = LEGEND.format(metric=metric, reference=reference, network=network)
-    return f"{_table(rows, columns)}\n{legend}"
+    return f"{_table(rows, columns)}\n{textwrap.fill(legend, 100)}\n"
 
 
 def page(title: str, body: str, cost: Mapping[str, str] | None = None) -> str:
@@ -237,11 +238,13 @@ def _name_tiles(
 
 def _draw_quality(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     models = [row for row in rows if row.get("calls")]
+    most = max((row["calls"] for row in models), default=0)
     for name, colour in zip(dict.fromkeys(r["name"] for r in models), COLOURS, strict=False):
         points = sorted((r["calls"], r["fd"]) for r in models if r["name"] == name)
         calls, distances = zip(*points, strict=True)
         axes.plot(calls, distances, "o-", color=colour, lw=2, ms=6.5, mec="white", mew=1.2)
-        _note(axes, name, points[0], (8, 2), color=colour, weight="bold")
+        side, ha = (-8, "right") if calls[0] == most else (8, "left")  # the drawing ends at `most`
+        _note(axes, name, points[0], (side, 2), color=colour, weight="bold", ha=ha)
         if len(points) > 1:
             _note(axes, f"{distances[-1]:.3g}", points[-1], (0, 7), color=colour, ha="center")
     for row in rows:

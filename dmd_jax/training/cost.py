@@ -45,8 +45,8 @@ class Cost:
             "FLOPs of a step": ", ".join(f"{si(n)} {names[kind]}" for kind, n in self.step.items()),
             "FLOPs of the run": f"{si(self.run)} in {sum(self.steps.values()):,} steps",
             "forward passes": (
-                f"the run's FLOPs are those of {round(self.run / self.forward):,} forward passes "
-                f"of the generator over {self.batch_size} samples, at {si(self.forward)} each"
+                f"the run costs as much as {round(self.run / self.forward):,} of the generator "
+                f"over {self.batch_size} samples, at {si(self.forward)} each"
             ),
         }
 

@@ -129,9 +129,8 @@ class Program:
         if kind in COLLECTIVES:
             return self._collective(x, kind, around)
         if x.opcode == "fusion":
-            return Traffic(
-                _fusion_bytes(x, self._computations[called[0]], around)
-            ) + self._sent_inside(called[0])
+            memory = _fusion_bytes(x, self._computations[called[0]], around)
+            return Traffic(memory) + self._sent_inside(called[0])
         return Traffic(_bytes_of(x, around))
 
     def _loop(self, x):
@@ -198,6 +197,7 @@ class Program:
         return total
 
     def _collective(self, x, kind, around):
+        """What a collective reads, writes and, as in a ring, sends."""
         operands = sum(_size(around[name].type) for name in x.operands if name in around)
         group = self._group(x.attributes)
         n = len(group)
@@ -251,14 +251,15 @@ def _parse(text):
         elif line.rstrip() == "}":  # an attribute of a kernel may run over several lines
             current = None
         elif found := _LINE.match(line):
-            x = _instruction(found[2], bool(found[1]), found[3])
+            x = _parse_instruction(found[2], bool(found[1]), found[3])
             current[x.name] = x
     if entry is None:
         raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
     return computations, entry
 
 
-def _instruction(name, root, rest):
+def _parse_instruction(name, root, rest):
+    """The instruction of a line "[ROOT] name = rest", where rest is "type opcode(...), ..."."""
     end = _closing(rest) if rest.startswith("(") else rest.index(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
@@ -318,10 +319,7 @@ def _size(kind, *, stored=False):
 
 def _bytes_of(x, around):
     """Bytes that an instruction outside of a fusion reads and writes."""
-    return _parts(x, [around[name].type for name in x.operands if name in around])
-
-
-def _parts(x, operands):
+    operands = [around[name].type for name in x.operands if name in around]
     result = _size(x.type, stored=True)
     if x.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * result

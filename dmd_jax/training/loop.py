@@ -145,6 +145,7 @@ def _train(run, workdir, profile):
         steps = compile_steps(run) if first < run.config.steps else {}
         if restored is None:
             (state, frozen), extra = run.start(), {}
+            log.info("a new run in %s; its step is compiled first", workdir)
         else:
             (state, _, extra), frozen = restored, run.load_frozen()
             log.info("going on from step %d in %s", first, workdir)

@@ -109,8 +109,8 @@ class Plan:
     def json(self):
         """Everything as a dict of JSON values; numbers that are not known are None."""
 
-        def known(value):
-            return value if math.isfinite(value) else None
+        def hours(seconds):
+            return seconds / 3600 if math.isfinite(seconds) else None
 
         steps = {}
         for kind, step in self.steps.items():
@@ -120,9 +120,8 @@ class Plan:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
             "steps": steps,
             "fits": self.fits,
-            "hours": {"least": known(self.least_seconds / 3600),
-                      "most": known(self.most_seconds / 3600)},
-        }  # fmt: skip
+            "hours": {"least": hours(self.least_seconds), "most": hours(self.most_seconds)},
+        }
 
     def table(self):
         """The plan in lines."""

@@ -158,7 +158,8 @@ def abstract_discriminator(config, scores):
         scores: {role: abstract Denoiser} of the networks that features may come from.
 
     Raises:
-        ValueError: `model` is missing or does not fit that network, or `weights` is a file.
+        ValueError: `model` is missing or does not fit that network, the network has no features, or
+            `weights` is a file.
     """
     spec, role = config.discriminator, config.method.features
     if spec.weights != "random" or "model" not in spec:
@@ -169,6 +170,12 @@ def abstract_discriminator(config, scores):
     if role not in scores:
         raise ValueError(unknown(f"role config.method.features={role!r}", role, scores))
     read = scores[role].net.config
+    if not (hasattr(read, "dim") and hasattr(read, "depth")):
+        raise ValueError(
+            f"config.method.features={role!r}: a discriminator reads the tokens after some layers, "
+            f"and {type(read).__name__} states neither their width, `dim`, nor the number of "
+            "layers, `depth` (docs/teachers.md)"
+        )
     model = construct(spec.model, "config.discriminator.model", dim=read.dim)
     if model.blocks[-1] >= read.depth:
         raise ValueError(

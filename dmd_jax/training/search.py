@@ -26,7 +26,7 @@ class Candidate:
         remat: of the trained networks.
         parts: `config.accumulate`.
         kept: bytes that a device keeps between steps.
-        share: samples of a part of the batch on a device, a sample that is split counts as less.
+        share: samples of a part of the batch on a device, 1 / n for one that is split over n.
         seconds: the time of the run's FLOPs at the chip's peak; no such run is faster.
     """
 
@@ -49,7 +49,7 @@ class Candidate:
         return self.seconds, self.parts, *(self.mesh[a] for a in ("tensor", "context", "data"))
 
     def needs_all_of(self, other):
-        """Whether it needs no less memory than `other` in any respect."""
+        """Whether it needs at least the memory of `other` in every respect."""
         same = self.remat == other.remat
         return same and self.kept >= other.kept and self.share >= other.share
 
@@ -90,13 +90,9 @@ def search(config, chip, devices, limit, say=print):
             say("the limit is reached: other candidates may be faster")
             break
         limit -= 1
-        try:
-            result = plan.plan(changed(config, candidate.overrides), chip, devices)
-        except ValueError as error:  # the networks cannot be split like that
-            say(f"{candidate.flags}: {error}")
+        result = _compiled(config, candidate, chip, devices, say)
+        if result is None:
             continue
-        hours = f"{result.least_seconds / 3600:.3g} hours at best"
-        say(f"{candidate.flags}: {hours if result.fits else 'does not fit'}")
         last = candidate, result
         if not result.fits:
             refused.append(candidate)
@@ -105,6 +101,18 @@ def search(config, chip, devices, limit, say=print):
     if last is None:
         raise ValueError("no candidate could be compiled; see the reasons above")
     return best or last
+
+
+def _compiled(config, candidate, chip, devices, say):
+    """The Plan of a candidate; None if the networks cannot be split like that."""
+    try:
+        result = plan.plan(changed(config, candidate.overrides), chip, devices)
+    except ValueError as error:
+        say(f"{candidate.flags}: {error}")
+        return None
+    hours = f"{result.least_seconds / 3600:.3g} hours at best"
+    say(f"{candidate.flags}: {hours if result.fits else 'does not fit'}")
+    return result
 
 
 def changed(config, overrides):
@@ -127,10 +135,8 @@ def candidates(config, chip, devices):
         except ValueError as error:
             reason = reason or error
             continue
-        kept, rows = (
-            sum(plan.kept(run).values()),
-            config.batch_size // (mesh["data"] * mesh["fsdp"]),
-        )
+        kept = sum(plan.kept(run).values())
+        rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
         for remat in REMATS:
             compute = {f"{role}.compute.remat": remat for role in roles}
             if remat not in work:  # FLOPs depend neither on the mesh nor on the parts

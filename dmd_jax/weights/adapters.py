@@ -42,15 +42,15 @@ def abstract(net: nnx.Module, matrices: str, rank: int) -> Adapter:
     """
     adapter, shapes = {}, named_leaves(net)
     for name in filter(re.compile(matrices).search, shapes):
-        *stack, inputs, outputs = shape = shapes[name].shape if shapes[name].ndim > 1 else (0, 0)
-        if not name.endswith("/kernel") or len(stack) > 1 or 0 in shape:
+        shape = shapes[name].shape
+        if not name.endswith("/kernel") or len(shape) not in (2, 3):
             raise ValueError(
-                f"matrices={matrices!r} matches {name} {shapes[name].shape}, which is no kernel "
-                "[in, out] of a linear layer, nor a stack of them"
+                f"matrices={matrices!r} matches {name} {shape}, which is no kernel [in, out] of a "
+                "linear layer, nor a stack of them"
             )
+        *stack, inputs, outputs = shape
         for which, sizes in (("A", (inputs, rank)), ("B", (rank, outputs))):
-            place = jax.ShapeDtypeStruct((*stack, *sizes), jnp.float32)
-            adapter[factor(name, which)] = place
+            adapter[factor(name, which)] = jax.ShapeDtypeStruct((*stack, *sizes), jnp.float32)
     if not adapter:
         some = [name for name in shapes if name.endswith("kernel")][:3]
         raise ValueError(f"matrices={matrices!r} matches no weight; there are {', '.join(some)}")

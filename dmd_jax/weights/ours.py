@@ -96,7 +96,7 @@ def abstract_denoiser(path: Path, header: dict[str, Any], overrides: dict[str, A
         overrides: fields of the network's config that replace those of the header.
 
     Raises:
-        ValueError: the header names what the tables do not have.
+        ValueError: the header names what the tables do not have, or the family has no such field.
     """
     try:
         family_config, network, _ = FAMILIES[header["family"]]
@@ -107,6 +107,11 @@ def abstract_denoiser(path: Path, header: dict[str, Any], overrides: dict[str, A
         raise ValueError(
             f"{path}: its header is not of this version of dmd_jax: {error}"
         ) from error
+    if missing := [name for name in overrides if not hasattr(config, name)]:
+        raise ValueError(
+            f"{path}: {', '.join(missing)} cannot be set, because {family_config.__name__} has no "
+            "such field: add it there, or leave it out here (docs/teachers.md)"
+        )
     net = abstract_net(network, dataclasses.replace(config, **overrides))
     if boundaries := header.get("boundaries"):
         net = Experts([net] * (len(boundaries) + 1), boundaries)

@@ -110,14 +110,26 @@ def test_the_exact_penalty_is_the_squared_gradient():
     assert gradient_penalty(quadratic, x) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_the_finite_penalty_of_given_directions_by_hand():
+    """D(x + size n) - D(x) = size <dD, n> + size^2 |n|^2 / 2 for the quadratic D, exactly."""
+    x, direction, size = normal(3, 5, 2, 3), normal(4, 5, 2, 3), 0.3
+    squared = np.square(direction).sum((1, 2))
+    along = (x * direction).sum((1, 2)) + 0.5 * size * squared
+    got = finite_penalty(quadratic, x, direction, size)
+    assert got == pytest.approx(np.square(along).mean(), rel=1e-4)
+    got = finite_penalty(linear, x, direction, size)
+    assert got == pytest.approx(np.square(linear(direction)).mean(), rel=1e-4)
+
+
 def test_the_finite_penalty_has_the_exact_one_as_its_mean():
-    n = 20_000
+    n, size = 20_000, 0.2
     x, direction = np.broadcast_to(normal(3, 2, 3), (n, 2, 3)), normal(4, n, 2, 3)
-    for discriminate in (linear, quadratic):
-        exact = gradient_penalty(discriminate, x)
-        got = finite_penalty(discriminate, x, direction, 0.02)
+    # The mean of (size |n|^2 / 2)^2, of d = 6 numbers: size^2 d (d + 2) / 4.
+    for discriminate, more in ((linear, 0.0), (quadratic, size**2 * 6 * 8 / 4)):
+        wanted = gradient_penalty(discriminate, x) + more
+        got = finite_penalty(discriminate, x, direction, size)
         # The square of a normal number has the standard deviation sqrt(2) times its mean.
-        assert got == pytest.approx(exact, rel=4 * np.sqrt(2 / n) + 0.01)
+        assert got == pytest.approx(wanted, rel=4 * np.sqrt(2 / n))
 
 
 def test_the_finite_penalty_vanishes_with_the_perturbation_and_the_published_one_does_not():

@@ -1,4 +1,4 @@
-"""Attention: masks, values, gradients and memory; the kernels and devices agree on all of them."""
+"""Attention: values, gradients and memory; the kernels and devices agree on all of them."""
 
 import functools
 import re
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from masks_in_words import plain
 
 from dmd_jax.devices import sharding
 from dmd_jax.models.attention import (
@@ -28,49 +29,7 @@ ROUNDING = 3e-6
 ROUNDING_BF16 = 1e-2
 
 
-# --- In plain words -------------------------------------------------------------------------------
-
-
-def block_of(frame, mask):
-    """The number of the block that a frame is in."""
-    if mask.causal.first_alone:
-        return 0 if frame == 0 else 1 + (frame - 1) // mask.causal.frames_per_block
-    return frame // mask.causal.frames_per_block
-
-
-def end_of(block, mask):
-    """The number of frames up to the end of a block."""
-    if mask.causal.first_alone:
-        return 1 + block * mask.causal.frames_per_block
-    return (block + 1) * mask.causal.frames_per_block
-
-
-def causal_sees(mask, query, key):
-    query, key = query // mask.tokens_per_frame, key // mask.tokens_per_frame
-    block = block_of(query, mask)
-    if block_of(key, mask) > block:
-        return False
-    if mask.causal.window is None or key < mask.causal.sink:
-        return True
-    return key >= end_of(block, mask) - mask.causal.window
-
-
-def forced_sees(mask, query, key):
-    blocks, half = mask.blocks, mask.half
-    if query < half:
-        return key < half and causal_sees(blocks, query, key)
-    query -= half
-    query_block = block_of(query // blocks.tokens_per_frame, blocks)
-    key_block = block_of(key % half // blocks.tokens_per_frame, blocks)
-    if key >= half:
-        return key_block == query_block
-    return key_block < query_block and causal_sees(blocks, query, key)
-
-
-def plain(mask, length):
-    """The mask by the functions above, token by token: bool [length, length]."""
-    sees = causal_sees if isinstance(mask, BlockCausal) else forced_sees
-    return np.array([[sees(mask, i, j) for j in range(length)] for i in range(length)])
+# --- Helpers --------------------------------------------------------------------------------------
 
 
 def dense(q, k, v, *, mask=None, visible=None):
@@ -81,9 +40,6 @@ def dense(q, k, v, *, mask=None, visible=None):
     if mask is not None:
         scores = jnp.where(plain(mask, q.shape[1]), scores, -jnp.inf)
     return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores, axis=-1), v)
-
-
-# --- Helpers --------------------------------------------------------------------------------------
 
 
 def inputs(queries, keys=None, batch=1, heads=2, width=8, dtype=jnp.float32):
@@ -124,83 +80,6 @@ def collectives(f, *args):
     names = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
     found = re.findall(rf" ({names})(?:-start)?\(", text)
     return {name: found.count(name) for name in found}
-
-
-# --- Masks ----------------------------------------------------------------------------------------
-
-MASKS = [
-    BlockCausal(Causal(1), 1),
-    BlockCausal(Causal(1), 4),
-    BlockCausal(Causal(2), 3),
-    BlockCausal(Causal(2, first_alone=True), 3),
-    BlockCausal(Causal(3, window=3), 2),
-    BlockCausal(Causal(3, window=4, sink=1), 2),
-    BlockCausal(Causal(2, first_alone=True, window=3, sink=2), 3),
-    BlockCausal(Causal(1, window=1, sink=1), 1),
-    BlockCausal(Causal(100), 2),
-]
-
-
-@pytest.mark.parametrize("length", [1, 24, 29])
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_a_causal_mask_is_what_its_words_say(mask, length):
-    index = np.arange(length)
-    wanted = plain(mask, length)
-    np.testing.assert_array_equal(mask.allows(index[:, None], index), wanted)
-    traced = jax.jit(lambda index: mask.allows(index[:, None], index))(index)
-    np.testing.assert_array_equal(traced, wanted)
-
-
-@pytest.mark.parametrize("half", [12, 17])
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_teacher_forcing_is_what_its_words_say(mask, half):
-    mask = TeacherForcing(mask, half)
-    index = np.arange(2 * half)
-    wanted = plain(mask, 2 * half)
-    assert wanted.any(axis=1).all()
-    np.testing.assert_array_equal(mask.allows(index[:, None], index), wanted)
-    traced = jax.jit(lambda index: mask.allows(index[:, None], index))(index)
-    np.testing.assert_array_equal(traced, wanted)
-
-
-def pictures(cls):
-    """The pictures in a docstring, from left to right: bool [queries, keys] each."""
-    lines = [line for line in cls.__doc__.splitlines() if re.fullmatch(r"[ #.|]*[#.]", line)]
-    rows = [re.split(r" {4,}", line.replace(" | ", " ").strip()) for line in lines]
-    return [
-        np.array([[c == "#" for c in row.split()] for row in column])
-        for column in zip(*rows, strict=True)
-    ]
-
-
-WITH_WINDOW = Causal(2, window=3, sink=1)
-
-
-@pytest.mark.parametrize(
-    ("cls", "masks"),
-    [
-        (Causal, [BlockCausal(c) for c in (Causal(2), Causal(2, first_alone=True), WITH_WINDOW)]),
-        (TeacherForcing, [TeacherForcing(BlockCausal(c), 6) for c in (Causal(2), WITH_WINDOW)]),
-    ],
-)
-def test_the_pictures_show_the_masks(cls, masks):
-    for picture, mask in zip(pictures(cls), masks, strict=True):
-        index = np.arange(len(picture))
-        np.testing.assert_array_equal(mask.allows(index[:, None], index), picture)
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: BlockCausal(Causal(), 0), "tokens_per_frame=0 must be at least 1"),
-        (lambda: Causal(frames_per_block=0), "frames_per_block=0 must be at least 1"),
-        (lambda: Causal(sink=-1), "sink=-1 at least 0"),
-        (lambda: Causal(frames_per_block=3, window=2), "window=2 is smaller"),
-    ],
-)
-def test_a_mask_of_impossible_sizes_is_refused(make, words):
-    with pytest.raises(ValueError, match=words):
-        make()
 
 
 # --- Values ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The table, the grid and the figure, read back."""
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dmd_jax.quality import report
@@ -42,7 +43,8 @@ def test_markdown_shows_a_missing_number_as_a_dash_and_zero_as_zero():
 
 
 def test_legend_names_the_reference_and_tells_inception_from_other_networks():
-    own, fid = (report.markdown(ROWS, name, "1,000 images") for name in ("FD-TEST8", "FID"))
+    texts = (report.markdown(ROWS, name, "1,000 images") for name in ("FD-TEST8", "FID"))
+    own, fid = (" ".join(text.split()) for text in texts)
     assert "FD-TEST8: Fréchet distance to 1,000 images, in the features of a network for" in own
     assert "not comparable" in own and "not comparable" not in fid
 
@@ -106,6 +108,16 @@ def test_figure_takes_grey_images_and_a_single_model(tmp_path):
     images = {"real": np.zeros((2, 8, 8, 1), np.uint8)}
     report.figure(tmp_path / "f.png", ROWS[-1:], images, np.arange(2), metric="FD", title="")
     assert place(read(tmp_path / "f.png"), (0, 0, 0))[2] > 28
+
+
+def test_the_name_of_a_model_with_the_most_calls_alone_stays_in_the_figure():
+    drawing = Figure()
+    axes = drawing.add_axes((0.1, 0.1, 0.89, 0.8))
+    report._draw_quality(axes, [ROWS[1], ROWS[3]], "FD")
+    drawing.draw_without_rendering()
+    names = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert names.keys() == {"teacher", "student"}
+    assert all(0 < box.x0 < box.x1 < drawing.bbox.x1 for box in names.values())
 
 
 def test_gallery_shows_every_sampler_in_a_column_of_its_own(tmp_path):

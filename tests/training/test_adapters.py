@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
+import tiny_runs
 import toys
 
 from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import named_leaves, tree_bytes
-from dmd_jax.training import adapters, checkpoint, loop
+from dmd_jax.training import adapters, loop
 from dmd_jax.training.adapters import LoRA
 from dmd_jax.training.run import build as resolve
 from dmd_jax.training.run import describe
@@ -178,25 +179,12 @@ def test_muon_orthogonalises_the_factors(build):
     assert values.min() > 0.5 * values.max() > 0
 
 
-@pytest.fixture
-def no_report(monkeypatch):
-    monkeypatch.setattr(loop, "_report", lambda *_: "no report")
-
-
-def train(run, workdir):
-    with jax.set_mesh(run.mesh):
-        return loop.train(run, workdir)
-
-
 def test_a_run_resumes_bit_for_bit_and_exports_both_forms(build, teacher, tmp_path, no_report):
-    train(build(), tmp_path / "straight")
-    train(build(steps=2), tmp_path / "stopped")
-    train(build(), tmp_path / "stopped")
+    tiny_runs.start(build(), tmp_path / "straight")
+    tiny_runs.start(build(steps=2), tmp_path / "stopped")
+    tiny_runs.start(build(), tmp_path / "stopped")
     run, straight = build(), tmp_path / "straight"
-    state, other = (
-        checkpoint.read(tmp_path / name / "checkpoints" / "4", run.state_shape())[0]
-        for name in ("straight", "stopped")
-    )
+    state, other = (tiny_runs.final(run, tmp_path / name, 4)[0] for name in ("straight", "stopped"))
     toys.assert_same(state, other)
     assert programs.same_tensors(straight / loop.EXPORT, tmp_path / "stopped" / loop.EXPORT)
     merged = weights.denoiser(straight / loop.EXPORT)

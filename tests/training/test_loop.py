@@ -1,6 +1,5 @@
 """Whole runs of the entry point, in processes of their own: killed, stopped, resumed, finished."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 import programs
 import pytest
+from tiny_runs import records
 
 from dmd_jax.training import checkpoint
 from dmd_jax.training.preemption import STOPPED
@@ -78,12 +78,6 @@ def until(condition, process):
 def newest(saved):
     """The last complete checkpoint, 0 before the first: old ones go, so that one may be missed."""
     return max((int(path.name) for path in saved.glob("*") if path.name.isdigit()), default=0)
-
-
-def records(workdir):
-    """The lines of metrics.jsonl without the rates, which are measurements."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if "per_second" not in k} for line in lines]
 
 
 def assert_same_run(workdir, straight, final_state):
