@@ -138,6 +138,7 @@ def _bouncing_small(config):
 def _bouncing_causal(config):
     """The small network goes on as a causal one."""
     _bouncing_small(config)
+    config.steps = 3_000
     config.method = dict(
         cls=TeacherForcing,
         causal=dict(cls=Causal, frames_per_block=3, window=6),
@@ -145,7 +146,6 @@ def _bouncing_causal(config):
         shift=5.0,
     )
     config.generator.weights = "bouncing_small"
-    config.generator.optimizer.learning_rate = 3e-3
     config.ema.start = 0
 
 
