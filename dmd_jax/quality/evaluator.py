@@ -298,7 +298,7 @@ class Evaluator:
             {"name": name, "by_frame": drift.by_frame(videos[name], rows, source)}
             for name in videos
         ]
-        length = source.sample_shape[0]
+        length = self._length(trained)
         if jax.process_index() == 0:
             write_text(directory / "report.json", json.dumps(table, indent=1) + "\n")
             drift.figure(directory / "by_frame.png", table, length, title=title)
@@ -308,6 +308,11 @@ class Evaluator:
             drift.save_gif(directory / "videos.gif", few)
         body = drift.markdown(table, length)
         return f"![quality by frame](by_frame.png)\n\n![videos](videos.gif)\n\n{body}"
+
+    def _length(self, denoiser):
+        """Frames of the videos that a network learned: a student's may be longer in training."""
+        length = self.source.sample_shape[0]
+        return min(length, getattr(denoiser.net.config, "reach", length))
 
     def _beside(self, name, path):
         """The sampler of another checkpoint in the report."""
@@ -326,7 +331,9 @@ class Evaluator:
     def _draw(self, denoiser, sampler, cond, uncond, seed, frames=None):
         """Samples float32 [N, ...]; videos of `frames` frames, as far as the sampler goes."""
         shape, num = self.source.sample_shape, len(cond)
-        if frames is not None and isinstance(sampler, samplers.CAUSAL):
+        if not isinstance(sampler, samplers.CAUSAL):
+            shape = (self._length(denoiser), *shape[1:])
+        elif frames is not None:
             shape = (frames, *shape[1:])
         drawn = samplers.draw(
             denoiser, sampler, cond, uncond, shape, seed, batch=min(num, self.batch)

@@ -214,6 +214,11 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
         changed(frames=10).check()
     with pytest.raises(ValueError, match="is in reports by frame alone: set frames"):
         changed(frames=0).check()
+    # A student whose videos are longer in training: its teacher's are not.
+    longer = Evaluator(spec, data.BouncingDigits(frames=6), [student], [ManyStep(2)], 8)
+    longer.report(tmp_path, "title", net, teacher=net)
+    rows = json.loads((tmp_path / "report.json").read_text())
+    assert {row["name"]: len(row["by_frame"]["digit"]) for row in rows}["teacher"] == 4
     # Fewer videos and frames than the figures show; the trained network in several steps.
     more = (student, dataclasses.replace(student, times=(1.0, 0.5)))
     few = changed(more, num=3, frames=6, beside=())
