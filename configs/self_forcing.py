@@ -11,7 +11,7 @@ The first four train on a CPU, on videos of digits that leave each wall in a ran
 `consistency` turns the causal network of configs/pretrain.py:bouncing_causal into a student of four
 steps; Self-Forcing, the default, trains that student on its own videos in blocks of 3 frames,
 `frame` in blocks of 1, and `teacher_forcing` after real blocks (CausVid). The report measures
-quality by frame, up to four times the length of training.
+quality by frame, up to four times the length of the teacher's videos.
 
 `wan_t2v_1_3b` has the published numbers of Self-Forcing (Huang et al. 2025): 600 iterations of 64
 videos of 21 latent frames, in blocks of 3. It needs some 64 accelerators of 80 GB or a TPU slice;
@@ -74,14 +74,15 @@ def _digits(config):
     compute = dict(dtype="float32", remat="none", unroll=4)
     adamw = dict(cls=AdamW, learning_rate=2e-4, b1=0.0, b2=0.99)
     config.steps, config.batch_size = 600, 16
-    config.data = dict(cls=BouncingDigits)
+    # The student makes videos of 12 to 36 frames; the last 12 are compared: the teacher's length.
+    config.data = dict(cls=BouncingDigits, frames=36)
     config.method = dict(
         cls=DMD,
         times=(1.0, 0.75, 0.5, 0.25),
         shift=5.0,
         score_shift=5.0,
         guidance=2.0,
-        video=dict(cls=SelfForcing, causal=BLOCKS),
+        video=dict(cls=SelfForcing, causal=BLOCKS, compared=12, least_blocks=4),
     )
     config.teacher = dict(weights="bouncing_teacher", compute=compute)
     config.generator = dict(weights="bouncing_start", compute=compute, optimizer=adamw)
@@ -104,16 +105,18 @@ def _digits(config):
 
 def _frame(config):
     _digits(config)
-    config.method.video.causal = SINGLE
+    config.method.video.update(causal=SINGLE, least_blocks=12)
 
 
 def _teacher_forcing(config):
     _digits(config)
+    config.data.frames = 12  # real videos, of the teacher's length
     config.method.video = dict(cls=CausVid, teacher_forcing=True, causal=BLOCKS)
 
 
 def _consistency(config):
     _digits(config)
+    config.data.frames = 12
     config.method = dict(cls=CausalConsistency, causal=BLOCKS, steps=24, shift=5.0, guidance=2.0)
     del config.fake_score
     config.teacher.weights = config.generator.weights = "bouncing_causal"
