@@ -271,7 +271,8 @@ def test_a_damaged_newest_checkpoint_falls_back_says_so_and_ends_bit_identical(
     workdir = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(preemption.Preemption, "requested", lambda self, step: step == 10)
-        start(build(), workdir)
+        with pytest.raises(preemption.Stopped):
+            start(build(), workdir)
     for path in (workdir / "checkpoints" / "10" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             os.truncate(path, path.stat().st_size // 2)
