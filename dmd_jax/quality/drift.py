@@ -146,7 +146,7 @@ def figure(path: str | Path, rows: Sequence[Mapping], length: int, *, title: str
             axes.axvline(length, color=report.RULE, lw=1)
             axes.set_title(name, loc="left", size=9)
             axes.set_xlabel("frame")
-            if name not in ("sharpness", "turns"):
+            if name in ("brightness", "speed", "jumps"):
                 axes.set_ylim(0)
         drawing.legend(
             *axes.get_legend_handles_labels(),
