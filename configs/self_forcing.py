@@ -100,7 +100,7 @@ def _digits(config):
         teacher_steps=(25,),
         teacher_guidance=2.0,
         frames=48,
-        beside=(("start", "bouncing_start"),),
+        beside=(("start", "bouncing_start"), ("teacher forcing", "bouncing_teacher_forcing")),
     )
 
 
@@ -113,6 +113,7 @@ def _teacher_forcing(config):
     _digits(config)
     config.data.frames = 12  # real videos, of the teacher's length
     config.method.video = dict(cls=CausVid, teacher_forcing=True, causal=BLOCKS)
+    config.evaluate.beside = (("start", "bouncing_start"),)
 
 
 def _consistency(config):
