@@ -89,10 +89,10 @@ def test_each_expert_of_a_pair_starts_from_its_part(tmp_path):
         export.diffusers(tmp_path / name, net, scheduler=export.many_step(5.0))
     (tmp_path / "b" / "transformer").rename(tmp_path / "a" / "transformer_2")
     experts = dict(cls=ByNoise, parts=("transformer", "transformer_2"))
-    config = ConfigDict({"generator": dict(weights=str(tmp_path / "a"), experts=experts)})
-    abstract = roles.abstract(config, "generator", source=None, files=True)
+    config = ConfigDict({"teacher": dict(weights=str(tmp_path / "a"), experts=experts)})
+    abstract = roles.abstract(config, "teacher", source=None, files=True)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    pair = roles.load(config, "generator", roles.placed(abstract, {"": abstract}, mesh)).net
+    pair = roles.load(config, "teacher", roles.placed(abstract, {"": abstract}, mesh)).net
     assert pair.boundaries == (875.0,)
     for net, wanted in zip(pair.nets, nets, strict=True):
         toys.assert_same(jax.tree.leaves(net), jax.tree.leaves(wanted))

@@ -83,7 +83,7 @@ def test_a_network_with_spans_starts_as_the_one_without_them_in_its_file(teacher
 
 
 def test_an_override_that_no_network_has_is_not_the_fault_of_the_file(teacher):
-    with pytest.raises(TypeError, match="dtyp"):
+    with pytest.raises(ValueError, match="dtyp cannot be set, because DiTConfig has no such field"):
         weights.abstract(teacher, dtyp="bfloat16")
 
 
