@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 INSTALLED = all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch", "srun")))
 
 # JAX connects to the name of the first node, so that it must be one that resolves.
@@ -68,7 +70,8 @@ def until(condition, seconds):
 def cluster():
     """Two CPUs, two "GPUs", two partitions: jobs of `urgent` requeue those of `train`.
 
-    Yields call(*command, cwd=None): runs a command of Slurm, returns what it prints.
+    Yields call(*command, cwd=None): runs a command of Slurm, returns what it prints. Skips the
+    test where the daemons do not run, for want of rights or of a host's name.
     """
     root = Path(tempfile.mkdtemp(prefix="slurm_"))  # short: a socket's path has 107 bytes
     root.chmod(0o755)  # munge wants its socket within everybody's reach
@@ -104,7 +107,10 @@ def cluster():
             daemon = subprocess.Popen(command, env=env, stdout=log, stderr=log)
             stack.callback(daemon.wait)
             stack.callback(daemon.terminate)
-        until(lambda: "idle" in run("sinfo").stdout, 60)
+        try:
+            until(lambda: "idle" in run("sinfo").stdout, 60)
+        except AssertionError:
+            pytest.skip("Slurm is installed, but its daemons do not run on this machine")
         try:
             yield call
         finally:
