@@ -3,12 +3,15 @@ compares with the same step in PyTorch.
 
     python benchmarks/train_step.py
     pip install torch && python benchmarks/train_step.py --torch
+    python benchmarks/train_step.py --config=configs/self_forcing.py --rounds=100
 
 Parts and whole steps are compiled, then called in turn. Of a part the median is printed; of a whole
-step the mean of all rounds, since its number of network calls is drawn. FLOPs are those of
-`dmd_jax.training.flops`, of ours for PyTorch too. The peak is the best of a few large float32
-matmuls in the same process. The cores of a CPU are as many devices as `dmd_jax.main` makes of them;
-JAX_NUM_CPU_DEVICES=1 leaves them one. PyTorch has a thread for each core.
+step the mean of all rounds, since its number of network calls is drawn. Causal rollouts draw theirs
+too: with them, means of all parts are printed, and a round's parts share their draws.
+
+FLOPs are those of `dmd_jax.training.flops`, of ours for PyTorch too. The peak is the best of a few
+large float32 matmuls in the same process. The cores of a CPU are as many devices as `dmd_jax.main`
+makes of them; JAX_NUM_CPU_DEVICES=1 leaves them one. PyTorch has a thread for each core.
 """
 
 import statistics
@@ -44,19 +47,20 @@ def main(_):
 def measure(run):
     state, frozen = run.start()
     batch = next(run.batches(0))
-    nets = state.nets | frozen
+    nets, keys = state.nets | frozen, jax.random.split(jax.random.key(0), ROUNDS.value + 1)
     rivals = torch_steps(run, nets) if TORCH.value else {}
     work, seconds, limit = {}, {}, matmul_peak()
-    for name, (part, calls) in parts(run, batch).items():
-        work[name] = flops.count(part, nets, trips=run.method.trips | {"": calls})
-        seconds[name] = partial(_ready, jax.jit(part), nets)
-    timed = {name: statistics.median(times) for name, times in in_turn(seconds).items()}
+    for name, (part, calls) in parts(run, nets, batch).items():
+        work[name] = flops.count(part, nets, keys[0], trips=run.method.trips | {"": calls})
+        seconds[name] = partial(_ready, jax.jit(part), nets, keys)
+    typical = statistics.median if run.method.video is None else statistics.mean
+    timed = {name: typical(times) for name, times in in_turn(seconds).items()}
     del nets, seconds  # the step donates the state
 
     steps, root, total = loop.compile_steps(run), loop.root_key(run.config), cost(run)
     state = [state]
 
-    def ours(kind):
+    def ours(kind, _):
         state[0], metrics = steps[kind].result()(state[0], frozen, batch, root)
         jax.block_until_ready(metrics)
 
@@ -64,7 +68,7 @@ def measure(run):
     work |= {f"whole step {UPDATES[kind]}": total.step[kind] for kind in steps}
     for name, rival in rivals.items():
         for kind in steps:
-            calls[f"{name}, {UPDATES[kind]}"] = partial(rival, update_generator=kind)
+            calls[f"{name}, {UPDATES[kind]}"] = partial(_rival, rival, kind)
             work[f"{name}, {UPDATES[kind]}"] = total.step[kind]
     timed |= {name: statistics.mean(times) for name, times in in_turn(calls).items()}
 
@@ -75,43 +79,55 @@ def measure(run):
         print(f"{name:<40}{1e3 * typical:8.1f} ms {rate:7.1f} GFLOP/s {share:6.1%} of peak")
 
 
-def parts(run, batch):
-    """{name: (function of the networks, calls of a rollout before its last)}: parts of a step."""
+def parts(run, nets, batch):
+    """Parts of a step, {name: (function of networks and key, calls of a rollout but its last)}."""
     method, size = run.method, run.config.batch_size
     generator = run.nets["generator"]
     batch = batch | {"index": jnp.arange(size), "stream": method.streams(generator, batch["cond"])}
-    cond, uncond, key = batch["cond"], batch["uncond"], jax.random.key(0)
-    x, t = jnp.zeros((size, *method.sample_shape)), jnp.full(size, 0.5)
-    rollout = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), cond)
-    longest = method.sampler(len(method.times), 1.0)
+    cond, uncond, t = batch["cond"], batch["uncond"], jnp.full(size, 0.5)
     most, mean = len(method.times) - 1, method.expected_exit_step
 
-    def generator_loss(nets, net):
-        if method.video is None:
-            return jnp.sum(net(x, t, cond))
-        return jnp.sum(method.rollout(net, nets, batch, key).x0)
+    def videos(net, nets, key):
+        return method.rollout(net, nets, batch, key).x0
 
-    def critic_loss(nets, net):
+    def images(net, nets, key):
+        return method.sampler(len(method.times), 1.0)(net, x, cond, None, key, batch["index"])
+
+    def exit_call(net, nets, key):
+        return net(x, t, cond)
+
+    if method.video is None:
+        sampled, graded, calls = images, exit_call, (most, 0)
+        x = jnp.zeros((size, *method.sample_shape))
+    else:
+        sampled, graded, calls = videos, videos, (mean, mean)
+        x = jnp.zeros(jax.eval_shape(videos, generator, nets, jax.random.key(0)).shape)
+    rollout = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), cond)
+
+    def generator_loss(net, nets, key):
+        return jnp.sum(graded(net, nets, key))
+
+    def critic_loss(net, nets, key):
         return method.critic_loss({"fake_score": net}, nets, rollout, batch, key)[0]
 
+    def teacher(nets, _):
+        return guided(nets["teacher"], x, t, cond, uncond, method.guidance)
+
+    part, including = (" to the last call", "") if method.video is None else ("", " and its rollout")
     return {
-        "rollout to the last call, no gradient": (
-            lambda nets: longest(nets["generator"], x, cond, None, key, batch["index"]),
-            most,
+        f"rollout{part}, no gradient": (
+            lambda nets, key: sampled(nets["generator"], nets, key),
+            calls[0],
         ),
-        "teacher, guided": (
-            lambda nets: guided(nets["teacher"], x, t, cond, uncond, method.guidance),
-            0,
-        ),
-        "fake score, one pass": (lambda nets: nets["fake_score"](x, t, cond), 0),
+        "teacher, guided": (teacher, 0),
+        "fake score, one pass": (lambda nets, _: nets["fake_score"](x, t, cond), 0),
         "critic, forward and backward": (
-            lambda nets: jax.grad(partial(critic_loss, nets))(nets["fake_score"]),
+            lambda nets, key: jax.grad(critic_loss)(nets["fake_score"], nets, key),
             0,
         ),
-        "generator, forward and backward"
-        + ("" if method.video is None else ", rollout included"): (
-            lambda nets: jax.grad(partial(generator_loss, nets))(nets["generator"]),
-            mean,
+        f"generator{including}, forward and backward": (
+            lambda nets, key: jax.grad(generator_loss)(nets["generator"], nets, key),
+            calls[1],
         ),
     }
 
@@ -128,18 +144,22 @@ def torch_steps(run, nets):
 def in_turn(calls):
     """{name: seconds of every round}; the first call of each, which compiles, is not counted."""
     for call in calls.values():
-        call()
+        call(ROUNDS.value)
     times = {name: [] for name in calls}
-    for _ in range(ROUNDS.value):
+    for number in range(ROUNDS.value):
         for name, call in calls.items():
             start = time.perf_counter()
-            call()
+            call(number)
             times[name].append(time.perf_counter() - start)
     return times
 
 
-def _ready(call, *args):
-    jax.block_until_ready(call(*args))
+def _ready(part, nets, keys, number):
+    jax.block_until_ready(part(nets, keys[number]))
+
+
+def _rival(step, kind, _):
+    step(update_generator=kind)
 
 
 if __name__ == "__main__":

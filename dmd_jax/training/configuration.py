@@ -7,8 +7,11 @@ Imports ml_collections.
 
 import dataclasses
 import difflib
+import importlib
 import json
 import os
+import pkgutil
+import sys
 import types
 import typing
 
@@ -64,10 +67,10 @@ def _complete_section(config):
 class _Class(config_dict.FieldReference):
     """The `cls` of a completed section. A flag chooses another class by its name: cls=Muon.
 
-    The name is that of a class with the same base (AdamW and Muon: Optimizer), or of the base. Only
-    classes of imported modules are found. Fields that both classes have keep their values; those of
-    the new class alone get its defaults. Flags cannot set the latter, because flags are looked up
-    before the first of them is applied.
+    The name is that of a class with the same base (AdamW and Muon: Optimizer), or of the base. It
+    is in the package of the old class, or in a module that is imported. Fields that both classes
+    have keep their values; those of the new class alone get its defaults. Flags cannot set the
+    latter, because flags are looked up before the first of them is applied.
 
     Raises:
         ValueError: there is no such class, or the section states a value, not the old class's
@@ -83,7 +86,10 @@ class _Class(config_dict.FieldReference):
             super().set(value, type_safe)
             return
         section, where, old = self._section, self._where, self.get()
-        name, choices = str(value), _dataclasses(_derived(old.__mro__[-2]))  # before `object`
+        name, choices = str(value), _replacements(old)
+        if name not in choices:
+            _import_package(old)
+            choices = _replacements(old)
         if name not in choices:
             raise ValueError(
                 f"{where}.cls is {old.__name__}, and {name!r} cannot take its place: known are "
@@ -96,6 +102,18 @@ class _Class(config_dict.FieldReference):
             for name in lost:
                 del section[name]
             _complete_section(section)
+
+
+def _replacements(kind):
+    """{name: class} of the imported dataclasses with the same base as a class."""
+    return _dataclasses(_derived(kind.__mro__[-2]))  # before `object`
+
+
+def _import_package(kind):
+    """Imports all modules of the package that a class is in."""
+    package = sys.modules[kind.__module__.rpartition(".")[0] or kind.__module__]
+    for module in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{package.__name__}."):
+        importlib.import_module(module.name)
 
 
 def _lost(section, old, new, where):

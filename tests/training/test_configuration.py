@@ -1,6 +1,7 @@
 """Configs are completed, become objects, refuse what they cannot be, and compare."""
 
 import dataclasses
+import importlib
 from typing import ClassVar
 
 import ml_collections
@@ -157,6 +158,21 @@ def test_a_program_may_change_and_complete_a_completed_config():
 def test_a_flag_chooses_a_class_and_changes_what_both_classes_have():
     part = flagged({"cls": AdamW}, "--config.part.cls=Muon", "--config.part.clip=None").part
     assert construct(part, "config.part") == Muon(clip=None)
+
+
+def test_a_flag_finds_a_class_of_its_package_that_nothing_imported(tmp_path, monkeypatch):
+    package = tmp_path / "package_of_parts"
+    package.mkdir()
+    source = (
+        "from dataclasses import dataclass\n{}\n@dataclass(frozen=True)\nclass {}:\n    x: int\n"
+    )
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text(source.format("", "One"))
+    (package / "two.py").write_text(source.format("from .one import One", "Two(One)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    one = importlib.import_module("package_of_parts.one").One
+    part = flagged({"cls": one, "x": 1}, "--config.part.cls=Two", "--config.part.x=3").part
+    assert repr(construct(part, "config.part")) == "Two(x=3)"
 
 
 @pytest.mark.parametrize(
