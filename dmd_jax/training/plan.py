@@ -37,9 +37,8 @@ class Step:
         flops: of all devices together.
         refusal: why the compiler refused it; "" if it did not, and what follows is zero if it did.
         temporaries: activations, gradients and everything else that lives within the step.
-        peak: the most that is in use, by the compiler's plan; `total` where that plan does not have
-            all networks, because the step does not read them.
-        total: arguments, temporaries and new outputs without any reuse, more than the peak.
+        total: what the step needs: all that the device keeps between steps, read by this step or
+            not, the temporaries, and results that do not take the place of an argument.
         traffic: bytes that the step moves.
         seconds: {"FLOPs", "memory", "links", "network": the least time that each allows}; empty if
             the peaks of the device are not known.
@@ -49,7 +48,6 @@ class Step:
     flops: int
     refusal: str = ""
     temporaries: int = 0
-    peak: int = 0
     total: int = 0
     traffic: Traffic = dataclasses.field(default_factory=Traffic)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -94,7 +92,7 @@ class Plan:
     @property
     def fits(self):
         """Whether the compiler took all steps, and they leave room for what they do not read."""
-        return all(not s.refusal and s.peak <= self.available for s in self.steps.values())
+        return all(not s.refusal and s.total <= self.available for s in self.steps.values())
 
     @property
     def least_seconds(self):
@@ -138,8 +136,7 @@ class Plan:
                 lines.append(f"the compiler refuses the step {NAMES[kind]}: {step.refusal}")
                 continue
             lines.append(_gib(f"temporaries, step {NAMES[kind]}", step.temporaries))
-            lines.append(_gib("    peak of the step", step.peak))
-            lines.append(_gib("    without any reuse", step.total))
+            lines.append(_gib("    needed in all", step.total))
         if self.cache:
             lines.append(_gib("of them, keys and values of the rollout", self.cache))
         lines.append(_gib("the device has", self.available))
@@ -295,13 +292,9 @@ def _measured(step, compiled, run, chip, resident):
     slices = [getattr(device, "slice_index", 0) for device in run.mesh.devices.flat]
     trips = getattr(run.method, "trips", {})
     traffic = Program(compiled.as_text(), trips, slices).traffic()
-    # Only a TPU's compiler plans where everything lies, and refuses what has no place; but it does
-    # not know of networks that the step does not read.
-    peak = total if chip is None or unread else m.peak_memory_in_bytes
     return dataclasses.replace(
         step,
         temporaries=temporaries,
-        peak=peak,
         total=total,
         traffic=traffic,
         seconds={} if chip is None else roofline(step.flops / run.mesh.size, traffic, chip, run),

@@ -80,7 +80,7 @@ def test_a_plan_gathers_the_weights(planned):
 
 def test_a_run_that_needs_more_than_the_device_has_does_not_fit(planned):
     assert planned.fits and "\nfits\n" in planned.table()
-    need = max(step.peak for step in planned.steps.values())
+    need = max(step.total for step in planned.steps.values())
     exact = dataclasses.replace(planned, available=need)
     small = dataclasses.replace(planned, available=need - 1)
     assert exact.fits and not small.fits and "DOES NOT FIT" in small.table()
@@ -166,7 +166,7 @@ def test_the_tpus_compiler_takes_a_run_and_refuses_one_that_is_too_large(config)
     result = plan(config, chip, devices)
     assert result.fits and result.kind == "TPU v5 lite" and result.steps.keys() == {True}
     step = result.steps[True]
-    assert 0 < step.peak < GIB and step.traffic.sent["all-gather"] > 0
+    assert 0 < step.total < GIB and step.traffic.sent["all-gather"] > 0
     assert not step.traffic.unknown_loops and 0 < step.least_seconds < step.most_seconds
     config.update_from_flattened_dict({"batch_size": 2**24})
     refused = plan(config, chip, devices)
