@@ -82,52 +82,62 @@ def measure(run):
 def parts(run, nets, batch):
     """Parts of a step, {name: (function of networks and key, calls of a rollout but its last)}."""
     method, size = run.method, run.config.batch_size
-    generator = run.nets["generator"]
-    batch = batch | {"index": jnp.arange(size), "stream": method.streams(generator, batch["cond"])}
+    stream = method.streams(run.nets["generator"], batch["cond"])
+    batch = batch | {"index": jnp.arange(size), "stream": stream}
     cond, uncond, t = batch["cond"], batch["uncond"], jnp.full(size, 0.5)
-    most, mean = len(method.times) - 1, method.expected_exit_step
-
-    def videos(net, nets, key):
-        return method.rollout(net, nets, batch, key).x0
-
-    def images(net, nets, key):
-        return method.sampler(len(method.times), 1.0)(net, x, cond, None, key, batch["index"])
-
-    def exit_call(net, nets, key):
-        return net(x, t, cond)
-
-    if method.video is None:
-        sampled, graded, calls = images, exit_call, (most, 0)
-        x = jnp.zeros((size, *method.sample_shape))
-    else:
-        sampled, graded, calls = videos, videos, (mean, mean)
-        x = jnp.zeros(jax.eval_shape(videos, generator, nets, jax.random.key(0)).shape)
+    make = _image_parts if method.video is None else _video_parts
+    x, own = make(method, nets, batch)
     rollout = backward_simulation.Rollout(x, None, jnp.float32(1), jnp.float32(0), cond)
-
-    def generator_loss(net, nets, key):
-        return jnp.sum(graded(net, nets, key))
 
     def critic_loss(net, nets, key):
         return method.critic_loss({"fake_score": net}, nets, rollout, batch, key)[0]
 
-    def teacher(nets, _):
-        return guided(nets["teacher"], x, t, cond, uncond, method.guidance)
-
-    part, including = (" to the last call", "") if method.video is None else ("", " and its rollout")
-    return {
-        f"rollout{part}, no gradient": (
-            lambda nets, key: sampled(nets["generator"], nets, key),
-            calls[0],
+    return own | {
+        "teacher, guided": (
+            lambda nets, _: guided(nets["teacher"], x, t, cond, uncond, method.guidance),
+            0,
         ),
-        "teacher, guided": (teacher, 0),
         "fake score, one pass": (lambda nets, _: nets["fake_score"](x, t, cond), 0),
         "critic, forward and backward": (
             lambda nets, key: jax.grad(critic_loss)(nets["fake_score"], nets, key),
             0,
         ),
-        f"generator{including}, forward and backward": (
-            lambda nets, key: jax.grad(generator_loss)(nets["generator"], nets, key),
-            calls[1],
+    }
+
+
+def _image_parts(method, nets, batch):
+    """(zeros of the shape that is compared, parts that call the generator)."""
+    cond, index = batch["cond"], batch["index"]
+    x, t = jnp.zeros((len(index), *method.sample_shape)), jnp.full(len(index), 0.5)
+    longest = method.sampler(len(method.times), 1.0)
+    return x, {
+        "rollout to the last call, no gradient": (
+            lambda nets, key: longest(nets["generator"], x, cond, None, key, index),
+            len(method.times) - 1,
+        ),
+        "generator, forward and backward": (
+            lambda nets, _: jax.grad(lambda net: jnp.sum(net(x, t, cond)))(nets["generator"]),
+            0,
+        ),
+    }
+
+
+def _video_parts(method, nets, batch):
+    """The same of a causal rollout: with its gradient, and without."""
+
+    def roll_out(net, nets, key):
+        return method.rollout(net, nets, batch, key).x0
+
+    compared = jax.eval_shape(roll_out, nets["generator"], nets, jax.random.key(0)).shape
+    gradient = jax.grad(lambda *args: jnp.sum(roll_out(*args)))
+    return jnp.zeros(compared), {
+        "rollout, no gradient": (
+            lambda nets, key: roll_out(nets["generator"], nets, key),
+            method.expected_exit_step,
+        ),
+        "rollout and its gradient": (
+            lambda nets, key: gradient(nets["generator"], nets, key),
+            method.expected_exit_step,
         ),
     }
 
