@@ -119,6 +119,14 @@ def test_experts_of_random_weights_are_refused(phased):
         build(phased, jax.devices()[:1])
 
 
+def test_experts_are_refused_by_a_method_whose_batches_have_times_of_all_of_them(teacher, data_dir):
+    config = programs.config(teacher, data_dir)
+    with config.unlocked():
+        config.teacher.experts = complete(ConfigDict(dict(cls=ByNoise, boundaries=(0.5,))))
+    with pytest.raises(ValueError, match=r"config\.teacher has experts, .* DMD draws a time for each"):
+        build(config, jax.devices()[:1])
+
+
 def test_networks_that_are_not_those_of_the_phases_are_refused(phased):
     phased.generator.experts.boundaries = (0.5, 0.25)
     with pytest.raises(ValueError, match=r"config\.method: the generator has 3 experts for the 2"):
