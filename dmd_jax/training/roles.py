@@ -73,6 +73,12 @@ def weights_path(config, role):
     return config.teacher.weights
 
 
+def fingerprint(config, role):
+    """The `weights.fingerprint` of what a role starts from, all of its experts included."""
+    path, several = weights_path(config, role), experts(config, role)
+    return weights.fingerprint(path, several.sources) if several else weights.fingerprint(path)
+
+
 def abstract(config, role, *, source, files):
     """A role's abstract Denoiser: that of its file, or of its `model` where there is no file.
 

@@ -96,6 +96,8 @@ def test_each_expert_of_a_pair_starts_from_its_part(tmp_path):
     assert pair.boundaries == (875.0,)
     for net, wanted in zip(pair.nets, nets, strict=True):
         toys.assert_same(jax.tree.leaves(net), jax.tree.leaves(wanted))
+    both = weights.fingerprint(tmp_path / "a", ("transformer", "transformer_2"))
+    assert roles.fingerprint(config, "teacher") == both
 
 
 def test_adapters_of_experts_are_on_a_base_of_experts(phased):
