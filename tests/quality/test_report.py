@@ -120,6 +120,19 @@ def test_the_name_of_a_model_with_the_most_calls_alone_stays_in_the_figure():
     assert all(0 < box.x0 < box.x1 < drawing.bbox.x1 for box in names.values())
 
 
+def test_the_last_value_of_a_model_is_beside_its_line_and_in_the_figure():
+    drawing = Figure()
+    axes = drawing.add_axes((0.1, 0.1, 0.8, 0.8))
+    report._draw_quality(axes, ROWS[1:], "FD")
+    drawing.draw_without_rendering()
+    line = next(line for line in axes.lines if len(line.get_xdata()) == 2)
+    ends = line.get_transform().transform(line.get_xydata())
+    points = np.linspace(*ends, 1000)
+    (box,) = (t.get_window_extent() for t in axes.texts if t.get_text() == "0.825")
+    assert not any(box.contains(*point) for point in points)
+    assert box.x1 < drawing.bbox.x1
+
+
 def test_gallery_shows_every_sampler_in_a_column_of_its_own(tmp_path):
     dark, bright = (np.full((4, 8, 24, 1), grey, np.uint8) for grey in (60, 200))
     images = {"teacher, 50 steps": dark, "student, 1 step": bright}
