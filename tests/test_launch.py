@@ -107,6 +107,20 @@ def test_a_tpu_slice_that_is_taken_away_is_asked_for_again(status, state, ends, 
     assert "-m dmd_jax.main --distributed --workdir=a\\ b" in made
 
 
+def test_a_tpu_slice_of_no_known_type_is_not_asked_for(tmp_path):
+    stand_in(tmp_path, "gcloud", "#!/bin/sh\nexit 9\n")
+    ended = subprocess.run(
+        [LAUNCH / "tpu_pod.sh", "slice", "zone", "--config=configs/dmd.py"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    assert ended.returncode == 2
+    assert "--config=configs/dmd.py is no type of slice" in ended.stderr
+
+
 def test_xpk_gets_the_command_as_one_argument(tmp_path):
     stand_in(tmp_path, "xpk", "#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     printed = subprocess.run(
