@@ -11,16 +11,16 @@ Imports the rollouts and the samplers.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float32, Int, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import check_step_times, shift_time
-from dmd_jax.methods import Batch, Nets
+from dmd_jax.methods import Batch, Nets, RandomKey
 from dmd_jax.models.attention import Causal
 from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -28,6 +28,8 @@ from dmd_jax.rollouts.blocks import Layout
 from dmd_jax.rollouts.samplers import CausalFewStep, few_step
 from dmd_jax.rollouts.self_forcing import empty_cache, self_forcing
 from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, block_of, context_at
+
+Videos: TypeAlias = Float32[Array, "B F H W C"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +95,10 @@ class CausalRollout:
     def __call__(
         self,
         generator: Denoiser,
-        noise: Float32[Array, "B F H W C"],
+        noise: Videos,
         nets: Nets,
         batch: Batch,
-        key: Key[Array, ""],
+        key: RandomKey,
         *,
         times: Sequence[float],
         shift: float,
@@ -138,6 +140,30 @@ class OwnBlocks(CausalRollout):
     def shares_exit(self) -> bool:
         """Whether all blocks stop at one exit step."""
         return not self.per_block_exit
+
+    def roll_out(
+        self,
+        generator: Denoiser,
+        noise: Videos,
+        cond: PyTree,
+        index: Int[ArrayLike, " B"],
+        key: RandomKey,
+        **more: Any,
+    ) -> Rollout:
+        """`self_forcing` with these fields; `more` are its other arguments."""
+        return self_forcing(
+            generator,
+            noise,
+            cond,
+            key,
+            schedule=generator.schedule,
+            causal=self.causal,
+            first_times=self.first_times,
+            per_block_exit=self.per_block_exit,
+            context_time=self.context_time,
+            index=index,
+            **more,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,36 +232,26 @@ class SelfForcing(OwnBlocks):
     def __call__(
         self,
         generator: Denoiser,
-        noise: Float32[Array, "B F H W C"],
+        noise: Videos,
         nets: Nets,
         batch: Batch,
-        key: Key[Array, ""],
-        *,
-        times: Sequence[float],
-        shift: float,
-        last_step_share: float,
+        key: RandomKey,
+        **calls: Any,  # times, shift, last_step_share
     ) -> Rollout:
         rollout_key, blocks_key = jax.random.split(key)
         blocks = None
         if self.least_blocks is not None:
             most = self._layout(noise.shape[1:]).total
             blocks = jax.random.randint(blocks_key, (), self.least_blocks, most + 1)
-        rollout = self_forcing(
+        rollout = self.roll_out(
             generator,
             noise,
             batch["cond"],
+            batch["index"],
             rollout_key,
-            times=times,
-            shift=shift,
-            schedule=generator.schedule,
-            causal=self.causal,
-            first_times=self.first_times,
-            per_block_exit=self.per_block_exit,
-            last_step_share=last_step_share,
-            context_time=self.context_time,
             graded=self._graded,
             blocks=blocks,
-            index=batch["index"],
+            **calls,
         )
         return rollout if self.compared is None else self._last(rollout, blocks, nets.get("vae"))
 
@@ -306,10 +322,10 @@ class CausVid(CausalRollout):
     def __call__(
         self,
         generator: Denoiser,
-        noise: Float32[Array, "B F H W C"],
+        noise: Videos,
         nets: Nets,
         batch: Batch,
-        key: Key[Array, ""],
+        key: RandomKey,
         *,
         times: Sequence[float],
         shift: float,

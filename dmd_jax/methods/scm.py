@@ -16,7 +16,7 @@ from dmd_jax.losses.consistency import (
     trigflow_point,
     trigflow_velocity,
 )
-from dmd_jax.methods import Batch
+from dmd_jax.methods import Batch, Scalar
 from dmd_jax.methods.flow_map import FlowMap, Point, warmth
 from dmd_jax.models.attention import forward_mode
 from dmd_jax.rollouts.backward_simulation import constant
@@ -49,11 +49,8 @@ class SCM(FlowMap):
             )
 
     def difference(
-        self,
-        generator: Denoiser,
-        point: Point,
-        batch: Batch,
-    ) -> tuple[Float32[Array, ""], Float32[Array, " B"]]:
+        self, generator: Denoiser, point: Point, batch: Batch
+    ) -> tuple[Scalar, Float32[Array, " B"]]:
         angle, cond = trigflow_angle(point.t), batch["cond"]
         z = trigflow_point(point.x_t, angle)
         direction = trigflow_velocity(point.x_t, point.velocity, angle)
