@@ -246,9 +246,8 @@ def _draw_quality(axes: Axes, rows: Sequence[Row], metric: str) -> None:
         side, ha = (-8, "right") if calls[0] == most else (8, "left")  # the drawing ends at `most`
         _note(axes, name, points[0], (side, 2), color=colour, weight="bold", ha=ha)
         if len(points) > 1:
-            _note(
-                axes, f"{distances[-1]:.3g}", points[-1], (7, -3), color=colour
-            )  # no line is there
+            # To the right, where the line does not go.
+            _note(axes, f"{distances[-1]:.3g}", points[-1], (7, -3), color=colour)
     for row in rows:
         if not row.get("calls"):
             axes.axhline(row["fd"], color=FAINT, lw=1, ls=(0, (4, 3)))

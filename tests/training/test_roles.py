@@ -125,7 +125,9 @@ def test_experts_are_refused_by_a_method_whose_batches_have_times_of_all_of_them
     config = programs.config(teacher, data_dir)
     with config.unlocked():
         config.teacher.experts = complete(ConfigDict(dict(cls=ByNoise, boundaries=(0.5,))))
-    with pytest.raises(ValueError, match=r"config\.teacher has experts, .* DMD draws a time for each"):
+    with pytest.raises(
+        ValueError, match=r"config\.teacher has experts, .* DMD draws a time for each"
+    ):
         build(config, jax.devices()[:1])
 
 
