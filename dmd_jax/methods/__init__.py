@@ -7,7 +7,7 @@ models/, losses/, diffusion/ and devices/.
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from jaxtyping import Array, Float32, Key, Shaped
+from jaxtyping import Array, ArrayLike, Float32, Int, Key, Shaped
 
 # The arguments and results of every method.
 Nets: TypeAlias = Mapping[str, Any]  # Denoisers by role, or other callables (x_t, t, cond) -> x0
@@ -15,4 +15,5 @@ Batch: TypeAlias = Mapping[str, Any]  # "cond", "uncond", "index" and, if the me
 Observed: TypeAlias = dict[str, Shaped[Array, "B ..."]]  # per-sample values, for `method.metrics`
 Scalar: TypeAlias = Float32[Array, ""]
 Metrics: TypeAlias = dict[str, Scalar]
-RandomKey: TypeAlias = Key[Array, ""]
+OneKey: TypeAlias = Key[Array, ""]
+Index: TypeAlias = Int[ArrayLike, " B"]  # positions of samples in the global batch

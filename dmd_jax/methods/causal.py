@@ -15,12 +15,12 @@ from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float32, Int, PyTree
+from jaxtyping import Array, Float32, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import check_step_times, shift_time
-from dmd_jax.methods import Batch, Nets, RandomKey
+from dmd_jax.methods import Batch, Index, Nets, OneKey
 from dmd_jax.models.attention import Causal
 from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -98,13 +98,16 @@ class CausalRollout:
         noise: Videos,
         nets: Nets,
         batch: Batch,
-        key: RandomKey,
+        key: OneKey,
         *,
         times: Sequence[float],
         shift: float,
         last_step_share: float,
     ) -> Rollout:
-        """Videos of the generator, under the condition `batch["cond"]`."""
+        """Videos of the generator, under the condition `batch["cond"]`.
+
+        Subclasses may take `times`, `shift` and `last_step_share` as `how`, to hand them on.
+        """
         raise NotImplementedError
 
     def sampler(
@@ -146,8 +149,8 @@ class OwnBlocks(CausalRollout):
         generator: Denoiser,
         noise: Videos,
         cond: PyTree,
-        index: Int[ArrayLike, " B"],
-        key: RandomKey,
+        index: Index,
+        key: OneKey,
         **more: Any,
     ) -> Rollout:
         """`self_forcing` with these fields; `more` are its other arguments."""
@@ -230,13 +233,7 @@ class SelfForcing(OwnBlocks):
         return jax.eval_shape(lambda: empty_cache(generator, videos, self.causal, graded, frames))
 
     def __call__(
-        self,
-        generator: Denoiser,
-        noise: Videos,
-        nets: Nets,
-        batch: Batch,
-        key: RandomKey,
-        **calls: Any,  # times, shift, last_step_share
+        self, generator: Denoiser, noise: Videos, nets: Nets, batch: Batch, key: OneKey, **how: Any
     ) -> Rollout:
         rollout_key, blocks_key = jax.random.split(key)
         blocks = None
@@ -251,7 +248,7 @@ class SelfForcing(OwnBlocks):
             rollout_key,
             graded=self._graded,
             blocks=blocks,
-            **calls,
+            **how,
         )
         return rollout if self.compared is None else self._last(rollout, blocks, nets.get("vae"))
 
@@ -325,7 +322,7 @@ class CausVid(CausalRollout):
         noise: Videos,
         nets: Nets,
         batch: Batch,
-        key: RandomKey,
+        key: OneKey,
         *,
         times: Sequence[float],
         shift: float,

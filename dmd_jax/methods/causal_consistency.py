@@ -11,7 +11,7 @@ from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, guided
 from dmd_jax.diffusion.schedule import check_step_times, check_times, expand, shift_time
 from dmd_jax.losses.distribution_matching import denoising_loss
-from dmd_jax.methods import Batch, Nets, Observed, RandomKey, Scalar
+from dmd_jax.methods import Batch, Nets, Observed, OneKey, Scalar
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.ode import euler_step
 from dmd_jax.rollouts.samplers import CausalFewStep, CausalManyStep, few_step
@@ -72,11 +72,7 @@ class CausalConsistency:
         )
 
     def sampler(self, steps: int, guidance: float) -> CausalFewStep:
-        """How the trained generator is sampled; guidance is in its weights.
-
-        Raises:
-            ValueError: guidance is not 1.
-        """
+        """How the trained generator is sampled; see `samplers.few_step`."""
         return few_step(
             self.times, steps, guidance, self.shift, self.causal, context_time=self.context_time
         )
@@ -90,7 +86,7 @@ class CausalConsistency:
         return self.sampler(len(self.times), 1.0).notes()
 
     def generator_loss(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: RandomKey
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey
     ) -> tuple[Scalar, tuple[Observed, None]]:
         """The squared difference of x0 at neighbouring times, which are drawn for each sample.
 
@@ -115,7 +111,7 @@ class CausalConsistency:
         teacher: Denoiser,
         batch: Batch,
         interval: Int[ArrayLike, " B"],
-        key: RandomKey,
+        key: OneKey,
     ) -> Scalar:
         """The loss on given intervals of the grid, 0 ... steps - 1."""
         eps_key, context_key = jax.random.split(key)

@@ -15,11 +15,11 @@ from dmd_jax.losses.distribution_matching import (
     finite_samples,
     square_norms,
 )
-from dmd_jax.methods import Batch, Metrics, Nets, Observed, RandomKey, Scalar
+from dmd_jax.methods import Batch, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout
 
-Keys: TypeAlias = tuple[RandomKey, RandomKey]  # of the times and of the noise
+Keys: TypeAlias = tuple[OneKey, OneKey]  # of the times and of the noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class DecoupledDMD(DMD):
             )
 
     def compare(
-        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: RandomKey, eps_key: RandomKey
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
         keys = time_key, eps_key
         others = jax.random.fold_in(time_key, 1), jax.random.fold_in(eps_key, 1)

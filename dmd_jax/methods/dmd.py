@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Float32, Int, PyTree, Real
+from jaxtyping import Array, ArrayLike, Float, Float32, PyTree, Real
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, Prediction, guided
@@ -28,7 +28,7 @@ from dmd_jax.losses.distribution_matching import (
     finite_samples,
     teacher_error,
 )
-from dmd_jax.methods import Batch, Metrics, Nets, Observed, RandomKey, Scalar
+from dmd_jax.methods import Batch, Index, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.causal import CausalRollout
 from dmd_jax.rollouts.backward_simulation import Rollout, backward_simulation, one_step
 from dmd_jax.rollouts.blocks import BLOCKS, GRADED
@@ -162,7 +162,7 @@ class DMD:
         share = self.last_step_share
         return sum(share * last + (1 - share) * last / 2 for last in lasts) / len(lasts)
 
-    def rollout(self, generator: Denoiser, nets: Nets, batch: Batch, key: RandomKey) -> Rollout:
+    def rollout(self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey) -> Rollout:
         """Samples of the generator, [B, *sample_shape], under the condition `batch["cond"]`."""
         noise_key, stride_key, step_key = jax.random.split(key, 3)
         noise = randomness.normal(noise_key, batch["index"], self.sample_shape)
@@ -194,7 +194,7 @@ class DMD:
         )
 
     def generator_loss(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: RandomKey
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey
     ) -> tuple[Scalar, tuple[Observed, Rollout]]:
         """A loss whose gradient is the distribution-matching gradient.
 
@@ -213,7 +213,7 @@ class DMD:
         return loss, (observed, rollout)
 
     def compare(
-        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: RandomKey, eps_key: RandomKey
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
         """The generator's loss on given samples, and what `metrics` needs of its parts."""
         schedule = nets["teacher"].schedule
@@ -240,7 +240,7 @@ class DMD:
         return dmd_loss(rollout.x0, align(weight, grad) * grad, rollout.mask)
 
     def critic_loss(
-        self, critics: Nets, nets: Nets, rollout: Rollout, batch: Batch, key: RandomKey
+        self, critics: Nets, nets: Nets, rollout: Rollout, batch: Batch, key: OneKey
     ) -> tuple[Scalar, Observed]:
         """The fake score's regression on the generator's samples (DMD, equation 6).
 
@@ -283,12 +283,7 @@ class DMD:
         return denoising_loss(raw, target, weight, rollout.mask)
 
     def diffuse(
-        self,
-        rollout: Rollout,
-        schedule: Schedule,
-        index: Int[ArrayLike, " B"],
-        time_key: RandomKey,
-        eps_key: RandomKey,
+        self, rollout: Rollout, schedule: Schedule, index: Index, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Float32[Array, " B *data"], Float32[Array, " B"], Float32[Array, " B *data"]]:
         """Adds noise to the samples at random times: (x_t, t, eps)."""
         low = rollout.t_to if self.above_exit else 0.0

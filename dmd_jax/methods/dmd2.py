@@ -17,7 +17,7 @@ from dmd_jax.losses.adversarial import (
     gradient_penalty,
 )
 from dmd_jax.losses.distribution_matching import finite_samples, square_norms, with_gradient
-from dmd_jax.methods import Batch, Metrics, Nets, Observed, RandomKey, Scalar
+from dmd_jax.methods import Batch, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout, constant
 
@@ -91,7 +91,7 @@ class DMD2(DMD):
         return 1.0
 
     def compare(
-        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: RandomKey, eps_key: RandomKey
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
         schedule, x0 = nets["teacher"].schedule, jax.lax.stop_gradient(rollout.x0)
         x_t, t, _ = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
@@ -147,7 +147,7 @@ class DMD2(DMD):
         return schedule.add_noise(data, randomness.normal(key, batch["index"], data.shape[1:]), t)
 
     def critic_loss(
-        self, critics: Nets, nets: Nets, rollout: Rollout, batch: Batch, key: RandomKey
+        self, critics: Nets, nets: Nets, rollout: Rollout, batch: Batch, key: OneKey
     ) -> tuple[dict[str, Scalar], Observed]:
         """The fake score's regression (see `DMD`), and the discriminator's loss with its penalties.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32, PyTree
 
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.methods import Batch, Nets, RandomKey
+from dmd_jax.methods import Batch, Nets, OneKey
 from dmd_jax.methods.causal import OwnBlocks, Videos
 from dmd_jax.models import kv_cache
 from dmd_jax.models.kv_cache import KVCache
@@ -134,13 +134,7 @@ class LongTuning(OwnBlocks):
         return Streams(cache, latents, cond, jnp.int32(self.frames), jnp.int32(0))
 
     def __call__(
-        self,
-        generator: Denoiser,
-        noise: Videos,
-        nets: Nets,
-        batch: Batch,
-        key: RandomKey,
-        **calls: Any,  # times, shift, last_step_share
+        self, generator: Denoiser, noise: Videos, nets: Nets, batch: Batch, key: OneKey, **how: Any
     ) -> Rollout:
         rollout_key, switch_key, context_key = jax.random.split(key, 3)
         streams = jax.lax.stop_gradient(batch["stream"])
@@ -157,7 +151,7 @@ class LongTuning(OwnBlocks):
             blocks=layout.total - jnp.where(new, 0, self.overlap // layout.size),
             cache=streams.cache,
             start=streams.made,
-            **calls,
+            **how,
         )
         after = self._after(streams, rollout, new)
         if not self.overlap:

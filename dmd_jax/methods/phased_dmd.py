@@ -4,13 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float32
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import Schedule, sample_time, shift_time
 from dmd_jax.losses import subintervals
-from dmd_jax.methods import Batch, Nets, Observed, RandomKey, Scalar
+from dmd_jax.methods import Batch, Index, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.models.experts import Experts, expert_of, network_times
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -114,7 +114,7 @@ class PhasedDMD(DMD):
     def sampler(self, steps: int, guidance: float) -> Sampler:
         return few_step(self.times, steps, guidance, self.shift, phases=self.phases)
 
-    def rollout(self, generator: Denoiser, nets: Nets, batch: Batch, key: RandomKey) -> Rollout:
+    def rollout(self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey) -> Rollout:
         noise_key, exit_key = jax.random.split(key)
         return phased(
             generator,
@@ -128,14 +128,14 @@ class PhasedDMD(DMD):
         )
 
     def compare(
-        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: RandomKey, eps_key: RandomKey
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
         fake_score = expert_of(nets["fake_score"], rollout.phase.number)
         nets = {**nets, "fake_score": fake_score}
         return super().compare(rollout, nets, batch, time_key, eps_key)
 
     def critic_loss(
-        self, critics: Nets, nets: Nets, rollout: Rollout, batch: Batch, key: RandomKey
+        self, critics: Nets, nets: Nets, rollout: Rollout, batch: Batch, key: OneKey
     ) -> tuple[Scalar, Observed]:
         """The fake score's regression on the exact targets of the phase; see `DMD`."""
         rollout = jax.lax.stop_gradient(rollout)
@@ -149,12 +149,7 @@ class PhasedDMD(DMD):
         return self.regress(fake_score, x_t, t, x0, noise, rollout, weight), {}
 
     def diffuse(
-        self,
-        rollout: Rollout,
-        schedule: Schedule,
-        index: Int[Array, " B"],
-        time_key: RandomKey,
-        eps_key: RandomKey,
+        self, rollout: Rollout, schedule: Schedule, index: Index, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Float32[Array, " B *data"], Float32[Array, " B"], Float32[Array, " B *data"]]:
         """Diffuses the samples from the end of their phase on, to random times: (x_t, t, eps).
 

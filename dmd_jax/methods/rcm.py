@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.methods import Batch, Metrics, Nets, Observed, RandomKey, Scalar
+from dmd_jax.methods import Batch, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.scm import SCM
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -60,7 +60,7 @@ class RCM(DMD):
         )
 
     def generator_loss(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: RandomKey
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey
     ) -> tuple[Scalar, tuple[Observed, Rollout]]:
         """The sum; `batch` has the entries of both methods."""
         matching, (observed, rollout) = super().generator_loss(generator, nets, batch, key)

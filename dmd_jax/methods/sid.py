@@ -9,7 +9,7 @@ from jaxtyping import ArrayLike, Real
 from dmd_jax.diffusion.schedule import Samples, expand
 from dmd_jax.losses.distribution_matching import with_gradient
 from dmd_jax.losses.score_identity import sid_loss
-from dmd_jax.methods import Batch, Nets, Observed, RandomKey, Scalar
+from dmd_jax.methods import Batch, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout
 
@@ -26,7 +26,7 @@ class SiD(DMD):
     alpha: float = 1.0
 
     def compare(
-        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: RandomKey, eps_key: RandomKey
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
         """DMD's `compare`, with the loss's gradient at the samples computed here, explicitly.
 
