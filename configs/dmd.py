@@ -43,14 +43,10 @@ the same base in the place of a section's: --config.generator.optimizer.cls=Muon
 the new class has then keep their defaults; to set them, write the section in a config program.
 """
 
-import dataclasses
-
 import ml_collections
 from ml_collections import config_dict
 
 from dmd_jax.data import MovingDigits, Prompts
-from dmd_jax.diffusion.denoiser import Velocity
-from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.consistency import Consistency
 from dmd_jax.methods.decoupled_dmd import DecoupledDMD
 from dmd_jax.methods.dmd import DMD
@@ -62,14 +58,14 @@ from dmd_jax.methods.rcm import RCM
 from dmd_jax.methods.scm import SCM
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.discriminator import DiscriminatorConfig
-from dmd_jax.models.wan import T2V_1_3B, T2V_14B, T2V_A14B, WanConfig
+from dmd_jax.models.wan import T2V_1_3B, T2V_14B, T2V_A14B
 from dmd_jax.quality.evaluation import Evaluation
 from dmd_jax.training.adapters import LoRA
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
-from dmd_jax.training.roles import ByNoise
+from dmd_jax.training.roles import ByNoise, stated
 from dmd_jax.training.step import EMA
 from dmd_jax.training.writers import Log
 
@@ -238,20 +234,6 @@ def _wan_tiny(config):
     )
 
 
-def _wan(preset, weights, **more):
-    """A role whose network is stated, so that a dry run needs no weights."""
-    model = dataclasses.asdict(preset)
-    compute = {name: model.pop(name) for name in ("dtype", "remat", "unroll")}
-    return dict(
-        weights=weights,
-        model=dict(cls=WanConfig, **model),
-        schedule=dict(cls=FlowMatching),
-        prediction=dict(cls=Velocity),
-        compute=compute | dict(dtype="bfloat16", remat="full"),
-        **more,
-    )
-
-
 def _wan_t2v_1_3b(config):
     adamw = dict(cls=AdamW, b1=0.0, b2=0.999, weight_decay=0.01, clip=10.0)
     small = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -264,9 +246,9 @@ def _wan_t2v_1_3b(config):
         guidance=4.0,  # Self-Forcing's 3.0: docs/guidance.md
         batched_guidance=False,
     )
-    config.teacher = _wan(T2V_14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
-    config.generator = _wan(T2V_1_3B, small, optimizer=adamw | dict(learning_rate=2e-6))
-    config.fake_score = _wan(T2V_1_3B, small, optimizer=adamw | dict(learning_rate=4e-7))
+    config.teacher = stated(T2V_14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    config.generator = stated(T2V_1_3B, small, optimizer=adamw | dict(learning_rate=2e-6))
+    config.fake_score = stated(T2V_1_3B, small, optimizer=adamw | dict(learning_rate=4e-7))
     config.ema = dict(cls=EMA, decay=0.99, start=200)
     config.generator_every = 5
     config.steps = 3_000
@@ -299,7 +281,7 @@ def _wan_t2v_a14b(config):
         batched_guidance=False,
     )
     for name, rate in {"teacher": None, "generator": 2e-6, "fake_score": 4e-7}.items():
-        config[name] = _wan(T2V_A14B, "Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+        config[name] = stated(T2V_A14B, "Wan-AI/Wan2.2-T2V-A14B-Diffusers")
         config[name].experts = dict(
             cls=ByNoise, boundaries=(0.875,), parts=("transformer", "transformer_2")
         )

@@ -31,14 +31,12 @@ import dataclasses
 import ml_collections
 
 from dmd_jax.data import BouncingDigits, Prompts
-from dmd_jax.diffusion.denoiser import Velocity
-from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.methods.causal import CausVid, SelfForcing
 from dmd_jax.methods.causal_consistency import CausalConsistency
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.long_tuning import LongTuning
 from dmd_jax.models.attention import Causal
-from dmd_jax.models.wan import T2V_1_3B, T2V_14B, WanConfig
+from dmd_jax.models.wan import T2V_1_3B, T2V_14B
 from dmd_jax.models.wan_vae import WAN_2_1, WanVAEConfig
 from dmd_jax.quality.evaluation import Evaluation
 from dmd_jax.training.adapters import LoRA
@@ -46,6 +44,7 @@ from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.optimizer import AdamW
+from dmd_jax.training.roles import stated
 from dmd_jax.training.step import EMA
 from dmd_jax.training.writers import Log
 
@@ -129,20 +128,6 @@ def _consistency(config):
     config.evaluate.beside = ()
 
 
-def _wan(preset, weights, **more):
-    """A role whose network is stated, so that a dry run needs no weights."""
-    model = dataclasses.asdict(preset)
-    compute = {name: model.pop(name) for name in ("dtype", "remat", "unroll")}
-    return dict(
-        weights=weights,
-        model=dict(cls=WanConfig, **model),
-        schedule=dict(cls=FlowMatching),
-        prediction=dict(cls=Velocity),
-        compute=compute | dict(dtype="bfloat16", remat="full"),
-        **more,
-    )
-
-
 def _wan_t2v_1_3b(config):
     adamw = dict(cls=AdamW, b1=0.0, b2=0.999, weight_decay=0.01, clip=10.0)
     config.data = dict(cls=Prompts, embeddings="embeddings", sample_shape=(21, 60, 104, 16))
@@ -155,9 +140,9 @@ def _wan_t2v_1_3b(config):
         batched_guidance=False,
         video=dict(cls=SelfForcing, causal=dict(cls=Causal, frames_per_block=3)),
     )
-    config.teacher = _wan(T2V_14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
-    config.generator = _wan(T2V_1_3B, "causal_start", optimizer=adamw | dict(learning_rate=2e-6))
-    config.fake_score = _wan(T2V_1_3B, SMALL, optimizer=adamw | dict(learning_rate=4e-7))
+    config.teacher = stated(T2V_14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    config.generator = stated(T2V_1_3B, "causal_start", optimizer=adamw | dict(learning_rate=2e-6))
+    config.fake_score = stated(T2V_1_3B, SMALL, optimizer=adamw | dict(learning_rate=4e-7))
     config.ema = dict(cls=EMA, decay=0.99, start=200)
     config.steps, config.batch_size = 600, 64
     config.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)

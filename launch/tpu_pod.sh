@@ -19,7 +19,8 @@ case $type in
   v6e-*) runtime=v2-alpha-tpuv6e ;;
   v5p-*) runtime=v2-alpha-tpuv5 ;;
   v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
-  *) runtime=tpu-ubuntu2204-base ;;
+  v[234]-*) runtime=tpu-ubuntu2204-base ;;
+  *) echo "error: $type is no type of slice, such as v5litepod-16: NAME ZONE TYPE FLAGS" >&2 && exit 2 ;;
 esac
 
 tpu() { gcloud compute tpus "$@" --zone="$zone" --quiet; }

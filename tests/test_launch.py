@@ -79,6 +79,14 @@ def stand_in(directory, name, source):
     (directory / name).chmod(0o755)
 
 
+def launch(directory, name, *args, **environment):
+    """Runs a script with the programs of a directory before others; returns the ended process."""
+    environment = os.environ | {"PATH": f"{directory}:{os.environ['PATH']}"} | environment
+    return subprocess.run(
+        [LAUNCH / name, *args], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
 @pytest.mark.parametrize(
     "status, state, ends, calls",
     [
@@ -92,14 +100,9 @@ def stand_in(directory, name, source):
 def test_a_tpu_slice_that_is_taken_away_is_asked_for_again(status, state, ends, calls, tmp_path):
     stand_in(tmp_path, "gcloud", GCLOUD)
     stand_in(tmp_path, "sleep", "#!/bin/sh\n")
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MOUNT": "mount it"}
-    ended = subprocess.run(
-        [LAUNCH / "tpu_pod.sh", "slice", "zone", "v6e-16", "--workdir=a b"],
-        env=os.environ | environment | {"STATUS": str(status), "STATE": state},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = dict(MOUNT="mount it", STATUS=str(status), STATE=state)
+    args = "slice", "zone", "v6e-16", "--workdir=a b"
+    ended = launch(tmp_path, "tpu_pod.sh", *args, **environment)
     assert ended.returncode == ends, ended.stderr
     made = (tmp_path / "calls").read_text()
     assert re.findall(r"^compute tpus \S+ (create|delete|scp|ssh) ", made, re.M) == calls.split()
@@ -107,20 +110,19 @@ def test_a_tpu_slice_that_is_taken_away_is_asked_for_again(status, state, ends, 
     assert "-m dmd_jax.main --distributed --workdir=a\\ b" in made
 
 
+def test_a_tpu_slice_of_no_known_type_is_not_asked_for(tmp_path):
+    stand_in(tmp_path, "gcloud", "#!/bin/sh\nexit 9\n")
+    ended = launch(tmp_path, "tpu_pod.sh", "slice", "zone", "--config=configs/dmd.py")
+    assert ended.returncode == 2
+    assert "--config=configs/dmd.py is no type of slice" in ended.stderr
+
+
 def test_xpk_gets_the_command_as_one_argument(tmp_path):
     stand_in(tmp_path, "xpk", "#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
-    printed = subprocess.run(
-        [LAUNCH / "gke_xpk.sh", "run", "cluster", "v6e-16", "image", "--workdir=a b"],
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert (
-        "--command=cd /dmd_jax && exec python -m dmd_jax.main --distributed --workdir=a\\ b"
-        in printed
-    )
-    assert "--restart-on-exit-codes=75\n" in printed
+    args = "run", "cluster", "v6e-16", "image", "--workdir=a b"
+    printed = launch(tmp_path, "gke_xpk.sh", *args).stdout
+    command = "cd /dmd_jax && exec python -m dmd_jax.main --distributed --workdir=a\\ b"
+    assert f"--command={command}" in printed and "--restart-on-exit-codes=75\n" in printed
 
 
 def slurm(process, count, port):

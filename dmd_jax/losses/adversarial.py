@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32
 
-from dmd_jax.diffusion.schedule import Samples
+from dmd_jax.diffusion.schedule import Samples, expand
+from dmd_jax.losses.distribution_matching import square_norms
 
 Logits: TypeAlias = Float[ArrayLike, " B"]
 Discriminate: TypeAlias = Callable[[Samples], Logits]
@@ -57,7 +58,7 @@ def gradient_penalty(discriminate: Discriminate, x_t: Samples) -> Float32[Array,
         x_t: noisy samples, noised as those that D learns from.
     """
     grad = jax.grad(lambda x: jnp.sum(discriminate(x)))(x_t)
-    return jnp.mean(jnp.sum(jnp.square(grad), axis=tuple(range(1, x_t.ndim))))
+    return jnp.mean(square_norms(grad))
 
 
 def finite_penalty(
@@ -87,9 +88,6 @@ def equal_norms(grad: Samples, like: Samples) -> Float32[Array, " B *data"]:
     The author of DMD2 recommends equal norms of both gradients at the image as the start of a
     search for the weight of the adversarial loss. A sample whose gradient is zero stays so.
     """
-
-    def norm(x):
-        return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)), keepdims=True))
-
-    own = norm(grad)
-    return jnp.where(own > 0.0, norm(like) / jnp.where(own > 0.0, own, 1.0), 0.0) * grad
+    own, wanted = jnp.sqrt(square_norms(grad)), jnp.sqrt(square_norms(like))
+    scale = jnp.where(own > 0.0, wanted / jnp.where(own > 0.0, own, 1.0), 0.0)
+    return expand(scale, grad) * grad

@@ -6,7 +6,7 @@ continuous ones take the derivative, by `jax.jvp`. Every target and tangent here
 is exactly what the exact map leaves at zero.
 
 Times are those of flow matching, x_t = (1 - t) x0 + t eps. Networks are functions of (x_t, t), with
-their conditions bound. An attention kernel without a jvp: `models.attention.forward_mode`.
+their conditions bound. Attention kernels have no jvp: see `models.attention.forward_mode`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Real
 
 from dmd_jax.diffusion.schedule import Samples, align, expand
-from dmd_jax.losses.distribution_matching import dmd_loss, finite_samples
+from dmd_jax.losses.distribution_matching import dmd_loss, finite_samples, square_norms
 
 Time: TypeAlias = Float[ArrayLike, " B"]
 # (x_t, t) -> v, the velocity at x_t; and (z, angle) -> F, the same network as TrigFlow sees it.
@@ -54,7 +54,7 @@ def consistency_loss(
     """mean (sqrt(|x0 - target|^2 + c^2) - c) / (t - r), with the L2 norm over a sample's elements.
 
     (Song and Dhariwal 2023, iCT: the pseudo-Huber metric and this weight; ECT.) A large c makes it
-    the squared error of Song et al. 2023.
+    the squared error of Song et al. 2023, divided by 2 c.
 
     Args:
         x0: the student's map of x_t.
@@ -65,7 +65,8 @@ def consistency_loss(
     """
     square, usable = _square_error(x0, target)
     weight = usable / (jnp.asarray(t, jnp.float32) - r)
-    return jnp.mean(weight * (jnp.sqrt(square + huber**2) - huber))
+    # Not sqrt(square + c^2) - c, which loses all digits where c is large.
+    return jnp.mean(weight * square / (jnp.sqrt(square + huber**2) + huber))
 
 
 # --- Continuous, as TrigFlow: sCM -----------------------------------------------------------------
@@ -215,7 +216,7 @@ def _square_error(x, target):
     x, usable = x.astype(jnp.float32), finite_samples(target)
     target = jnp.where(expand(usable, x), jax.lax.stop_gradient(target), 0.0)
     x = jnp.where(expand(usable, x), x, 0.0)
-    return jnp.sum(jnp.square(x - target), axis=tuple(range(1, x.ndim))), usable
+    return square_norms(x - target), usable
 
 
 def root_mean_square(x: Samples) -> Float32[Array, " B"]:

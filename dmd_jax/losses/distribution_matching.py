@@ -25,6 +25,21 @@ def finite_samples(x: Samples) -> Bool[Array, " B"]:
     return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
 
 
+def square_norms(x: Samples) -> Float[Array, " B"]:
+    """The sum of the squares of each sample's elements."""
+    return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
+
+
+def with_gradient(x0: Samples, value: Float[Array, ""], grad: Samples) -> Float32[Array, ""]:
+    """A loss with this value and the gradient `grad` with respect to x0, both constants here.
+
+    For losses whose gradients at the samples are computed explicitly, and changed there.
+    """
+    zero = (x0 - jax.lax.stop_gradient(x0)).astype(jnp.float32)
+    value, grad = jax.lax.stop_gradient((value, grad))
+    return value + jnp.sum(zero * grad)
+
+
 def teacher_error(
     x0: Samples,
     real_x0: Samples,

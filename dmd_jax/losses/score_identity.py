@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, ArrayLike, Float32, Real
 
-from dmd_jax.diffusion.schedule import Mask, Samples, expand
+from dmd_jax.diffusion.schedule import Mask, Samples, align, expand
 from dmd_jax.losses.distribution_matching import finite_samples, masked_mean, teacher_error
 
 
@@ -17,6 +17,7 @@ def sid_loss(
     normalize: bool = True,
     mask: Mask | None = None,
     frames_per_block: int | None = None,
+    weight: Real[ArrayLike, "..."] = 1.0,
 ) -> Float32[Array, ""]:
     """mean( (r - f) ((r - x0) - alpha (r - f)) / mean |x0 - r| ) with r = real_x0, f = fake_x0.
 
@@ -31,6 +32,7 @@ def sid_loss(
         normalize: divide by `teacher_error`, to which `mask` and `frames_per_block` are passed.
         mask: the elements over which the mean is taken; None for all.
         frames_per_block: number of frames that share a normaliser; None for all frames.
+        weight: of each sample, [B]; or one number.
 
     Returns:
         The loss. A sample with a prediction that is not finite, or with a teacher error of zero,
@@ -46,4 +48,5 @@ def sid_loss(
     # Replaced before the arithmetic: where() on its result would still have a gradient of NaN.
     real_x0, fake_x0, error = (jnp.where(usable, a, 1.0) for a in (real_x0, fake_x0, error))
     difference = real_x0 - fake_x0
-    return masked_mean(difference * ((real_x0 - x0) - alpha * difference) / error, mask)
+    loss = difference * ((real_x0 - x0) - alpha * difference) / error
+    return masked_mean(align(weight, loss) * loss, mask)

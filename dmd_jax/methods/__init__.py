@@ -7,10 +7,13 @@ models/, losses/, diffusion/ and devices/.
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from jaxtyping import Array, Float32, Shaped
+from jaxtyping import Array, ArrayLike, Float32, Int, Key, Shaped
 
 # The arguments and results of every method.
 Nets: TypeAlias = Mapping[str, Any]  # Denoisers by role, or other callables (x_t, t, cond) -> x0
 Batch: TypeAlias = Mapping[str, Any]  # "cond", "uncond", "index" and, if the method uses it, "data"
 Observed: TypeAlias = dict[str, Shaped[Array, "B ..."]]  # per-sample values, for `method.metrics`
-Metrics: TypeAlias = dict[str, Float32[Array, ""]]
+Scalar: TypeAlias = Float32[Array, ""]
+Metrics: TypeAlias = dict[str, Scalar]
+OneKey: TypeAlias = Key[Array, ""]
+Index: TypeAlias = Int[ArrayLike, " B"]  # positions of samples in the global batch

@@ -11,16 +11,16 @@ Imports the rollouts and the samplers.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key, PyTree
+from jaxtyping import Array, Float32, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import check_step_times, shift_time
-from dmd_jax.methods import Batch, Nets
+from dmd_jax.methods import Batch, Index, Nets, OneKey
 from dmd_jax.models.attention import Causal
 from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -28,6 +28,8 @@ from dmd_jax.rollouts.blocks import Layout
 from dmd_jax.rollouts.samplers import CausalFewStep, few_step
 from dmd_jax.rollouts.self_forcing import empty_cache, self_forcing
 from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, block_of, context_at
+
+Videos: TypeAlias = Float32[Array, "B F H W C"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +95,19 @@ class CausalRollout:
     def __call__(
         self,
         generator: Denoiser,
-        noise: Float32[Array, "B F H W C"],
+        noise: Videos,
         nets: Nets,
         batch: Batch,
-        key: Key[Array, ""],
+        key: OneKey,
         *,
         times: Sequence[float],
         shift: float,
         last_step_share: float,
     ) -> Rollout:
-        """Videos of the generator, under the condition `batch["cond"]`."""
+        """Videos of the generator, under the condition `batch["cond"]`.
+
+        Subclasses may take `times`, `shift` and `last_step_share` as `how`, to hand them on.
+        """
         raise NotImplementedError
 
     def sampler(
@@ -138,6 +143,30 @@ class OwnBlocks(CausalRollout):
     def shares_exit(self) -> bool:
         """Whether all blocks stop at one exit step."""
         return not self.per_block_exit
+
+    def roll_out(
+        self,
+        generator: Denoiser,
+        noise: Videos,
+        cond: PyTree,
+        index: Index,
+        key: OneKey,
+        **more: Any,
+    ) -> Rollout:
+        """`self_forcing` with these fields; `more` are its other arguments."""
+        return self_forcing(
+            generator,
+            noise,
+            cond,
+            key,
+            schedule=generator.schedule,
+            causal=self.causal,
+            first_times=self.first_times,
+            per_block_exit=self.per_block_exit,
+            context_time=self.context_time,
+            index=index,
+            **more,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,38 +233,22 @@ class SelfForcing(OwnBlocks):
         return jax.eval_shape(lambda: empty_cache(generator, videos, self.causal, graded, frames))
 
     def __call__(
-        self,
-        generator: Denoiser,
-        noise: Float32[Array, "B F H W C"],
-        nets: Nets,
-        batch: Batch,
-        key: Key[Array, ""],
-        *,
-        times: Sequence[float],
-        shift: float,
-        last_step_share: float,
+        self, generator: Denoiser, noise: Videos, nets: Nets, batch: Batch, key: OneKey, **how: Any
     ) -> Rollout:
         rollout_key, blocks_key = jax.random.split(key)
         blocks = None
         if self.least_blocks is not None:
             most = self._layout(noise.shape[1:]).total
             blocks = jax.random.randint(blocks_key, (), self.least_blocks, most + 1)
-        rollout = self_forcing(
+        rollout = self.roll_out(
             generator,
             noise,
             batch["cond"],
+            batch["index"],
             rollout_key,
-            times=times,
-            shift=shift,
-            schedule=generator.schedule,
-            causal=self.causal,
-            first_times=self.first_times,
-            per_block_exit=self.per_block_exit,
-            last_step_share=last_step_share,
-            context_time=self.context_time,
             graded=self._graded,
             blocks=blocks,
-            index=batch["index"],
+            **how,
         )
         return rollout if self.compared is None else self._last(rollout, blocks, nets.get("vae"))
 
@@ -306,10 +319,10 @@ class CausVid(CausalRollout):
     def __call__(
         self,
         generator: Denoiser,
-        noise: Float32[Array, "B F H W C"],
+        noise: Videos,
         nets: Nets,
         batch: Batch,
-        key: Key[Array, ""],
+        key: OneKey,
         *,
         times: Sequence[float],
         shift: float,

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float32, Int, Key
+from jaxtyping import Array, ArrayLike, Float32, Int
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, guided
 from dmd_jax.diffusion.schedule import check_step_times, check_times, expand, shift_time
 from dmd_jax.losses.distribution_matching import denoising_loss
-from dmd_jax.methods import Batch, Nets, Observed
+from dmd_jax.methods import Batch, Nets, Observed, OneKey, Scalar
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.ode import euler_step
 from dmd_jax.rollouts.samplers import CausalFewStep, CausalManyStep, few_step
@@ -72,11 +72,7 @@ class CausalConsistency:
         )
 
     def sampler(self, steps: int, guidance: float) -> CausalFewStep:
-        """How the trained generator is sampled; guidance is in its weights.
-
-        Raises:
-            ValueError: guidance is not 1.
-        """
+        """How the trained generator is sampled; see `samplers.few_step`."""
         return few_step(
             self.times, steps, guidance, self.shift, self.causal, context_time=self.context_time
         )
@@ -90,8 +86,8 @@ class CausalConsistency:
         return self.sampler(len(self.times), 1.0).notes()
 
     def generator_loss(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float32[Array, ""], tuple[Observed, None]]:
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey
+    ) -> tuple[Scalar, tuple[Observed, None]]:
         """The squared difference of x0 at neighbouring times, which are drawn for each sample.
 
         Args:
@@ -115,8 +111,8 @@ class CausalConsistency:
         teacher: Denoiser,
         batch: Batch,
         interval: Int[ArrayLike, " B"],
-        key: Key[Array, ""],
-    ) -> Float32[Array, ""]:
+        key: OneKey,
+    ) -> Scalar:
         """The loss on given intervals of the grid, 0 ... steps - 1."""
         eps_key, context_key = jax.random.split(key)
         video, index, schedule = batch["data"], batch["index"], teacher.schedule

@@ -6,13 +6,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import check_step_times, check_times, shift_time
 from dmd_jax.losses.distribution_matching import denoising_loss
-from dmd_jax.methods import Batch, Nets, Observed
+from dmd_jax.methods import Batch, Nets, Observed, OneKey, Scalar
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.samplers import CausalFewStep, few_step
 from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, check_video
@@ -52,11 +51,7 @@ class CausalODE:
         check_video(self.sample_shape, self.causal)
 
     def sampler(self, steps: int, guidance: float) -> CausalFewStep:
-        """How the trained generator is sampled; guidance is in its weights.
-
-        Raises:
-            ValueError: guidance is not 1.
-        """
+        """How the trained generator is sampled; see `samplers.few_step`."""
         return few_step(self.times, steps, guidance, self.shift, self.causal)
 
     def notes(self) -> dict[str, Any]:
@@ -64,8 +59,8 @@ class CausalODE:
         return self.sampler(len(self.times), 1.0).notes()
 
     def generator_loss(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float32[Array, ""], tuple[Observed, None]]:
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey
+    ) -> tuple[Scalar, tuple[Observed, None]]:
         """The squared error of x0, from one point of each trajectory, for all its frames.
 
         Args:

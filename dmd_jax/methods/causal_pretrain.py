@@ -7,12 +7,12 @@ The first start of a causal video student, and the training of a causal teacher
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float32, Int, Key, PyTree
+from jaxtyping import Array, Float32, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, Output
 from dmd_jax.diffusion.schedule import Samples, Times, sample_time, shift_time
-from dmd_jax.methods import Batch
+from dmd_jax.methods import Batch, Index, OneKey
 from dmd_jax.methods.pretrain import Pretrain
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.samplers import CausalManyStep
@@ -50,7 +50,7 @@ class DiffusionForcing(Pretrain):
         """How the trained network is sampled."""
         return CausalManyStep(steps, guidance, self.shift, self.causal, name="generator")
 
-    def draw_times(self, key: Key[Array, ""], index: Int[ArrayLike, " B"]) -> Times:
+    def draw_times(self, key: OneKey, index: Index) -> Times:
         if not self.per_block:
             return super().draw_times(key, index)
         block = block_of(self.sample_shape[0], self.causal)
@@ -64,13 +64,7 @@ class DiffusionForcing(Pretrain):
         return bell_weight(t, self.shift) if self.bell else 1.0
 
     def predict(
-        self,
-        generator: Denoiser,
-        x_t: Samples,
-        t: Times,
-        cond: PyTree,
-        batch: Batch,
-        key: Key[Array, ""],
+        self, generator: Denoiser, x_t: Samples, t: Times, cond: PyTree, batch: Batch, key: OneKey
     ) -> Output:
         return generator.predict(x_t, t, cond, causal=self.causal)
 
@@ -98,13 +92,7 @@ class TeacherForcing(DiffusionForcing):
         return dataclasses.replace(super().sampler(steps, guidance), context_time=self.context_time)
 
     def predict(
-        self,
-        generator: Denoiser,
-        x_t: Samples,
-        t: Times,
-        cond: PyTree,
-        batch: Batch,
-        key: Key[Array, ""],
+        self, generator: Denoiser, x_t: Samples, t: Times, cond: PyTree, batch: Batch, key: OneKey
     ) -> Output:
         video, index, schedule = batch["data"], batch["index"], generator.schedule
         context = context_at(self.context_time, video, schedule, key, index)

@@ -4,13 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float32, Int, Key
+from jaxtyping import Array, ArrayLike, Float32, Int
 
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import expand
 from dmd_jax.losses.consistency import consistency_loss, ect_time, root_mean_square
-from dmd_jax.methods import Batch
-from dmd_jax.methods.flow_map import FlowMap, Point, Times
+from dmd_jax.methods import Batch, OneKey
+from dmd_jax.methods.flow_map import Difference, FlowMap, Point, Times
 from dmd_jax.rollouts.ode import euler_step
 
 
@@ -52,16 +52,11 @@ class Consistency(FlowMap):
         stages = 1.0 + jnp.asarray(step) // self.stage
         return jnp.maximum(self.shrink**-stages, self.least_gap).astype(jnp.float32)
 
-    def draw_times(self, batch: Batch, key: Key[Array, ""]) -> tuple[Times, Times]:
+    def draw_times(self, batch: Batch, key: OneKey) -> tuple[Times, Times]:
         t = self.draw_time(batch["index"], key)
         return t, ect_time(t, self.gap(batch["step"]))
 
-    def difference(
-        self,
-        generator: Denoiser,
-        point: Point,
-        batch: Batch,
-    ) -> tuple[Float32[Array, ""], Float32[Array, " B"]]:
+    def difference(self, generator: Denoiser, point: Point, batch: Batch) -> Difference:
         t, r, cond = point.t, point.r, batch["cond"]
         x_r = euler_step(point.x_t, point.x0, t, r, generator.schedule)
         target = jax.lax.stop_gradient(generator(x_r, r, cond))

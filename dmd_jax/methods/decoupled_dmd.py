@@ -5,16 +5,21 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key
+from jaxtyping import Array, Float32
 
 from dmd_jax.diffusion.denoiser import conditional_and_unconditional
 from dmd_jax.diffusion.schedule import expand
-from dmd_jax.losses.distribution_matching import dmd_gradient, dmd_loss, finite_samples
-from dmd_jax.methods import Batch, Metrics, Nets, Observed
+from dmd_jax.losses.distribution_matching import (
+    dmd_gradient,
+    dmd_loss,
+    finite_samples,
+    square_norms,
+)
+from dmd_jax.methods import Batch, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout
 
-Keys: TypeAlias = tuple[Key[Array, ""], Key[Array, ""]]  # of the times and of the noise
+Keys: TypeAlias = tuple[OneKey, OneKey]  # of the times and of the noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +63,8 @@ class DecoupledDMD(DMD):
             )
 
     def compare(
-        self,
-        rollout: Rollout,
-        nets: Nets,
-        batch: Batch,
-        time_key: Key[Array, ""],
-        eps_key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], Observed]:
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
+    ) -> tuple[Scalar, Observed]:
         keys = time_key, eps_key
         others = jax.random.fold_in(time_key, 1), jax.random.fold_in(eps_key, 1)
         grad, observed = self.gradient(rollout, nets, batch, keys, others)
@@ -95,11 +95,9 @@ class DecoupledDMD(DMD):
         )
         augmentation = (self.guidance - 1.0) * dmd_gradient(rollout.x0, cond, uncond, **how)
 
-        def size(grad):
-            return jnp.sum(jnp.square(grad), axis=tuple(range(1, grad.ndim)))
-
         observed = self.observe(rollout, real, fake, t)
-        observed |= {"matching": size(matching), "augmentation": size(augmentation)}
+        observed["matching"] = square_norms(matching)
+        observed["augmentation"] = square_norms(augmentation)
         # One part alone would not rest where the sum does.
         usable = observed["usable"] & finite_samples(cond - uncond)
         observed["usable"] = jax.lax.stop_gradient(usable)

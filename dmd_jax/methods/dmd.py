@@ -4,12 +4,11 @@ A method is a frozen dataclass of numbers.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Float32, Int, Key, PyTree, Real
+from jaxtyping import Array, ArrayLike, Float, Float32, PyTree, Real
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, Prediction, guided
@@ -29,7 +28,7 @@ from dmd_jax.losses.distribution_matching import (
     finite_samples,
     teacher_error,
 )
-from dmd_jax.methods import Batch, Metrics, Nets, Observed
+from dmd_jax.methods import Batch, Index, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.causal import CausalRollout
 from dmd_jax.rollouts.backward_simulation import Rollout, backward_simulation, one_step
 from dmd_jax.rollouts.blocks import BLOCKS, GRADED
@@ -163,9 +162,7 @@ class DMD:
         share = self.last_step_share
         return sum(share * last + (1 - share) * last / 2 for last in lasts) / len(lasts)
 
-    def rollout(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> Rollout:
+    def rollout(self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey) -> Rollout:
         """Samples of the generator, [B, *sample_shape], under the condition `batch["cond"]`."""
         noise_key, stride_key, step_key = jax.random.split(key, 3)
         noise = randomness.normal(noise_key, batch["index"], self.sample_shape)
@@ -197,8 +194,8 @@ class DMD:
         )
 
     def generator_loss(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float32[Array, ""], tuple[Observed, Rollout]]:
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey
+    ) -> tuple[Scalar, tuple[Observed, Rollout]]:
         """A loss whose gradient is the distribution-matching gradient.
 
         Args:
@@ -216,13 +213,8 @@ class DMD:
         return loss, (observed, rollout)
 
     def compare(
-        self,
-        rollout: Rollout,
-        nets: Nets,
-        batch: Batch,
-        time_key: Key[Array, ""],
-        eps_key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], Observed]:
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
+    ) -> tuple[Scalar, Observed]:
         """The generator's loss on given samples, and what `metrics` needs of its parts."""
         schedule = nets["teacher"].schedule
         x_t, t, _ = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
@@ -230,12 +222,8 @@ class DMD:
         return self.distance(rollout, real, fake), self.observe(rollout, real, fake, t)
 
     def distance(
-        self,
-        rollout: Rollout,
-        real: Samples,
-        fake: Samples,
-        weight: Real[ArrayLike, "..."] = 1.0,
-    ) -> Float32[Array, ""]:
+        self, rollout: Rollout, real: Samples, fake: Samples, weight: Real[ArrayLike, "..."] = 1.0
+    ) -> Scalar:
         """The generator's loss, from the teacher's and the fake score's x0 for the same x_t.
 
         Args:
@@ -252,13 +240,8 @@ class DMD:
         return dmd_loss(rollout.x0, align(weight, grad) * grad, rollout.mask)
 
     def critic_loss(
-        self,
-        critics: Mapping[str, Denoiser],
-        nets: Nets,
-        rollout: Rollout,
-        batch: Batch,
-        key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], Observed]:
+        self, critics: Nets, nets: Nets, rollout: Rollout, batch: Batch, key: OneKey
+    ) -> tuple[Scalar, Observed]:
         """The fake score's regression on the generator's samples (DMD, equation 6).
 
         Args:
@@ -285,7 +268,7 @@ class DMD:
         eps: Samples,
         rollout: Rollout,
         weight: Real[ArrayLike, "..."] = 1.0,
-    ) -> Float32[Array, ""]:
+    ) -> Scalar:
         """The fake score's loss at x_t, whose data and noise are x0 and eps.
 
         Args:
@@ -300,12 +283,7 @@ class DMD:
         return denoising_loss(raw, target, weight, rollout.mask)
 
     def diffuse(
-        self,
-        rollout: Rollout,
-        schedule: Schedule,
-        index: Int[ArrayLike, " B"],
-        time_key: Key[Array, ""],
-        eps_key: Key[Array, ""],
+        self, rollout: Rollout, schedule: Schedule, index: Index, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Float32[Array, " B *data"], Float32[Array, " B"], Float32[Array, " B *data"]]:
         """Adds noise to the samples at random times: (x_t, t, eps)."""
         low = rollout.t_to if self.above_exit else 0.0
@@ -319,12 +297,7 @@ class DMD:
         return schedule.add_noise(rollout.x0, eps, t), t, eps
 
     def scores(
-        self,
-        nets: Nets,
-        x_t: Samples,
-        t: Float32[Array, " B"],
-        cond: PyTree,
-        uncond: PyTree,
+        self, nets: Nets, x_t: Samples, t: Float32[Array, " B"], cond: PyTree, uncond: PyTree
     ) -> tuple[Float[Array, " B *data"], Float[Array, " B *data"]]:
         """The guided x0 of the teacher and of the fake score, at x_t: (real, fake)."""
         weights = {"teacher": self.guidance, "fake_score": self.fake_guidance}

@@ -1,12 +1,11 @@
 """DMD2: DMD with an adversarial term, by a discriminator on features of a diffusion network."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key, PyTree
+from jaxtyping import Array, Float32, PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.schedule import Samples, expand
@@ -17,8 +16,8 @@ from dmd_jax.losses.adversarial import (
     generator_adversarial_loss,
     gradient_penalty,
 )
-from dmd_jax.losses.distribution_matching import finite_samples
-from dmd_jax.methods import Batch, Metrics, Nets, Observed
+from dmd_jax.losses.distribution_matching import finite_samples, square_norms, with_gradient
+from dmd_jax.methods import Batch, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout, constant
 
@@ -92,49 +91,48 @@ class DMD2(DMD):
         return 1.0
 
     def compare(
-        self,
-        rollout: Rollout,
-        nets: Nets,
-        batch: Batch,
-        time_key: Key[Array, ""],
-        eps_key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], Observed]:
-        schedule, index = nets["teacher"].schedule, batch["index"]
-        x_t, t, _ = self.diffuse(rollout, schedule, index, time_key, eps_key)
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
+    ) -> tuple[Scalar, Observed]:
+        schedule, x0 = nets["teacher"].schedule, jax.lax.stop_gradient(rollout.x0)
+        x_t, t, _ = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
         real, fake = self.scores(nets, x_t, t, rollout.cond, batch["uncond"])
-        paired = None
-        if self.relativistic:
-            real_t = self._noisy_data(batch, schedule, t, jax.random.fold_in(eps_key, 1))
-            paired = self.logits(nets, real_t, t, batch["cond"])
-
-        def adversarial(x0):
-            moved = rollout._replace(x0=x0)
-            x_t = self.diffuse(moved, schedule, index, time_key, eps_key)[0]
-            logits = self.logits(nets, x_t, t, rollout.cond)
-            logits = jnp.where(jnp.isfinite(logits), logits, 0.0)
-            return generator_adversarial_loss(logits, paired), logits
-
         # Gradients at the samples are computed here, explicitly: there they have norms, and there a
         # sample in which one is not finite can be left out (see `SiD.compare`).
-        x0 = jax.lax.stop_gradient(rollout.x0)
-        (gan, logits), push = jax.value_and_grad(adversarial, has_aux=True)(x0)
-        push = self._usable(push, rollout)
+        gan, logits, push = self._adversarial(rollout, nets, batch, time_key, eps_key)
         weights = jax.lax.stop_gradient(self.weights(logits, t))
 
         def matching(x0):
             return self.distance(rollout._replace(x0=x0), real, fake, weights)
 
         loss, pull = jax.value_and_grad(matching)(x0)
-        observed = self.observe(rollout, real, fake, t) | {
-            "push": jnp.sum(jnp.square(push), axis=tuple(range(1, x0.ndim))),
-            "pull": jnp.sum(jnp.square(pull), axis=tuple(range(1, x0.ndim))),
-        }
+        observed = self.observe(rollout, real, fake, t)
+        observed |= {"push": square_norms(push), "pull": square_norms(pull)}
         if self.balance:
             push = equal_norms(push, pull)
         loss, grad = loss + self.gan_weight * gan, pull + self.gan_weight * push
-        # Adds zero to the value, and makes `grad` the gradient with respect to the samples.
-        zero = (rollout.x0 - x0).astype(jnp.float32)
-        return jax.lax.stop_gradient(loss) + jnp.sum(zero * jax.lax.stop_gradient(grad)), observed
+        return with_gradient(rollout.x0, loss, grad), observed
+
+    def _adversarial(self, rollout, nets, batch, time_key, eps_key):
+        """The adversarial term: (its value, the logits, its gradient at the samples)."""
+        schedule = nets["teacher"].schedule
+
+        def diffused(x0):
+            moved = rollout._replace(x0=x0)
+            return self.diffuse(moved, schedule, batch["index"], time_key, eps_key)[:2]
+
+        paired, x0 = None, jax.lax.stop_gradient(rollout.x0)
+        if self.relativistic:
+            t = diffused(x0)[1]
+            real_t = self._noisy_data(batch, schedule, t, jax.random.fold_in(eps_key, 1))
+            paired = self.logits(nets, real_t, t, batch["cond"])
+
+        def loss(x0):
+            logits = self.logits(nets, *diffused(x0), rollout.cond)
+            logits = jnp.where(jnp.isfinite(logits), logits, 0.0)
+            return generator_adversarial_loss(logits, paired), logits
+
+        (gan, logits), push = jax.value_and_grad(loss, has_aux=True)(x0)
+        return gan, logits, self._usable(push, rollout)
 
     def _usable(self, grad, rollout):
         """A gradient that is zero where it is not finite in a sample, and outside the mask."""
@@ -149,13 +147,8 @@ class DMD2(DMD):
         return schedule.add_noise(data, randomness.normal(key, batch["index"], data.shape[1:]), t)
 
     def critic_loss(
-        self,
-        critics: Mapping[str, Any],
-        nets: Nets,
-        rollout: Rollout,
-        batch: Batch,
-        key: Key[Array, ""],
-    ) -> tuple[dict[str, Float32[Array, ""]], Observed]:
+        self, critics: Nets, nets: Nets, rollout: Rollout, batch: Batch, key: OneKey
+    ) -> tuple[dict[str, Scalar], Observed]:
         """The fake score's regression (see `DMD`), and the discriminator's loss with its penalties.
 
         Args:

@@ -5,15 +5,17 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float32, Int, Key
+from jaxtyping import Array, ArrayLike, Float32, Int
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, Velocity, guided
 from dmd_jax.diffusion.schedule import FlowMatching, align, check_step_times, check_times
-from dmd_jax.methods import Batch, Metrics, Nets, Observed
+from dmd_jax.methods import Batch, Index, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.rollouts.samplers import FewStep, few_step
 
 Times: TypeAlias = Float32[Array, " B"]
+# The loss, and each sample's root mean square of what the exact map leaves at zero.
+Difference: TypeAlias = tuple[Scalar, Float32[Array, " B"]]
 
 
 class Point(NamedTuple):
@@ -73,11 +75,7 @@ class FlowMap:
             raise ValueError(f"time_std={self.time_std} must be above 0")
 
     def sampler(self, steps: int, guidance: float) -> FewStep:
-        """How the trained generator is sampled; guidance is in its weights.
-
-        Raises:
-            ValueError: guidance is not 1.
-        """
+        """How the trained generator is sampled; see `samplers.few_step`."""
         return few_step(self.times, steps, guidance, self.shift)
 
     def notes(self) -> dict[str, Any]:
@@ -85,8 +83,8 @@ class FlowMap:
         return self.sampler(len(self.times), 1.0).notes()
 
     def generator_loss(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float32[Array, ""], tuple[Observed, None]]:
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey
+    ) -> tuple[Scalar, tuple[Observed, None]]:
         """The loss at drawn points of noised data.
 
         Args:
@@ -108,28 +106,21 @@ class FlowMap:
         loss, residual = self.difference(generator, point, batch)
         return loss, ({"residual": jax.lax.stop_gradient(residual)}, None)
 
-    def difference(
-        self,
-        generator: Denoiser,
-        point: Point,
-        batch: Batch,
-    ) -> tuple[Float32[Array, ""], Float32[Array, " B"]]:
-        """(the loss, the root mean square of what the exact map leaves at zero) at given points."""
+    def difference(self, generator: Denoiser, point: Point, batch: Batch) -> Difference:
+        """The loss and the residuals at given points."""
         raise TypeError(f"{type(self).__name__} must define difference(...)")
 
-    def draw_times(self, batch: Batch, key: Key[Array, ""]) -> tuple[Times, Times]:
-        """(t, r) of each sample, r < t: here t is drawn, and r is 0, where the map leads."""
+    def draw_times(self, batch: Batch, key: OneKey) -> tuple[Times, Times]:
+        """(t, r) of each sample, r at most t: here t is drawn, and r is 0, where the map leads."""
         t = self.draw_time(batch["index"], key)
         return t, jnp.zeros_like(t)
 
-    def draw_time(self, index: Int[ArrayLike, " B"], key: Key[Array, ""]) -> Times:
+    def draw_time(self, index: Index, key: OneKey) -> Times:
         """Logit-normal times."""
         normal = randomness.normal(key, index, ())
         return jax.nn.sigmoid(self.time_mean + self.time_std * normal)
 
-    def point(
-        self, teacher: Denoiser, batch: Batch, time_key: Key[Array, ""], eps_key: Key[Array, ""]
-    ) -> Point:
+    def point(self, teacher: Denoiser, batch: Batch, time_key: OneKey, eps_key: OneKey) -> Point:
         """The batch's data at drawn times, and the guided teacher there."""
         t, r = self.draw_times(batch, time_key)
         eps = randomness.normal(eps_key, batch["index"], self.sample_shape)

@@ -6,22 +6,21 @@ LongLive (Yang et al. 2025, arXiv 2509.22622). Imports `causal` beside it and wh
 """
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, Key, PyTree
+from jaxtyping import Array, Int32, PyTree
 
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.methods import Batch, Nets
-from dmd_jax.methods.causal import OwnBlocks
+from dmd_jax.methods import Batch, Nets, OneKey
+from dmd_jax.methods.causal import OwnBlocks, Videos
 from dmd_jax.models import kv_cache
 from dmd_jax.models.kv_cache import KVCache
 from dmd_jax.rollouts.backward_simulation import Rollout
 from dmd_jax.rollouts.blocks import Layout
-from dmd_jax.rollouts.self_forcing import empty_cache, recache, self_forcing
+from dmd_jax.rollouts.self_forcing import empty_cache, recache
 
 
 class Streams(NamedTuple):
@@ -36,7 +35,7 @@ class Streams(NamedTuple):
     """
 
     cache: KVCache
-    latents: Float32[Array, "B F H W C"]
+    latents: Videos
     cond: PyTree
     made: Int32[Array, ""]
     switch: Int32[Array, ""]
@@ -135,16 +134,7 @@ class LongTuning(OwnBlocks):
         return Streams(cache, latents, cond, jnp.int32(self.frames), jnp.int32(0))
 
     def __call__(
-        self,
-        generator: Denoiser,
-        noise: Float32[Array, "B F H W C"],
-        nets: Nets,
-        batch: Batch,
-        key: Key[Array, ""],
-        *,
-        times: Sequence[float],
-        shift: float,
-        last_step_share: float,
+        self, generator: Denoiser, noise: Videos, nets: Nets, batch: Batch, key: OneKey, **how: Any
     ) -> Rollout:
         rollout_key, switch_key, context_key = jax.random.split(key, 3)
         streams = jax.lax.stop_gradient(batch["stream"])
@@ -152,23 +142,16 @@ class LongTuning(OwnBlocks):
         streams = self._switched(streams, batch, generator, context_key)
         layout = Layout.of("noise", noise, self.causal, lone_first=False)
         new = streams.made == 0
-        rollout = self_forcing(
+        rollout = self.roll_out(
             generator,
             noise,
             streams.cond,
+            batch["index"],
             rollout_key,
-            times=times,
-            shift=shift,
-            schedule=generator.schedule,
-            causal=self.causal,
-            first_times=self.first_times,
-            per_block_exit=self.per_block_exit,
-            last_step_share=last_step_share,
-            context_time=self.context_time,
             blocks=layout.total - jnp.where(new, 0, self.overlap // layout.size),
-            index=batch["index"],
             cache=streams.cache,
             start=streams.made,
+            **how,
         )
         after = self._after(streams, rollout, new)
         if not self.overlap:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key, PyTree
+from jaxtyping import PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
@@ -15,8 +15,8 @@ from dmd_jax.losses.consistency import (
     mean_flow_target,
     root_mean_square,
 )
-from dmd_jax.methods import Batch
-from dmd_jax.methods.flow_map import FlowMap, Point, Times, warmth
+from dmd_jax.methods import Batch, OneKey
+from dmd_jax.methods.flow_map import Difference, FlowMap, Point, Times, warmth
 from dmd_jax.models.attention import forward_mode
 from dmd_jax.rollouts.backward_simulation import constant
 
@@ -55,7 +55,7 @@ class MeanFlow(FlowMap):
         if self.power < 0.0 or self.c <= 0.0:
             raise ValueError(f"power={self.power} must be 0 or more, c={self.c} above 0")
 
-    def draw_times(self, batch: Batch, key: Key[Array, ""]) -> tuple[Times, Times]:
+    def draw_times(self, batch: Batch, key: OneKey) -> tuple[Times, Times]:
         """Two draws in order or, with the probability 1 - share, the first of them twice."""
         index, keys = batch["index"], jax.random.split(key, 3)
         a, b = (self.draw_time(index, k) for k in keys[:2])
@@ -63,12 +63,7 @@ class MeanFlow(FlowMap):
         b = jnp.where(apart, b, a)
         return jnp.maximum(a, b), jnp.minimum(a, b)
 
-    def difference(
-        self,
-        generator: Denoiser,
-        point: Point,
-        batch: Batch,
-    ) -> tuple[Float32[Array, ""], Float32[Array, " B"]]:
+    def difference(self, generator: Denoiser, point: Point, batch: Batch) -> Difference:
         x_t, t, r = point.x_t, point.t, point.r
         warm = warmth(batch["step"], self.warmup)
         with forward_mode():

@@ -1,18 +1,16 @@
 """Phased DMD: the calls of the generator in phases, each with an expert and scores of its own."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int, Key
+from jaxtyping import Array, Float32
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.diffusion.schedule import Schedule, sample_time, shift_time
 from dmd_jax.losses import subintervals
-from dmd_jax.methods import Batch, Nets, Observed
+from dmd_jax.methods import Batch, Index, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.models.experts import Experts, expert_of, network_times
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -46,7 +44,7 @@ class PhasedDMD(DMD):
         nested: compare the scores of a phase from its end up to t = 1, the paper's choice; False
             ends at the beginning of the phase, so that no two phases share a time, and one fake
             score may serve all.
-        clip: the lowest time above the end of the phase, and the highest time.
+        clip: how far above the end of the phase the lowest time is; the highest time.
 
     Raises:
         ValueError: phases that are not the calls, a field of rollouts of other kinds, or a clip
@@ -79,7 +77,7 @@ class PhasedDMD(DMD):
         ends = phase_ends(self.times, self.phases)
         return (1.0, *(float(shift_time(end, self.shift)) for end in ends))
 
-    def check_networks(self, nets: Mapping[str, Denoiser]) -> None:
+    def check_networks(self, nets: Nets) -> None:
         """Raises ValueError where the networks of a run are not those of its phases.
 
         Args:
@@ -116,9 +114,7 @@ class PhasedDMD(DMD):
     def sampler(self, steps: int, guidance: float) -> Sampler:
         return few_step(self.times, steps, guidance, self.shift, phases=self.phases)
 
-    def rollout(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> Rollout:
+    def rollout(self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey) -> Rollout:
         noise_key, exit_key = jax.random.split(key)
         return phased(
             generator,
@@ -132,25 +128,15 @@ class PhasedDMD(DMD):
         )
 
     def compare(
-        self,
-        rollout: Rollout,
-        nets: Nets,
-        batch: Batch,
-        time_key: Key[Array, ""],
-        eps_key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], Observed]:
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
+    ) -> tuple[Scalar, Observed]:
         fake_score = expert_of(nets["fake_score"], rollout.phase.number)
         nets = {**nets, "fake_score": fake_score}
         return super().compare(rollout, nets, batch, time_key, eps_key)
 
     def critic_loss(
-        self,
-        critics: Mapping[str, Any],
-        nets: Nets,
-        rollout: Rollout,
-        batch: Batch,
-        key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], Observed]:
+        self, critics: Nets, nets: Nets, rollout: Rollout, batch: Batch, key: OneKey
+    ) -> tuple[Scalar, Observed]:
         """The fake score's regression on the exact targets of the phase; see `DMD`."""
         rollout = jax.lax.stop_gradient(rollout)
         number, x_s, s = rollout.phase
@@ -163,12 +149,7 @@ class PhasedDMD(DMD):
         return self.regress(fake_score, x_t, t, x0, noise, rollout, weight), {}
 
     def diffuse(
-        self,
-        rollout: Rollout,
-        schedule: Schedule,
-        index: Int[Array, " B"],
-        time_key: Key[Array, ""],
-        eps_key: Key[Array, ""],
+        self, rollout: Rollout, schedule: Schedule, index: Index, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Float32[Array, " B *data"], Float32[Array, " B"], Float32[Array, " B *data"]]:
         """Diffuses the samples from the end of their phase on, to random times: (x_t, t, eps).
 

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float32, Int, Key, PyTree
+from jaxtyping import PyTree
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser, Output
 from dmd_jax.diffusion.schedule import Samples, Times, check_times, expand, sample_time
 from dmd_jax.losses.distribution_matching import denoising_loss
-from dmd_jax.methods import Batch, Nets, Observed
+from dmd_jax.methods import Batch, Index, Nets, Observed, OneKey, Scalar
 from dmd_jax.rollouts.samplers import ManyStep, Sampler
 
 
@@ -52,8 +52,8 @@ class Pretrain:
         return self.sampler(1, 1.0).notes()
 
     def generator_loss(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float32[Array, ""], tuple[Observed, None]]:
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey
+    ) -> tuple[Scalar, tuple[Observed, None]]:
         """Regression of the network's output on `batch["data"]` [B, *sample_shape].
 
         Args:
@@ -81,7 +81,7 @@ class Pretrain:
         target = generator.prediction.target(x0, eps, t, schedule)
         return denoising_loss(raw, target, self.weight(t)), ({}, None)
 
-    def draw_times(self, key: Key[Array, ""], index: Int[ArrayLike, " B"]) -> Times:
+    def draw_times(self, key: OneKey, index: Index) -> Times:
         """The times of the samples, [B]; a subclass may draw one for each frame, [B, F]."""
         return randomness.per_sample(
             lambda k: sample_time(k, shift=self.shift, clip=self.clip), key, index
@@ -92,13 +92,7 @@ class Pretrain:
         return 1.0
 
     def predict(
-        self,
-        generator: Denoiser,
-        x_t: Samples,
-        t: Times,
-        cond: PyTree,
-        batch: Batch,
-        key: Key[Array, ""],
+        self, generator: Denoiser, x_t: Samples, t: Times, cond: PyTree, batch: Batch, key: OneKey
     ) -> Output:
         """The network's call for x_t. Only a subclass uses `batch` and `key`."""
         return generator.predict(x_t, t, cond)

@@ -3,10 +3,9 @@
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float32, Key
 
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.methods import Batch, Metrics, Nets, Observed
+from dmd_jax.methods import Batch, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.scm import SCM
 from dmd_jax.rollouts.backward_simulation import Rollout
@@ -61,8 +60,8 @@ class RCM(DMD):
         )
 
     def generator_loss(
-        self, generator: Denoiser, nets: Nets, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float32[Array, ""], tuple[Observed, Rollout]]:
+        self, generator: Denoiser, nets: Nets, batch: Batch, key: OneKey
+    ) -> tuple[Scalar, tuple[Observed, Rollout]]:
         """The sum; `batch` has the entries of both methods."""
         matching, (observed, rollout) = super().generator_loss(generator, nets, batch, key)
         key = jax.random.fold_in(key, 1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxtyping import Array, Float32, PyTree
+from jaxtyping import PyTree
 
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.losses.consistency import (
@@ -17,7 +17,7 @@ from dmd_jax.losses.consistency import (
     trigflow_velocity,
 )
 from dmd_jax.methods import Batch
-from dmd_jax.methods.flow_map import FlowMap, Point, warmth
+from dmd_jax.methods.flow_map import Difference, FlowMap, Point, warmth
 from dmd_jax.models.attention import forward_mode
 from dmd_jax.rollouts.backward_simulation import constant
 
@@ -48,12 +48,7 @@ class SCM(FlowMap):
                 f"warmup={self.warmup} must be 0 or more, tangent_c={self.tangent_c} above 0"
             )
 
-    def difference(
-        self,
-        generator: Denoiser,
-        point: Point,
-        batch: Batch,
-    ) -> tuple[Float32[Array, ""], Float32[Array, " B"]]:
+    def difference(self, generator: Denoiser, point: Point, batch: Batch) -> Difference:
         angle, cond = trigflow_angle(point.t), batch["cond"]
         z = trigflow_point(point.x_t, angle)
         direction = trigflow_velocity(point.x_t, point.velocity, angle)

@@ -4,11 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Key
+from jaxtyping import ArrayLike, Real
 
 from dmd_jax.diffusion.schedule import Samples, expand
+from dmd_jax.losses.distribution_matching import with_gradient
 from dmd_jax.losses.score_identity import sid_loss
-from dmd_jax.methods import Batch, Nets, Observed
+from dmd_jax.methods import Batch, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout
 
@@ -25,13 +26,8 @@ class SiD(DMD):
     alpha: float = 1.0
 
     def compare(
-        self,
-        rollout: Rollout,
-        nets: Nets,
-        batch: Batch,
-        time_key: Key[Array, ""],
-        eps_key: Key[Array, ""],
-    ) -> tuple[Float32[Array, ""], Observed]:
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
+    ) -> tuple[Scalar, Observed]:
         """DMD's `compare`, with the loss's gradient at the samples computed here, explicitly.
 
         A prediction that is not finite gets a gradient of zero from the loss. The backward pass of
@@ -46,12 +42,11 @@ class SiD(DMD):
         x0 = jax.lax.stop_gradient(rollout.x0)
         (loss, observed), grad = jax.value_and_grad(loss_of, has_aux=True)(x0)
         usable = expand(observed["usable"], grad)
-        grad = jax.lax.stop_gradient(jnp.where(usable, grad, 0.0))
-        # Adds zero to the value, and makes `grad` the gradient with respect to the samples.
-        zero = (rollout.x0 - x0).astype(jnp.float32)
-        return jax.lax.stop_gradient(loss) + jnp.sum(zero * grad), observed
+        return with_gradient(rollout.x0, loss, jnp.where(usable, grad, 0.0)), observed
 
-    def distance(self, rollout: Rollout, real: Samples, fake: Samples) -> Float32[Array, ""]:
+    def distance(
+        self, rollout: Rollout, real: Samples, fake: Samples, weight: Real[ArrayLike, "..."] = 1.0
+    ) -> Scalar:
         return sid_loss(
             rollout.x0,
             real,
@@ -60,4 +55,5 @@ class SiD(DMD):
             normalize=self.normalize,
             mask=rollout.mask,
             frames_per_block=self.frames_per_block,
+            weight=weight,
         )

@@ -204,7 +204,7 @@ def figure(
     mosaic = grid(np.concatenate([samples[order] for samples in images.values()]), len(order))
     high = max(2.9, 0.42 * len(images))  # inches, of both drawings
     wide = high * mosaic.shape[1] / mosaic.shape[0]
-    width, height = 1.05 + wide + 0.75 + 3.9 + 0.25, high + 1.35
+    width, height = 1.05 + wide + 0.75 + 3.9 + 0.4, high + 1.35
     with rc_context(STYLE):
         drawing = Figure(figsize=(width, height), dpi=160, facecolor="white")
         left, right = (
@@ -246,7 +246,8 @@ def _draw_quality(axes: Axes, rows: Sequence[Row], metric: str) -> None:
         side, ha = (-8, "right") if calls[0] == most else (8, "left")  # the drawing ends at `most`
         _note(axes, name, points[0], (side, 2), color=colour, weight="bold", ha=ha)
         if len(points) > 1:
-            _note(axes, f"{distances[-1]:.3g}", points[-1], (0, 7), color=colour, ha="center")
+            # To the right, where the line does not go.
+            _note(axes, f"{distances[-1]:.3g}", points[-1], (7, -3), color=colour)
     for row in rows:
         if not row.get("calls"):
             axes.axhline(row["fd"], color=FAINT, lw=1, ls=(0, (4, 3)))

@@ -181,10 +181,10 @@ def _check(config, bind, files):
                 continue
             adapter_files.check(spec.weights, shapes)
             about = adapter_files.header(spec.weights)
-            base = roles.weights_path(config, role)
-            if about and about["base"] != weights.fingerprint(base):
+            if about and about["base"] != roles.fingerprint(config, role):
                 raise ValueError(
-                    f"{spec.weights} was trained on another base than {base}, "
+                    f"{spec.weights} was trained on another base than "
+                    f"{roles.weights_path(config, role)}, "
                     f"config.{role}.weights: name that base there"
                 )
         except (ValueError, FileNotFoundError) as error:

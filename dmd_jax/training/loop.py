@@ -221,8 +221,8 @@ def _identity(run):
     """The content of config.json: the flat config, and checksums of the frozen weights."""
     flat = flatten(run.config)
     for name in run.frozen:  # the file at a path may be replaced later
-        path = roles.weights_path(run.config, config_role(name))
-        flat[_digest_key(name)] = from_first(partial(weights.fingerprint, path))
+        digest = partial(roles.fingerprint, run.config, config_role(name))
+        flat[_digest_key(name)] = from_first(digest)
     return flat
 
 

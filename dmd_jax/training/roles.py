@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from dmd_jax import weights
 from dmd_jax.devices import sharding
-from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.diffusion.denoiser import Denoiser, Velocity
+from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.models.experts import Experts, combine
 from dmd_jax.models.wan_vae import SHARDING_RULES as VAE_RULES
 from dmd_jax.models.wan_vae import WanVAE
@@ -51,6 +52,27 @@ class ByNoise:
         return self.parts or ("transformer",) * (len(self.boundaries) + 1)
 
 
+def stated(model, weights, **more):
+    """The section of a role whose network is stated, so that a dry run needs no weights.
+
+    Args:
+        model: the config of a network of velocities, such as `models.wan.T2V_1_3B`. It computes in
+            bfloat16, with rematerialisation.
+        weights: its file, folder or name.
+        **more: other entries of the section, such as its `optimizer`.
+    """
+    fields = dataclasses.asdict(model)
+    compute = {name: fields.pop(name) for name in ("dtype", "remat", "unroll")}
+    return dict(
+        weights=weights,
+        model=dict(cls=type(model), **fields),
+        schedule=dict(cls=FlowMatching),
+        prediction=dict(cls=Velocity),
+        compute=compute | dict(dtype="bfloat16", remat="full"),
+        **more,
+    )
+
+
 def experts(config, role):
     """The `ByNoise` of a role; None for one network."""
     spec = config[role]
@@ -71,6 +93,12 @@ def weights_path(config, role):
     if "teacher" not in config:
         raise ValueError(f"config.{role}.weights='teacher', but this run has no teacher")
     return config.teacher.weights
+
+
+def fingerprint(config, role):
+    """The `weights.fingerprint` of what a role starts from, all of its experts included."""
+    path, several = weights_path(config, role), experts(config, role)
+    return weights.fingerprint(path, several.sources) if several else weights.fingerprint(path)
 
 
 def abstract(config, role, *, source, files):

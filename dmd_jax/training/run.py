@@ -17,6 +17,7 @@ from dmd_jax import data
 from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.models.experts import Experts
 from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import adapters, optimizer, roles
@@ -181,8 +182,7 @@ def build(config, devices=None, *, files=True):
         nets[roles.DISCRIMINATOR] = roles.abstract_discriminator(config, frozen | nets)
     bind, frozen = adapters.resolve(config, nets, frozen, files=files)
     method = construct(config.method, "config.method", sample_shape=source.sample_shape)
-    if hasattr(method, "check_networks"):
-        _check_networks(method, frozen | nets)
+    _check_networks(method, frozen | nets)
     run = Run(
         config=config,
         method=method,
@@ -204,10 +204,19 @@ def build(config, devices=None, *, files=True):
 
 
 def _check_networks(method, nets):
-    try:
-        method.check_networks(nets)
-    except ValueError as error:
-        raise ValueError(f"config.method: {error}") from error
+    """Refuses networks that the method cannot use; experts, unless it says which it can."""
+    if hasattr(method, "check_networks"):
+        try:
+            return method.check_networks(nets)
+        except ValueError as error:
+            raise ValueError(f"config.method: {error}") from error
+    for role, net in nets.items():
+        if isinstance(getattr(net, "net", None), Experts):
+            raise ValueError(
+                f"config.{adapters.config_role(role)} has experts, one of which is called for a "
+                f"whole batch, and {type(method).__name__} draws a time for each sample: use "
+                "PhasedDMD, or one network"
+            )
 
 
 def needs_vae(method):

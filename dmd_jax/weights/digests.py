@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -12,17 +12,26 @@ from dmd_jax.weights import files
 from dmd_jax.weights.loading import locate
 
 
-def fingerprint(path: str | PathLike) -> str:
+def fingerprint(path: str | PathLike, parts: Sequence[str] = ("transformer",)) -> str:
     """A digest of the denoiser's checkpoint at `path`, in hexadecimal.
 
     Of a single file it is the SHA-256 of its bytes. Of a folder or a model on the hub it is the
     `digest` of its tensors and settings, which reads few of their bytes. A model that is complete
     in the cache of the hub needs no network.
 
+    Args:
+        path: as for `weights.denoiser`.
+        parts: those of the checkpoint that are used. Of several it is the SHA-256 of theirs.
+
     Raises:
         FileNotFoundError, ValueError: as `weights.denoiser`.
     """
-    place = locate(path, "transformer")
+    found = [_of_part(path, part) for part in dict.fromkeys(parts)]
+    return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
+
+
+def _of_part(path, part):
+    place = locate(path, part)
     if place.is_file():
         with place.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ from a file is imported or executed. Imports the families, the denoiser and the 
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,6 +50,23 @@ def build(config: Any, *, seed: int = 0) -> nnx.Module:
 def abstract_net(network: type[nnx.Module], config: Any) -> nnx.Module:
     """`network(config)` with jax.ShapeDtypeStructs for weights."""
     return jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))
+
+
+def with_fields(config: Any, fields: dict[str, Any], path: Path) -> Any:
+    """A network's config with other values of some fields.
+
+    Args:
+        path: the file of the network, for errors.
+
+    Raises:
+        ValueError: the config has no such field.
+    """
+    if missing := [name for name in fields if not hasattr(config, name)]:
+        raise ValueError(
+            f"{path}: {', '.join(missing)} cannot be set, because {type(config).__name__} has no "
+            "such field: add it there, or leave it out here (docs/teachers.md)"
+        )
+    return dataclasses.replace(config, **fields)
 
 
 def family_of(config: Any) -> str:

@@ -3,7 +3,6 @@
 Imports the network families and their tables of names.
 """
 
-import dataclasses
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from dmd_jax.models.umt5 import UMT5
 from dmd_jax.models.wan import Wan
 from dmd_jax.models.wan_vae import WanVAE
 from dmd_jax.weights import files, parts, umt5, wan, wan_vae
-from dmd_jax.weights.families import abstract_net
+from dmd_jax.weights.families import abstract_net, with_fields
 from dmd_jax.weights.table import Row
 
 
@@ -71,7 +70,8 @@ def resolve(
         weights, the tensors by the names of the rows).
 
     Raises:
-        ValueError: no part of PARTS, not the wanted part, or an unsupported variant.
+        ValueError: no part of PARTS, not the wanted part, an unsupported variant, or a field that
+            the network's config does not have.
     """
     part, layout = _recognised(tensors)
     parts.require_part(tensors.path, part.name, wanted and wanted.removesuffix("_2"))
@@ -80,7 +80,7 @@ def resolve(
         config = part.tables.config_of(tensors.shapes, layout, tensors.settings)
     except ValueError as error:
         raise ValueError(f"{tensors.path}: {error}") from error
-    net = abstract_net(part.network, dataclasses.replace(config, **overrides))
+    net = abstract_net(part.network, with_fields(config, overrides, tensors.path))
     rows = part.tables.table(config, layout)
     stored = {row.ours: tensors.dtypes.get(row.theirs.format(0)) for row in rows}
     net = jax.tree_util.tree_map_with_path(

@@ -26,6 +26,7 @@ from dmd_jax.weights.families import (
     family_of,
     from_plain,
     to_plain,
+    with_fields,
 )
 from dmd_jax.weights.files import Tensors
 
@@ -107,12 +108,7 @@ def abstract_denoiser(path: Path, header: dict[str, Any], overrides: dict[str, A
         raise ValueError(
             f"{path}: its header is not of this version of dmd_jax: {error}"
         ) from error
-    if missing := [name for name in overrides if not hasattr(config, name)]:
-        raise ValueError(
-            f"{path}: {', '.join(missing)} cannot be set, because {family_config.__name__} has no "
-            "such field: add it there, or leave it out here (docs/teachers.md)"
-        )
-    net = abstract_net(network, dataclasses.replace(config, **overrides))
+    net = abstract_net(network, with_fields(config, overrides, path))
     if boundaries := header.get("boundaries"):
         net = Experts([net] * (len(boundaries) + 1), boundaries)
     return Denoiser(net, schedule, prediction)

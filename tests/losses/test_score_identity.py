@@ -29,6 +29,12 @@ def test_alpha_of_one_is_self_forcings_product():
     assert sid_loss(X0, REAL, FAKE) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_samples_are_weighted_before_the_mean():
+    alone = [float(sid_loss(X0[i : i + 1], REAL[i : i + 1], FAKE[i : i + 1])) for i in range(2)]
+    loss = sid_loss(X0, REAL, FAKE, weight=np.float32([3.0, 0.5]))
+    assert loss == pytest.approx((3.0 * alone[0] + 0.5 * alone[1]) / 2, rel=1e-5)
+
+
 def test_mask_and_blocks_choose_the_normaliser_as_in_dmd():
     product = (REAL - FAKE) * (FAKE - X0)
     error = np.abs(X0 - REAL)

@@ -249,13 +249,16 @@ def test_a_backward_pass_that_is_not_finite_is_not_hidden():
     assert not jnp.all(jnp.isfinite(grad.net.shift))
 
 
-def test_sid_takes_dmds_normaliser_settings():
+def test_sid_takes_dmds_normaliser_settings_and_weights():
     x0, real, fake = np.random.default_rng(0).standard_normal((3, 2, 4, 1)).astype(np.float32)
     rollout = ZERO._replace(x0=x0)
     plain = SiD((4, 1), normalize=False).distance(rollout, real, fake)
     np.testing.assert_allclose(plain, sid_loss(x0, real, fake, normalize=False), rtol=1e-6)
     blocks = SiD((4, 1), frames_per_block=2).distance(rollout, real, fake)
     np.testing.assert_allclose(blocks, sid_loss(x0, real, fake, frames_per_block=2), rtol=1e-6)
+    weight = np.float32([2.0, 0.0])
+    weighted = SiD((4, 1)).distance(rollout, real, fake, weight)
+    np.testing.assert_allclose(weighted, sid_loss(x0[:1], real[:1], fake[:1]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_dmd2 import BATCH, SLOPE, gradient, noisy
+from small_gan import BATCH, SLOPE, gradient, noisy
 
 from dmd_jax.diffusion.schedule import shift_time
 from dmd_jax.losses.f_divergence import ForwardKL, ReverseKL

@@ -110,14 +110,29 @@ def test_figure_takes_grey_images_and_a_single_model(tmp_path):
     assert place(read(tmp_path / "f.png"), (0, 0, 0))[2] > 28
 
 
-def test_the_name_of_a_model_with_the_most_calls_alone_stays_in_the_figure():
+def quality(rows, width):
+    """(drawing, axes) of the quality of rows, in axes of that width."""
     drawing = Figure()
-    axes = drawing.add_axes((0.1, 0.1, 0.89, 0.8))
-    report._draw_quality(axes, [ROWS[1], ROWS[3]], "FD")
+    axes = drawing.add_axes((0.1, 0.1, width, 0.8))
+    report._draw_quality(axes, rows, "FD")
     drawing.draw_without_rendering()
+    return drawing, axes
+
+
+def test_the_name_of_a_model_with_the_most_calls_alone_stays_in_the_figure():
+    drawing, axes = quality([ROWS[1], ROWS[3]], 0.89)
     names = {text.get_text(): text.get_window_extent() for text in axes.texts}
     assert names.keys() == {"teacher", "student"}
     assert all(0 < box.x0 < box.x1 < drawing.bbox.x1 for box in names.values())
+
+
+def test_the_last_value_of_a_model_is_beside_its_line_and_in_the_figure():
+    drawing, axes = quality(ROWS[1:], 0.8)
+    line = next(line for line in axes.lines if len(line.get_xdata()) == 2)
+    ends = line.get_transform().transform(line.get_xydata())
+    (box,) = (t.get_window_extent() for t in axes.texts if t.get_text() == "0.825")
+    assert not any(box.contains(*point) for point in np.linspace(*ends, 1000))
+    assert box.x1 < drawing.bbox.x1
 
 
 def test_gallery_shows_every_sampler_in_a_column_of_its_own(tmp_path):

@@ -96,6 +96,8 @@ def test_each_expert_of_a_pair_starts_from_its_part(tmp_path):
     assert pair.boundaries == (875.0,)
     for net, wanted in zip(pair.nets, nets, strict=True):
         toys.assert_same(jax.tree.leaves(net), jax.tree.leaves(wanted))
+    both = weights.fingerprint(tmp_path / "a", ("transformer", "transformer_2"))
+    assert roles.fingerprint(config, "teacher") == both
 
 
 def test_adapters_of_experts_are_on_a_base_of_experts(phased):
@@ -117,6 +119,16 @@ def test_experts_of_random_weights_are_refused(phased):
     phased.generator.weights = "random"
     with pytest.raises(ValueError, match=r"experts start from weights, and .* is 'random'"):
         build(phased, jax.devices()[:1])
+
+
+def test_experts_are_refused_by_a_method_whose_batches_have_times_of_all_of_them(teacher, data_dir):
+    config = programs.config(teacher, data_dir)
+    with config.unlocked():
+        config.teacher.experts = complete(ConfigDict(dict(cls=ByNoise, boundaries=(0.5,))))
+    with pytest.raises(
+        ValueError, match=r"config\.teacher has experts, .* DMD draws a time for each"
+    ):
+        build(config, jax.devices()[:1])
 
 
 def test_networks_that_are_not_those_of_the_phases_are_refused(phased):

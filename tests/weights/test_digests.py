@@ -43,6 +43,18 @@ def test_of_a_folder_it_changes_with_a_weight_a_dtype_or_a_setting(tmp_path):
     assert len(found) == 4
 
 
+def test_of_a_pair_it_changes_with_either_network(tmp_path):
+    parts = "transformer", "transformer_2"
+    found = set()
+    for name, dtypes in {"a": "ff", "b": "fe", "c": "ef"}.items():
+        for part, dtype in zip(parts, dtypes, strict=True):
+            checkpoints.write_folder(tmp_path / name / part, dtype=np.dtype(dtype))
+        found.add(weights.fingerprint(tmp_path / name, parts))
+    assert len(found) == 3
+    alone = weights.fingerprint(tmp_path / "a")
+    assert alone == weights.fingerprint(tmp_path / "a", ("transformer",) * 2) not in found
+
+
 def test_of_a_model_on_the_hub_it_is_that_of_its_folder(tmp_path, monkeypatch):
     folder = checkpoints.write_folder(tmp_path / "snapshot" / "transformer")
     monkeypatch.setattr(parts, "_download", lambda name, patterns, checked: checked(folder.parent))

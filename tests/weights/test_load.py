@@ -183,6 +183,12 @@ def test_wans_repository_has_its_experts_in_folders(tmp_path, name, part):
     toys.assert_same(weights.load(tmp_path, part=part), weights.load(tmp_path / name))
 
 
+def test_a_field_that_the_network_does_not_have_is_named(tmp_path):
+    checkpoints.write_folder(tmp_path / "transformer")
+    with pytest.raises(ValueError, match=r"tensors: spans cannot be set, because WanConfig has"):
+        weights.abstract(tmp_path, spans=True)
+
+
 def test_a_part_that_is_not_there_is_named(tmp_path):
     checkpoints.write_folder(tmp_path / "transformer")
     with pytest.raises(FileNotFoundError, match=r"has no vae; its parts are \['transformer'\]"):
