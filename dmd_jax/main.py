@@ -179,7 +179,7 @@ def start():
         app.define_help_flags()
         argv = app.parse_flags_with_usage(sys.argv)
         FLAGS.config.lock()  # reads the config program
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except Exception as error:  # a config program is a user's: it may raise anything
         refuse(flag_error(error))
     try:
         app.run(main, argv=argv, flags_parser=lambda argv: argv)

@@ -117,6 +117,23 @@ def test_a_network_of_another_family_than_the_data_s_is_refused(
         build(config)
 
 
+@pytest.mark.parametrize(
+    "program, message",
+    [
+        ("import dmdjax", "No module named 'dmdjax' ({path}, line 1)"),
+        ("def get_config():\n    return batch", "name 'batch' is not defined ({path}, line 2)"),
+        ("def get_config()\n    return 1", "expected ':' (program.py, line 1)"),
+        ("def get_config():\n    return 1 / 0", "division by zero ({path}, line 2)"),
+    ],
+)
+def test_an_error_in_a_config_program_is_told_with_its_line(start, tmp_path, program, message):
+    path = tmp_path / "program.py"
+    path.write_text(program + "\n")
+    output = start(f"--config={path}")
+    assert output.startswith("error: in the config")
+    assert message.format(path=path) in output and len(output.splitlines()) == 1
+
+
 def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
     recorded = []
     monkeypatch.setattr(main, "build", lambda config, **_: exit(recorded.append(main.workdir())))

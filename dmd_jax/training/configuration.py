@@ -8,7 +8,9 @@ Imports ml_collections.
 import dataclasses
 import difflib
 import json
+import math
 import os
+import traceback
 import types
 import typing
 
@@ -18,6 +20,7 @@ from ml_collections import config_dict
 # Sections that a resumed run may change: its length, what is logged and judged, and where and how
 # it is computed.
 FREE = ("steps", "log", "checkpoint", "health", "evaluate", "mesh", "accumulate")
+PROGRAM = "config_config"  # what a config program is called as a module
 
 
 def complete(config, where="config"):
@@ -30,11 +33,13 @@ def complete(config, where="config"):
 
     Args:
         config: an ml_collections.ConfigDict; a section with a `cls` entry describes a dataclass.
+            Completed and changed, it may be completed again.
         where: path of the section, for errors: "config.method".
 
     Returns:
         The same ConfigDict, completed and locked.
     """
+    config.unlock()
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
             complete(value, f"{where}.{name}")
@@ -141,12 +146,15 @@ def expand_home(config):
 
 def flag_error(error):
     """One sentence about an error that reading a config program and its overrides raised."""
-    text = error
+    text, lines = error, []
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals["__name__"] == PROGRAM:
+            lines.append(f" ({frame.f_code.co_filename}, line {line})")
     while isinstance(text, AttributeError | KeyError):  # ml_collections puts one in the other
         text = text.args[0]  # as text, a KeyError is in quotes
     if isinstance(error, AttributeError):  # of a bare name, or with a second line: did you mean
         text = f"there is no entry {text}".replace("\n", ". ")
-    return f"in the config or a --config.* override: {text}"
+    return f"in the config or a --config.* override: {text}{''.join(lines[-1:])}"
 
 
 def compute_dtypes(config):
@@ -184,6 +192,8 @@ def construct(config, where, **given):
         if not _fits(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"{where}.{name} is {value!r}; it must be of type {wanted}")
+        if not _is_finite(value):
+            raise ValueError(f"{where}.{name} is {value!r}; numbers must be finite")
     missing = [
         name
         for name, field in fields.items()
@@ -239,6 +249,13 @@ def _fits(value, annotation):
         if isinstance(value, origin) and (origin is not tuple or _elements_fit(value, kind)):
             return True
     return False
+
+
+def _is_finite(value):
+    """Whether a number, or every number in a tuple, is neither infinite nor NaN."""
+    if isinstance(value, tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _elements_fit(values, kind):

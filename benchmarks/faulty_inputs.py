@@ -1,0 +1,609 @@
+"""Mistakes in commands, configs and files, given to the programs of this library in this process.
+
+Used by faults.py. A mistake is a program, its arguments and the files that it reads; `KINDS` has a
+function for each kind, and a seed decides which field, which value, which byte. The programs run up
+to the point at which they would compute. Each must say in a sentence what is wrong, or accept what
+it got, and change no file that it read.
+"""
+
+import collections
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import json
+import random
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from dmd_jax import weights
+from dmd_jax.data import embeddings, latents
+from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.models.dit import DiT, DiTConfig
+from dmd_jax.models.wan import Wan, WanConfig
+from dmd_jax.training.configuration import flatten
+from dmd_jax.weights import export
+
+FLAGS = flags.FLAGS
+ROOT = Path(__file__).parents[1]
+DIT = DiTConfig(image_size=28, channels=1, num_classes=10, patch=14, dim=16, depth=1, heads=2)
+WAN = WanConfig(dim=96, ffn=32, heads=4, depth=2, in_channels=4, out_channels=4, text_dim=8)
+VIDEO = (3, 4, 4, 4)
+CONFIGS = (
+    *("dmd.py", "dmd.py:one_step", "dmd.py:sid", "dmd.py:dmd2", "dmd.py:f_distill"),
+    *("dmd.py:decoupled", "dmd.py:phased", "dmd.py:lora", "dmd.py:consistency", "dmd.py:scm"),
+    *("dmd.py:meanflow", "dmd.py:rcm", "dmd.py:wan_tiny", "pretrain.py", "pretrain.py:wan_small"),
+    *("pretrain.py:bouncing_causal", "self_forcing.py", "self_forcing.py:consistency"),
+)
+# What is typed in the place of a value.
+VALUES = (
+    *("-1", "0", "1", "-0.5", "0.5", "2.5", "1e30", "1e-30", "nan", "inf", "-inf", "10**3"),
+    *("99999999999", "99999999999999999999", "1,5", "half", "", " ", "None", "none", "True", "yes"),
+    *("()", "(0,)", "(1,)", "(-1,)", "(0.5,)", "(1.0, 0.5)", "(0.25, 0.5, 1.0)", "(1, 1)"),
+    *("('a',)", "(None,)", "(1.0,", "[1, 2]", "4,2,1", "{}", "AdamW", "DMD", "float16", "random"),
+    *("nowhere", "..", "/", "/dev/null", "~", "x" * 300, "mnist_teacher", "moving_digits_teacher"),
+    *("teacher", "generator", "train", "test", "tset", "train[:10%]", "cifar10000", "mnist"),
+)
+# What stands in the place of a value of JSON.
+JSON = (None, True, -1, 0, 1, 7, 2.5, 1e300, 10**30, "", "x", "1", [], [1], [[]], {}, {"a": 1})
+
+
+class Began(BaseException):
+    """The program would compute now: it has accepted its input."""
+
+
+def began(*_, **__):
+    raise Began
+
+
+# Where the programs begin to compute, networks loaded. Compilation in the background is left out.
+COMPUTES = (
+    ("training.loop", "_loop"),
+    ("training.loop", "_finish"),
+    ("sample", "draw_images"),
+    ("sample", "play"),
+    ("pipelines.sampling", "draw"),
+    ("evaluate", "real_row"),
+    ("pipelines.precompute", "embed"),
+    ("pipelines.ode_pairs", "_solve"),
+    ("stream", "server"),
+    ("metric_network", "metric_network"),
+    ("plan", "plan"),
+)
+
+
+def load_config(path="dmd.py"):
+    """The config of a program in configs/ and, after the colon, its variant."""
+    file, _, variant = path.partition(":")
+    spec = importlib.util.spec_from_file_location("config_program", ROOT / "configs" / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+@functools.cache
+def fields(path):
+    """{name: value} of the entries of a config."""
+    return flatten(load_config(path))
+
+
+# Good files, which the mistakes are made in.
+
+
+def network(make, seed):
+    """A Denoiser of random weights."""
+    shapes, rng = jax.eval_shape(lambda: make(nnx.Rngs(0))), np.random.default_rng(seed)
+    draw = lambda x: (0.3 * rng.standard_normal(x.shape)).astype(x.dtype)  # noqa: E731
+    return Denoiser(jax.tree.map(draw, shapes))
+
+
+def good_files(folder):
+    """Writes one good file or folder of each kind."""
+    dit, wan = (
+        network(lambda rngs: DiT(DIT, rngs=rngs), 0),
+        network(lambda rngs: Wan(WAN, rngs=rngs), 1),
+    )
+    weights.save(folder / "teacher.safetensors", dit)
+    weights.save(folder / "student.safetensors", dit, times=(1.0, 0.5), shift=2.0, method="dmd")
+    weights.save(folder / "video.safetensors", wan, times=(1.0, 0.5), shift=2.0, method="dmd")
+    export.original(folder / "wan", wan.net)
+    export.self_forcing(folder / "wan.pt", wan.net)
+    rng = np.random.default_rng(2)
+    encode = lambda texts: [rng.standard_normal((3, 8)) for _ in texts]  # noqa: E731
+    embeddings.write(folder / "embeddings", ["a", "b", "c"], "", encode, 4, 8, shard=2)
+    videos = [(rng.standard_normal(VIDEO), row) for row in (0, 1, 2, 1)]
+    latents.write(folder / "latents", videos, np.asarray, VIDEO, shard=3)
+    (folder / "prompts.txt").write_text("a slow three\n120: a fast seven\n", encoding="utf-8")
+    shutil.copytree(folder / "embeddings", folder / "wan" / "text")
+
+
+# Ways to spoil text, JSON and files. Each takes a random.Random.
+
+
+def misspelt(rng, word):
+    """A word with one letter missing, doubled, replaced or swapped."""
+    at = rng.randrange(len(word))
+    return rng.choice(
+        (
+            word[:at] + word[at + 1 :],
+            word[: at + 1] + word[at:],
+            word[:at] + rng.choice("aeionstr_") + word[at + 1 :],
+            word[:at] + word[at : at + 2][::-1] + word[at + 2 :],
+            word.upper(),
+            word.replace("_", "") if "_" in word else word + "s",
+        )
+    )
+
+
+def spoilt_json(rng, value):
+    """A JSON value with one node deleted, renamed or replaced."""
+    parents, stack = [], [value]
+    while stack:
+        node = stack.pop()
+        children = node.values() if isinstance(node, dict) else node
+        if isinstance(node, dict | list) and node:
+            parents.append(node)
+            stack += children
+    parent = rng.choice(parents)
+    key = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+    how = rng.randrange(4)
+    if how == 0:
+        del parent[key]
+    elif how == 1 and isinstance(parent, dict):
+        parent[misspelt(rng, key) if key else "x"] = parent.pop(key)
+    else:
+        parent[key] = rng.choice(JSON)
+    return value
+
+
+def spoil_json_file(rng, path):
+    path.write_text(json.dumps(spoilt_json(rng, json.loads(path.read_text()))))
+
+
+def spoil_header(rng, path):
+    """One node of a safetensors file's header, or of our own header in it."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    ours = "dmd_jax" in header.get("__metadata__", {})
+    if ours and rng.random() < 0.6:
+        own = json.loads(header["__metadata__"]["dmd_jax"])
+        header["__metadata__"]["dmd_jax"] = json.dumps(spoilt_json(rng, own))
+    else:
+        header = spoilt_json(rng, header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def spoil_tensors(rng, path):
+    """A tensor of a safetensors file: its numbers, dtype, shape or name."""
+    with path.open("rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))
+    metadata = json.loads(text).get("__metadata__")
+    tensors = load_file(path)
+    name = rng.choice(sorted(tensors))
+    tensor = tensors[name]
+    how = rng.randrange(7)
+    if how == 0:
+        tensors[name] = np.full_like(tensor, rng.choice((np.nan, np.inf)))
+    elif how == 1:
+        tensor = tensor.copy()
+        tensor.flat[rng.randrange(tensor.size)] = np.nan
+        tensors[name] = tensor
+    elif how == 2:
+        kind = rng.choice((np.int32, np.uint8, np.bool_))
+        tensors = {name: value.astype(kind) for name, value in tensors.items()}
+    elif how == 3:
+        tensors[name] = tensor.astype(rng.choice((np.int8, np.int64)))
+    elif how == 4:
+        tensors[name] = np.ascontiguousarray(tensor[..., :-1])
+    elif how == 5:
+        del tensors[name]
+    else:
+        tensors[misspelt(rng, name)] = tensors.pop(name)
+    save_file(tensors, path, metadata)
+
+
+def spoil_array(rng, path):
+    """An .npy file: its dtype, shape or numbers."""
+    array = np.load(path)
+    how = rng.randrange(5)
+    if how == 0:
+        array = array.astype(rng.choice((np.float64, np.int64, np.uint8, np.complex64)))
+    elif how == 1:
+        array = array[:-1]
+    elif how == 2:
+        array = array[None]
+    elif how == 3:
+        array = array.copy()
+        if array.dtype == np.uint16:
+            array.flat[rng.randrange(array.size)] = 0x7FC0  # NaN of bfloat16
+        else:
+            array.flat[rng.randrange(array.size)] = rng.choice((-1, 9999))
+    else:
+        array = np.array([{"a": 1}], object)
+    np.save(path, array)
+
+
+def spoil_bytes(rng, path):
+    """The bytes of any file: cut, emptied, overwritten, missing, a folder."""
+    content = path.read_bytes()
+    how = rng.randrange(8)
+    if how == 0:
+        path.unlink()
+    elif how == 1:
+        path.unlink()
+        path.mkdir()
+    elif how == 2:
+        path.write_bytes(b"")
+    elif how == 3:
+        path.write_bytes(rng.randbytes(rng.choice((1, 7, 8, 9, 100, 5000))))
+    elif how == 4:
+        path.write_bytes("größer".encode("latin-1") + content[:20])
+    elif how == 5:
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif how == 6:
+        path.write_bytes(content + b"\0" * rng.choice((1, 100)))
+    else:
+        path.write_bytes(content[: rng.randrange(len(content) or 1)])
+
+
+SPOILS = {
+    ".json": (spoil_json_file, spoil_json_file, spoil_bytes),
+    ".safetensors": (spoil_header, spoil_tensors, spoil_tensors, spoil_bytes),
+    ".npy": (spoil_array, spoil_bytes),
+}
+
+
+def spoil(rng, path):
+    """Spoils a file, or one file of a folder."""
+    if path.is_dir():
+        path = rng.choice(sorted(p for p in path.rglob("*") if p.is_file()))
+    rng.choice(SPOILS.get(path.suffix, (spoil_bytes,)))(rng, path)
+    return path.name
+
+
+# The kinds of mistakes: (rng, folder with good files) -> (program, arguments).
+
+
+def overridden(rng, folder, name, value, path="dmd.py"):
+    return "main", [f"--config=configs/{path}", f"--config.{name}={value}"]
+
+
+def typo(rng, folder):
+    """A misspelt field of a config."""
+    path = rng.choice(CONFIGS)
+    name = rng.choice(sorted(fields(path))).split(".")
+    at = rng.randrange(len(name))
+    name[at] = misspelt(rng, name[at])
+    return overridden(rng, folder, ".".join(name), rng.choice(("1", "0.5", "x")), path)
+
+
+def value(rng, folder):
+    """A wrong value of a field."""
+    path = rng.choice(CONFIGS)
+    name = rng.choice(sorted(fields(path)))
+    return overridden(rng, folder, name, rng.choice(VALUES), path)
+
+
+def values(rng, folder):
+    """Wrong values of two fields of one section."""
+    path = rng.choice(CONFIGS)
+    section = rng.choice(sorted({name.rpartition(".")[0] for name in fields(path)}))
+    names = sorted(name for name in fields(path) if name.rpartition(".")[0] == section)
+    args = [f"--config.{name}={rng.choice(VALUES)}" for name in rng.choices(names, k=2)]
+    return "main", [f"--config=configs/{path}", *args]
+
+
+def command(rng, folder):
+    """A wrong config, variant, argument or flag of the training program."""
+    return "main", rng.choice(
+        (
+            [f"--config=configs/{misspelt(rng, rng.choice(CONFIGS))}"],
+            ["--config=configs/dmd.py", misspelt(rng, "--dry_run")],
+            ["--config=configs/dmd.py", "--dry_run", "config.steps=3"],
+            ["--config=configs"],
+            ["--config=README.md"],
+            ["--config="],
+            ["--config=configs/dmd.py", f"--profile={rng.choice(VALUES)}"],
+            ["--config=configs/dmd.py", f"--workdir={folder}/student.safetensors"],
+            ["--config=configs/dmd.py", f"--workdir={folder}/student.safetensors/run"],
+            ["--config=configs/dmd.py", "--workdir=/proc/run"],
+            ["--config=configs/dmd.py", "--config.steps"],
+            ["--config=configs/dmd.py", "--config.method=DMD"],
+            ["--config=configs/dmd.py", f"--config.method.cls={rng.choice(VALUES)}"],
+            ["--config=configs/dmd.py", f"--config.generator.optimizer.cls={rng.choice(VALUES)}"],
+        )
+    )
+
+
+PROGRAM = """
+import ml_collections
+from dmd_jax.data import Prompts
+from dmd_jax.training.configuration import complete
+import importlib.util
+spec = importlib.util.spec_from_file_location("dmd", "{root}/configs/dmd.py")
+dmd = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(dmd)
+
+def get_config(arg=""):
+    config = dmd.get_config("wan_tiny")
+    with config.unlocked():
+        config.data = dict(cls=Prompts, embeddings="{folder}/embeddings", sample_shape=(3, 4, 4, 4))
+        for role in ("teacher", "generator", "fake_score"):
+            config[role].weights = "{folder}/video.safetensors"
+    return complete(config)
+"""
+
+
+def written(folder):
+    """Writes a config program that trains on the embeddings in `folder`; returns its flags."""
+    path = folder / "program.py"
+    path.write_text(PROGRAM.format(root=ROOT, folder=folder))
+    return [f"--config={path}", "--config.batch_size=2", f"--workdir={folder}/run"]
+
+
+def program(rng, folder):
+    """An error in a config program: a line missing, a word misspelt, a value replaced."""
+    written(folder)
+    path = folder / "program.py"
+    lines = path.read_text().splitlines()
+    at = rng.randrange(1, len(lines))
+    how = rng.randrange(3)
+    if how == 0:
+        del lines[at]
+    elif how == 1 and lines[at].split():
+        word = rng.choice(lines[at].split())
+        lines[at] = lines[at].replace(word, misspelt(rng, word), 1)
+    else:
+        lines[at] = lines[at].replace("=", rng.choice((" ", "=-", "=None,")), 1)
+    path.write_text("\n".join(lines))
+    return "main", [f"--config={path}", f"--workdir={folder}/run"]
+
+
+def trained(rng, folder):
+    """Spoilt weights of a role, or of the feature network."""
+    name = rng.choice(("teacher", "generator", "fake_score"))
+    file = rng.choice(("teacher.safetensors", "video.safetensors", "wan", "wan.pt"))
+    if file == "teacher.safetensors" or rng.random() < 0.7:
+        spoil(rng, folder / file)
+    config = ["--config=configs/dmd.py", f"--workdir={folder}/run", "--config.batch_size=8"]
+    good = [f"--config.teacher.weights={folder}/student.safetensors"] if name != "teacher" else []
+    return "main", [*config, *good, f"--config.{name}.weights={folder / file}"]
+
+
+def judged(rng, folder):
+    """A spoilt feature network."""
+    shutil.copy(ROOT / "dmd_jax" / "assets" / "mnist_metric.safetensors", folder / "f.safetensors")
+    spoil(rng, folder / "f.safetensors")
+    if rng.random() < 0.5:
+        return "evaluate", [
+            f"--checkpoint={folder}/student.safetensors",
+            f"--features={folder}/f.safetensors",
+        ]
+    return overridden(rng, folder, "evaluate.features", folder / "f.safetensors")
+
+
+def prompted(rng, folder):
+    """Spoilt embeddings of prompts, or latents."""
+    args = written(folder)
+    if rng.random() < 0.5:
+        spoil(rng, folder / "embeddings")
+    else:
+        spoil(rng, folder / "latents")
+        args.append(f"--config.data.latents={folder}/latents")
+    return "main", args
+
+
+def traced(rng, folder):
+    """Spoilt embeddings or latents for the program that solves a teacher's ODE."""
+    spoil(rng, folder / rng.choice(("embeddings", "latents", "video.safetensors")))
+    checkpoint = f"--checkpoint={folder}/{rng.choice(('video.safetensors', 'wan'))}"
+    given = [f"--{name}={folder}/{name}" for name in ("embeddings", "latents")]
+    return "ode_pairs", [checkpoint, *given, f"--out={folder}/pairs", "--frames_per_block=1"]
+
+
+def sampled(rng, folder):
+    """A spoilt network, sampled, judged, exported or streamed."""
+    file = rng.choice(("student.safetensors", "video.safetensors", "wan", "wan.pt"))
+    spoil(rng, folder / file)
+    checkpoint = f"--checkpoint={folder / file}"
+    prompts = [f"--prompts={folder}/prompts.txt"] if "student" not in file else []
+    return rng.choice(
+        (
+            ("sample", [checkpoint, f"--out={folder}/a.png", *prompts]),
+            ("evaluate", [checkpoint]),
+            ("export", [checkpoint, "--to=original", f"--out={folder}/out"]),
+            ("export", [checkpoint, "--to=diffusers", f"--out={folder}/out"]),
+            ("stream", [checkpoint]),
+        )
+    )
+
+
+USUAL = {
+    "sample": {"checkpoint": "{folder}/student.safetensors", "out": "{folder}/a.png"},
+    "evaluate": {"checkpoint": "{folder}/student.safetensors"},
+    "export": {
+        "checkpoint": "{folder}/video.safetensors",
+        "to": "diffusers",
+        "out": "{folder}/out",
+    },
+    "embed": {
+        "prompts": "{folder}/prompts.txt",
+        "checkpoint": "{folder}/wan",
+        "out": "{folder}/out",
+    },
+    "encode": {
+        "videos": "{folder}",
+        "checkpoint": "{folder}/wan",
+        "embeddings": "{folder}/embeddings",
+        "out": "{folder}/out",
+    },
+    "ode_pairs": {
+        "checkpoint": "{folder}/video.safetensors",
+        "embeddings": "{folder}/embeddings",
+        "latents": "{folder}/latents",
+        "out": "{folder}/out",
+        "frames_per_block": "1",
+    },
+    "stream": {"checkpoint": "bouncing_student"},
+    "metric_network": {"out": "{folder}/metric.safetensors"},
+    "plan": {"config": "configs/dmd.py", "topology": "cpu:1"},
+}
+EXTRA = {
+    "sample": ("steps", "guidance", "shift", "solver", "mesh", "num", "out", "prompts", "frames"),
+    "evaluate": ("steps", "guidance", "shift", "num", "data", "split", "data_dir", "features"),
+    "export": ("to", "dtype", "shift", "base", "out"),
+    "embed": ("tokenizer", "batch", "length", "negative"),
+    "encode": ("frames", "height", "width", "fps"),
+    "ode_pairs": ("times", "shift", "steps", "guidance", "frames_per_block", "window", "sink"),
+    "stream": ("steps", "shift", "causal", "frames", "fps", "port", "host", "pipeline"),
+    "metric_network": ("data", "data_dir", "steps", "batch", "seed", "out"),
+    "plan": ("topology", "slices", "search", "json"),
+}
+FLAG_VALUES = (
+    *VALUES,
+    *("data=2", "data=0", "data", "fsdp=3", "data=2,data=2", "frames=3", "window=1", "window=x"),
+    *("sink=-1", "a.jpg", "a", ".png", "a.png,b.gif", "4,2,", "4, 2", "euler", "v5p", "cpu:x"),
+    *("cpu:0", "v5p:3x3", "1 2"),
+)
+
+
+def flag(rng, folder):
+    """A wrong value of a flag, or a misspelt flag, of a program that is not training."""
+    program = rng.choice(sorted(USUAL))
+    given = {name: text.format(folder=folder) for name, text in USUAL[program].items()}
+    name = rng.choice((*USUAL[program], *EXTRA[program], *EXTRA[program]))
+    if rng.random() < 0.2:
+        given[misspelt(rng, name)] = given.pop(name, "1")
+    else:
+        given[name] = rng.choice(FLAG_VALUES)
+    if program == "sample" and rng.random() < 0.5:
+        given = {
+            "checkpoint": "moving_digits_teacher",
+            "prompts": f"{folder}/prompts.txt",
+            "out": f"{folder}/a.gif",
+        } | given
+    return program, [f"--{name}={text}" for name, text in given.items()]
+
+
+def texts(rng, folder):
+    """A bad file of prompts."""
+    path = folder / "prompts.txt"
+    path.write_bytes(
+        rng.choice(
+            (
+                b"",
+                b"\n \n\t\n",
+                "ein schöner Tag\n".encode("latin-1"),
+                "a slow three\n".encode("utf-16"),
+                rng.randbytes(200),
+                b"\0\0\0",
+                b"120: a fast seven\n",
+                b"a slow three\n120: a\n60: b\n",
+                b"a slow three\n0: a\n",
+                b"a slow three\n99999999999999999999: a\n",
+                b"a slow three\n120:\n",
+                b"-1: a slow three\n",
+                b"xyzzy quux\n",
+                b"a slow three " * 300,
+                b"a slow three\r\na fast seven\r\n",
+                (folder / "student.safetensors").read_bytes(),
+            )
+        )
+    )
+    if rng.random() < 0.2:
+        spoil_bytes(rng, path)
+    sample = ["--checkpoint=moving_digits_teacher", f"--prompts={path}", f"--out={folder}/a.gif"]
+    stream = ["--checkpoint=bouncing_student", "--stream", *sample[1:]]
+    embed = [f"--prompts={path}", f"--checkpoint={folder}/wan", f"--out={folder}/out"]
+    return rng.choice((("sample", sample), ("sample", stream), ("embed", embed)))
+
+
+KINDS = (
+    *(typo, value, value, values, values, command, program, trained, judged, prompted),
+    *(traced, sampled, flag, flag, texts),
+)
+
+
+# The programs.
+
+
+def call(program, args, known):
+    """Runs a program up to the point at which it would compute.
+
+    Returns:
+        ("refused", what it said), ("accepted", ""), or ("broke", a traceback).
+    """
+    for name in set(FLAGS) - known:
+        delattr(FLAGS, name)
+    FLAGS.unparse_flags()
+    module = importlib.import_module(f"dmd_jax.{program}")
+    sys.argv, said = [program, *args], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            if hasattr(module, "start"):
+                module.start()
+            else:
+                module.define_flags()
+                app.run(module.main)
+    except Began:
+        return "accepted", ""
+    except SystemExit as end:
+        if end.code in (None, 0):
+            return "accepted", ""
+        text = end.code if isinstance(end.code, str) else said.getvalue()
+        return ("broke" if "Traceback" in text or not text.strip() else "refused"), text
+    except BaseException:
+        return "broke", traceback.format_exc()
+    return "accepted", ""
+
+
+def contents(folder):
+    """{path: its bytes} of the files in a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def campaign(folder, seed, count):
+    """Makes `count` mistakes; returns a list of what is wrong, and writes all into mistakes.txt."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    for flag in FLAGS.get_flags_for_module(sys.argv[0]):  # the programs have some of these names
+        delattr(FLAGS, flag.name)
+    app.define_help_flags()
+    known = set(FLAGS)
+    for module, name in COMPUTES:
+        setattr(importlib.import_module(f"dmd_jax.{module}"), name, began)
+    importlib.import_module("dmd_jax.training.loop").compile_steps = lambda run: {}
+    good = folder / "good"
+    good.mkdir()
+    good_files(good)
+    outcomes, wrong = collections.Counter(), []
+    with (folder / "mistakes.txt").open("w") as record:
+        for number in range(count):
+            rng = random.Random(f"{seed} {number}")
+            here = folder / f"mistake_{number}"
+            shutil.copytree(good, here)
+            kind = rng.choice(KINDS)
+            program, args = kind(rng, here)
+            before = contents(here)
+            outcome, text = call(program, args, known)
+            changed = [p for p, content in before.items() if contents(here).get(p) != content]
+            print(f"{number} {kind.__name__} {outcome}: {program} {args}\n{text}\n", file=record)
+            record.flush()
+            outcomes[kind.__name__, outcome] += 1
+            if outcome == "broke" or changed:
+                wrong.append(f"mistake {number}, {program} {' '.join(args)}: {changed}\n{text}")
+            else:
+                shutil.rmtree(here)
+    FLAGS(sys.argv[:1])  # the end of this program reads flags
+    print("\n".join(f"{kind}, {outcome}: {n}" for (kind, outcome), n in sorted(outcomes.items())))
+    return wrong
