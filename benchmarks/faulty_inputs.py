@@ -25,12 +25,15 @@ from absl import app, flags
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dmd_jax import weights
+from dmd_jax import main, weights
 from dmd_jax.data import embeddings, latents
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.dit import DiT, DiTConfig
 from dmd_jax.models.wan import Wan, WanConfig
+from dmd_jax.training import loop
+from dmd_jax.training.checkpoints import Checkpointer
 from dmd_jax.training.configuration import flatten
+from dmd_jax.training.run import Run, build
 from dmd_jax.weights import export
 
 FLAGS = flags.FLAGS
@@ -44,7 +47,32 @@ CONFIGS = (
     *("dmd.py:meanflow", "dmd.py:rcm", "dmd.py:wan_tiny", "pretrain.py", "pretrain.py:wan_small"),
     *("pretrain.py:bouncing_causal", "self_forcing.py", "self_forcing.py:consistency"),
 )
-# What is typed in the place of a value.
+# What is typed in the place of a number, of several, of a word; or of anything.
+NUMBERS = ("-1", "0", "1", "2", "3", "7", "-3", "1000000", "99999999999", "1" + 30 * "0")
+REALS = (*NUMBERS, "-0.5", "0.5", "1.5", "1e30", "1e-30", "nan", "inf", "-inf")
+TUPLES = (
+    *(
+        "()",
+        "(0,)",
+        "(1,)",
+        "(-1,)",
+        "(0.5,)",
+        "(1.0, 0.5)",
+        "(0.25, 0.5, 1.0)",
+        "(1, 1)",
+        "(3, 7)",
+    ),
+    *(
+        "(1.0, 0.75, 0.5, -0.25)",
+        "(1.0, 1.0)",
+        "(2.0, 1.0)",
+        "(1e400, 1)",
+        "(1.0, 0.0)",
+        "4",
+        "0.5",
+    ),
+    *("(1, 2, 4)", "(5,)", "(4, 2, 1, 0)", "('a',)", "(None,)", "[4, 2]", "((1,),)", "(1000000,)"),
+)
 VALUES = (
     *("-1", "0", "1", "-0.5", "0.5", "2.5", "1e30", "1e-30", "nan", "inf", "-inf", "10**3"),
     *("99999999999", "99999999999999999999", "1,5", "half", "", " ", "None", "none", "True", "yes"),
@@ -75,7 +103,7 @@ COMPUTES = (
     ("evaluate", "real_row"),
     ("pipelines.precompute", "embed"),
     ("pipelines.ode_pairs", "_solve"),
-    ("stream", "server"),
+    ("pipelines.server", "serve"),
     ("metric_network", "metric_network"),
     ("plan", "plan"),
 )
@@ -123,7 +151,32 @@ def good_files(folder):
     videos = [(rng.standard_normal(VIDEO), row) for row in (0, 1, 2, 1)]
     latents.write(folder / "latents", videos, np.asarray, VIDEO, shard=3)
     (folder / "prompts.txt").write_text("a slow three\n120: a fast seven\n", encoding="utf-8")
-    shutil.copytree(folder / "embeddings", folder / "wan" / "text")
+    start_run(folder)
+
+
+def trained_by(folder):
+    """The flags of the run in `folder`/run."""
+    teacher = folder.parent / "good" / "teacher.safetensors"
+    values = {"teacher.weights": teacher, "batch_size": 8}
+    flags = [f"--config.{name}={value}" for name, value in values.items()]
+    return ["--config=configs/dmd.py", f"--workdir={folder}/run", *flags]
+
+
+def start_run(folder):
+    """Writes the folder of a run that was stopped after its first step."""
+    config = load_config()
+    config.batch_size, config.teacher.weights = 8, str(folder / "teacher.safetensors")
+    run = build(config)
+    with jax.set_mesh(run.mesh), Checkpointer(folder / "run") as checkpoints:
+        state, _ = run.start()
+        for step in (1, 2):
+            checkpoints.save(step, state, {"window": {}, "monitor": {}})
+        checkpoints.save_best(1, state.ema, 1.0)
+    identity = json.dumps(loop._identity(run), indent=2, sort_keys=True)
+    (folder / "run" / "config.json").write_text(identity)
+    (folder / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n' * 2)
+    (folder / "run" / "evaluation.json").write_text('{"every": 400}\n')
+    (folder / "run" / "lock").write_text("1")
 
 
 # Ways to spoil text, JSON and files. Each takes a random.Random.
@@ -295,13 +348,16 @@ def value(rng, folder):
     return overridden(rng, folder, name, rng.choice(VALUES), path)
 
 
-def values(rng, folder):
-    """Wrong values of two fields of one section."""
+def numbers(rng, folder):
+    """Values of the right type, but perhaps of the wrong size, of one or two fields."""
     path = rng.choice(CONFIGS)
-    section = rng.choice(sorted({name.rpartition(".")[0] for name in fields(path)}))
-    names = sorted(name for name in fields(path) if name.rpartition(".")[0] == section)
-    args = [f"--config.{name}={rng.choice(VALUES)}" for name in rng.choices(names, k=2)]
-    return "main", [f"--config=configs/{path}", *args]
+    known = {bool: ("True", "False"), int: NUMBERS, float: REALS, list: TUPLES}
+    typed = [name for name, old in fields(path).items() if type(old) in known]
+    args = [
+        f"--config.{name}={rng.choice(known[type(fields(path)[name])])}"
+        for name in rng.choices(typed, k=rng.choice((1, 1, 2)))
+    ]
+    return "main", [f"--config=configs/{path}", f"--workdir={folder}/new", *args]
 
 
 def command(rng, folder):
@@ -349,7 +405,7 @@ def written(folder):
     """Writes a config program that trains on the embeddings in `folder`; returns its flags."""
     path = folder / "program.py"
     path.write_text(PROGRAM.format(root=ROOT, folder=folder))
-    return [f"--config={path}", "--config.batch_size=2", f"--workdir={folder}/run"]
+    return [f"--config={path}", "--config.batch_size=2", f"--workdir={folder}/new"]
 
 
 def program(rng, folder):
@@ -367,7 +423,7 @@ def program(rng, folder):
     else:
         lines[at] = lines[at].replace("=", rng.choice((" ", "=-", "=None,")), 1)
     path.write_text("\n".join(lines))
-    return "main", [f"--config={path}", f"--workdir={folder}/run"]
+    return "main", [f"--config={path}", f"--workdir={folder}/new"]
 
 
 def trained(rng, folder):
@@ -376,9 +432,18 @@ def trained(rng, folder):
     file = rng.choice(("teacher.safetensors", "video.safetensors", "wan", "wan.pt"))
     if file == "teacher.safetensors" or rng.random() < 0.7:
         spoil(rng, folder / file)
-    config = ["--config=configs/dmd.py", f"--workdir={folder}/run", "--config.batch_size=8"]
+    config = ["--config=configs/dmd.py", f"--workdir={folder}/new", "--config.batch_size=8"]
     good = [f"--config.teacher.weights={folder}/student.safetensors"] if name != "teacher" else []
     return "main", [*config, *good, f"--config.{name}.weights={folder / file}"]
+
+
+def resumed(rng, folder):
+    """A run's folder with a spoilt file."""
+    if rng.random() < 0.3:
+        shutil.rmtree(folder / "run" / "checkpoints")
+    else:
+        spoil(rng, folder / "run")
+    return "main", trained_by(folder)
 
 
 def judged(rng, folder):
@@ -530,9 +595,10 @@ def texts(rng, folder):
 
 
 KINDS = (
-    *(typo, value, value, values, values, command, program, trained, judged, prompted),
-    *(traced, sampled, flag, flag, texts),
+    *(typo, value, numbers, numbers, numbers, command, program, trained, judged, prompted),
+    *(prompted, traced, sampled, sampled, resumed, flag, flag, texts),
 )
+LOADING = (trained, prompted, resumed)  # kinds whose mistakes show when networks are loaded
 
 
 # The programs.
@@ -580,12 +646,13 @@ def campaign(folder, seed, count):
         delattr(FLAGS, flag.name)
     app.define_help_flags()
     known = set(FLAGS)
-    for module, name in COMPUTES:
-        setattr(importlib.import_module(f"dmd_jax.{module}"), name, began)
-    importlib.import_module("dmd_jax.training.loop").compile_steps = lambda run: {}
     good = folder / "good"
     good.mkdir()
     good_files(good)
+    for module, name in COMPUTES:
+        setattr(importlib.import_module(f"dmd_jax.{module}"), name, began)
+    loop.compile_steps = lambda run: {}
+    describe, start = main.describe, Run.start
     outcomes, wrong = collections.Counter(), []
     with (folder / "mistakes.txt").open("w") as record:
         for number in range(count):
@@ -593,6 +660,9 @@ def campaign(folder, seed, count):
             here = folder / f"mistake_{number}"
             shutil.copytree(good, here)
             kind = rng.choice(KINDS)
+            # Tracing a step and loading networks take seconds.
+            main.describe = describe if number % 10 == 0 else lambda run: ""
+            Run.start = start if kind in LOADING else began
             program, args = kind(rng, here)
             before = contents(here)
             outcome, text = call(program, args, known)
