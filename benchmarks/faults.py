@@ -10,8 +10,8 @@ every second, a judgement after every fourth, and a report.
                half the n-th change in the run's folder, because runs are seldom caught writing by
                the clock. The same command then goes on, until a run reaches its end; the next run
                starts in a new folder. Every fourth run compiles anew.
-    --damage   the newest checkpoint, or the best, is damaged in each of `DAMAGES`, and the run goes
-               on in this process
+    --damage   the newest checkpoint is damaged in each of `DAMAGES`, and the run goes on in this
+               process
     --inputs   mistakes in commands and files: see `faulty_inputs.py`
 
 A run that was disturbed must leave the files of one that was not, bit for bit, except for rates and
@@ -231,22 +231,21 @@ DAMAGES = (
 
 
 def damages(folder, wanted):
-    """Damages a checkpoint in each way and starts the run again; returns what is wrong."""
+    """Damages the newest checkpoint in each way and starts the run again; returns what is wrong."""
     wrong = []
-    for series in SERIES:
-        for damage in DAMAGES:
-            workdir = folder / f"{damage.__name__}_{series}"
-            shutil.copytree(wanted.workdir, workdir)
-            damage(workdir / series / str(STEPS))
-            before = entries(workdir)
-            with as_nobody(folder) if damage is unreadable else contextlib.nullcontext():
-                refusal, told = resumed(wanted.run, workdir)
-            print(f"{series}, {damage.__name__}: {told or 'not noticed'}", flush=True)
-            if refusal and (changed := before ^ entries(workdir)):
-                wrong.append(f"{workdir}: refused, and changed {sorted(map(str, changed))}")
-            if not refusal:
-                wrong += wanted.compare(workdir)
-                wrong += [f"{workdir}: nothing was said"] * (not told)
+    for damage in DAMAGES:
+        workdir = folder / damage.__name__
+        shutil.copytree(wanted.workdir, workdir)
+        damage(workdir / "checkpoints" / str(STEPS))
+        before = entries(workdir)
+        with as_nobody(folder) if damage is unreadable else contextlib.nullcontext():
+            refusal, told = resumed(wanted.run, workdir)
+        print(f"{damage.__name__}: {told or 'not noticed'}", flush=True)
+        if refusal and (changed := before ^ entries(workdir)):
+            wrong.append(f"{workdir}: refused, and changed {sorted(map(str, changed))}")
+        if not refusal:
+            wrong += wanted.compare(workdir)
+            wrong += [f"{workdir}: nothing was said"] * (not told)
     return wrong
 
 

@@ -248,7 +248,7 @@ def test_the_end_waits_for_no_compilation(how, code, message):
     [
         ("method.guidanc", 2, 'Did you mean "guidance"'),
         ("batchsize", 2, 'Did you mean "batch_size"'),
-        ("methd.guidance", 2, "'methd'\nDid you mean \"method\""),
+        ("methd.guidance", 2, "there is no entry 'methd'. Did you mean \"method\""),
         ("method.alpha", 2, "there is no entry 'alpha'"),
         (
             "method.cls",

@@ -152,7 +152,8 @@ def flag_error(error):
             lines.append(f" ({frame.f_code.co_filename}, line {line})")
     while isinstance(text, AttributeError | KeyError):  # ml_collections puts one in the other
         text = text.args[0]  # as text, a KeyError is in quotes
-    if isinstance(error, AttributeError):  # of a bare name, or with a second line: did you mean
+    # Of a bare name, or with a second line: did you mean.
+    if isinstance(error, AttributeError | KeyError) and not lines:
         text = f"there is no entry {text}".replace("\n", ". ")
     return f"in the config or a --config.* override: {text}{''.join(lines[-1:])}"
 
@@ -315,7 +316,7 @@ def differences(stored, now):
     for name in sorted(stored.keys() | now.keys()):
         a, b = stored.get(name, "nothing"), now.get(name, "nothing")
         if name.endswith("cls"):  # runs of earlier versions name a class with its module
-            a = a.rsplit(".", 1)[-1]
+            a = str(a).rsplit(".", 1)[-1]
         if a != b and not _free(name):
             lines.append(f"  {name}: the run here has {a}, this command {b}")
     return "\n".join(lines)
