@@ -32,7 +32,7 @@ from dmd_jax.models.dit import DiT, DiTConfig
 from dmd_jax.models.wan import Wan, WanConfig
 from dmd_jax.training import loop
 from dmd_jax.training.checkpoints import Checkpointer
-from dmd_jax.training.configuration import flatten
+from dmd_jax.training.configuration import PROGRAM, flatten
 from dmd_jax.training.run import Run, build
 from dmd_jax.weights import export
 
@@ -382,7 +382,7 @@ def command(rng, folder):
     )
 
 
-PROGRAM = """
+CONFIG = """
 import ml_collections
 from dmd_jax.data import Prompts
 from dmd_jax.training.configuration import complete
@@ -404,7 +404,7 @@ def get_config(arg=""):
 def written(folder):
     """Writes a config program that trains on the embeddings in `folder`; returns its flags."""
     path = folder / "program.py"
-    path.write_text(PROGRAM.format(root=ROOT, folder=folder))
+    path.write_text(CONFIG.format(root=ROOT, folder=folder))
     return [f"--config={path}", "--config.batch_size=2", f"--workdir={folder}/new"]
 
 
@@ -613,6 +613,7 @@ def call(program, args, known):
     for name in set(FLAGS) - known:
         delattr(FLAGS, name)
     FLAGS.unparse_flags()
+    sys.modules.pop(PROGRAM, None)  # or it keeps what the last config program defined
     module = importlib.import_module(f"dmd_jax.{program}")
     sys.argv, said = [program, *args], io.StringIO()
     try:

@@ -124,6 +124,8 @@ def test_a_network_of_another_family_than_the_data_s_is_refused(
         ("def get_config():\n    return batch", "name 'batch' is not defined ({path}, line 2)"),
         ("def get_config()\n    return 1", "expected ':' (program.py, line 1)"),
         ("def get_config():\n    return 1 / 0", "division by zero ({path}, line 2)"),
+        ("def get_config():\n    return int('a')", "ValueError: invalid literal"),
+        ("def get_config():\n    pass", "get_config returned None, and a ConfigDict is wanted"),
     ],
 )
 def test_an_error_in_a_config_program_is_told_with_its_line(start, tmp_path, program, message):

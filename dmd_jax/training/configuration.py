@@ -2,7 +2,7 @@
 
 A section of a config names a class and values of its fields, `dict(cls=DMD, guidance=1.5)`, so that
 a reader can jump from the config to the mathematics. Only training/ and the commands read configs.
-Imports ml_collections.
+Imports absl and ml_collections.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import types
 import typing
 
 import ml_collections
+from absl import flags
 from ml_collections import config_dict
 
 # Sections that a resumed run may change: its length, what is logged and judged, and where and how
@@ -145,17 +146,38 @@ def expand_home(config):
 
 
 def flag_error(error):
-    """One sentence about an error that reading a config program and its overrides raised."""
-    text, lines = error, []
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if frame.f_globals["__name__"] == PROGRAM:
-            lines.append(f" ({frame.f_code.co_filename}, line {line})")
-    while isinstance(text, AttributeError | KeyError):  # ml_collections puts one in the other
-        text = text.args[0]  # as text, a KeyError is in quotes
-    # Of a bare name, or with a second line: did you mean.
-    if isinstance(error, AttributeError | KeyError) and not lines:
+    """One sentence about an error that flags, a config program or its overrides raised."""
+    cause = error
+    while cause is not None:  # absl and ml_collections raise errors of their own in its place
+        if line := _program_line(cause):
+            return f"in the config: {type(cause).__name__}: {_text(cause)} ({line})"
+        cause = cause.__context__
+    if isinstance(error, flags.Error):
+        return f"{error} (--help lists the flags)"
+    text = str(_text(error))
+    if text.startswith("'"):  # a name, or with a second line: did you mean
         text = f"there is no entry {text}".replace("\n", ". ")
-    return f"in the config or a --config.* override: {text}{''.join(lines[-1:])}"
+    return f"in the config or a --config.* override: {text}"
+
+
+def _text(error):
+    while isinstance(error, AttributeError | KeyError):  # ml_collections puts one in the other
+        error = error.args[0]  # as text, a KeyError is in quotes
+    return error
+
+
+def _program_line(error):
+    """The file and line of a config program in which an error was raised; None elsewhere."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if frame.f_globals["__name__"] == PROGRAM:
+            return f"{frame.f_code.co_filename}, line {line}"
+    return None
+
+
+def require_config(config):
+    """Raises ValueError where a config program has returned something else than a config."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(f"get_config returned {config!r}, and a ConfigDict is wanted")
 
 
 def compute_dtypes(config):
