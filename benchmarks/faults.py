@@ -33,6 +33,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import faulty_files
 import faulty_inputs
 import jax
 import numpy as np
@@ -290,7 +291,7 @@ class Wanted:
         if program.wait():
             sys.exit(f"the undisturbed run failed:\n{program.text()}")
         self.seconds = time.monotonic() - start
-        config = faulty_inputs.load_config()
+        config = faulty_files.load_config()
         config.update_from_flattened_dict({**SHORT, "data.data_dir": str(data)})
         self.run = build(config)
         shape = self.run.state_shape()

@@ -46,6 +46,8 @@ def main(argv):
             raise ValueError(f"--out={out}: the ending must be .safetensors")
         check_file(out)
         train, test = (load(FLAGS.data, split, FLAGS.data_dir) for split in ("train", "test"))
+        if FLAGS.batch > len(train):
+            raise ValueError(f"--batch={FLAGS.batch}: there are {len(train)} images")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     card = metric_network.write(

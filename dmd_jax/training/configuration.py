@@ -175,8 +175,13 @@ def _program_line(error):
 
 
 def require_config(config):
-    """Raises ValueError where a config program has returned something else than a config."""
-    if not isinstance(config, ml_collections.ConfigDict):
+    """Refuses what a config program has returned if it is no config.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: the program could not be read.
+    """
+    if not hasattr(config, "lock"):  # of an unread program, any attribute raises
         raise ValueError(f"get_config returned {config!r}, and a ConfigDict is wanted")
 
 
