@@ -23,6 +23,29 @@ ROOT = Path(__file__).parents[1]
 DIT = DiTConfig(image_size=28, channels=1, num_classes=10, patch=14, dim=16, depth=1, heads=2)
 WAN = WanConfig(dim=96, ffn=32, heads=4, depth=2, in_channels=4, out_channels=4, text_dim=8)
 VIDEO = (3, 4, 4, 4)
+# What is typed in the place of a number, of several, of an entry of a config, of a flag.
+NUMBERS = ("-1", "0", "1", "2", "3", "7", "-3", "1000000", "99999999999", "1" + 30 * "0")
+REALS = (*NUMBERS, "-0.5", "0.5", "1.5", "1e30", "1e-30", "nan", "inf", "-inf")
+TUPLES = (
+    *("()", "(0,)", "(1,)", "(-1,)", "(0.5,)", "(1.0,0.5)", "(0.25,0.5,1.0)", "(1,1)", "(3,7)"),
+    *("(1.0,0.75,0.5,-0.25)", "(1.0,1.0)", "(2.0,1.0)", "(1e400,1)", "(1.0,0.0)", "4", "0.5"),
+    *("(1,2,4)", "(5,)", "(4,2,1,0)", "('a',)", "(None,)", "[4,2]", "((1,),)", "(1000000,)"),
+    "(100000000,)",
+)
+VALUES = (
+    *REALS,
+    *TUPLES,
+    *("2.5", "10**3", "1,5", "half", "", " ", "None", "none", "True", "yes", "(1.0,", "4,2,1"),
+    *("{}", "AdamW", "DMD", "float16", "random", "nowhere", "..", "/", "/dev/null", "~"),
+    *("mnist_teacher", "moving_digits_teacher", "teacher", "generator", "train", "test"),
+    *("tset", "train[:10%]", "train[:0]", "cifar10000", "mnist", 300 * "x"),
+)
+FLAG_VALUES = (
+    *VALUES,
+    *("data=2", "data=0", "data", "fsdp=3", "data=2,data=2", "frames=3", "window=1"),
+    *("window=x", "sink=-1", "a.jpg", "a", ".png", "a.png,b.gif", "4,2,", "4, 2", "euler"),
+    *("v5p", "cpu:x", "cpu:0", "v5p:3x3", "1 2"),
+)
 # What stands in the place of a value of JSON.
 JSON = (None, True, -1, 0, 1, 7, 2.5, 1e300, 10**30, "", "x", "1", [], [1], [[]], {}, {"a": 1})
 

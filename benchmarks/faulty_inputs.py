@@ -19,7 +19,12 @@ import traceback
 import jax
 from absl import app, flags
 from faulty_files import (
+    FLAG_VALUES,
+    NUMBERS,
+    REALS,
     ROOT,
+    TUPLES,
+    VALUES,
     good_files,
     load_config,
     misspelt,
@@ -39,58 +44,6 @@ CONFIGS = (
     *("dmd.py:decoupled", "dmd.py:phased", "dmd.py:lora", "dmd.py:consistency", "dmd.py:scm"),
     *("dmd.py:meanflow", "dmd.py:rcm", "dmd.py:wan_tiny", "pretrain.py", "pretrain.py:wan_small"),
     *("pretrain.py:bouncing_causal", "self_forcing.py", "self_forcing.py:consistency"),
-)
-# What is typed in the place of a number, of several, of a word; or of anything.
-NUMBERS = ("-1", "0", "1", "2", "3", "7", "-3", "1000000", "99999999999", "1" + 30 * "0")
-REALS = (*NUMBERS, "-0.5", "0.5", "1.5", "1e30", "1e-30", "nan", "inf", "-inf")
-TUPLES = (
-    *[
-        "()",
-        "(0,)",
-        "(1,)",
-        "(-1,)",
-        "(0.5,)",
-        "(1.0,0.5)",
-        "(0.25,0.5,1.0)",
-        "(1,1)",
-        "(3,7)",
-        "(1.0,0.75,0.5,-0.25)",
-    ],
-    *[
-        "(1.0,1.0)",
-        "(2.0,1.0)",
-        "(1e400,1)",
-        "(1.0,0.0)",
-        "4",
-        "0.5",
-        "(1,2,4)",
-        "(5,)",
-        "(4,2,1,0)",
-        "('a',)",
-    ],
-    *["(None,)", "[4,2]", "((1,),)", "(1000000,)", "(100000000,)"],
-)
-VALUES = (
-    *REALS,
-    *TUPLES,
-    *(
-        "2.5",
-        "10**3",
-        "1,5",
-        "half",
-        "",
-        " ",
-        "None",
-        "none",
-        "True",
-        "yes",
-        "(1.0,",
-        "4,2,1",
-        "{}",
-    ),
-    *("AdamW", "DMD", "float16", "random", "nowhere", "..", "/", "/dev/null", "~", 300 * "x"),
-    *("mnist_teacher", "moving_digits_teacher", "teacher", "generator", "train", "test", "tset"),
-    *("train[:10%]", "train[:0]", "cifar10000", "mnist"),
 )
 
 
@@ -336,12 +289,6 @@ EXTRA = {
     "metric_network": ("data", "data_dir", "steps", "batch", "seed", "out"),
     "plan": ("topology", "slices", "search", "json"),
 }
-FLAG_VALUES = (
-    *VALUES,
-    *("data=2", "data=0", "data", "fsdp=3", "data=2,data=2", "frames=3", "window=1", "window=x"),
-    *("sink=-1", "a.jpg", "a", ".png", "a.png,b.gif", "4,2,", "4, 2", "euler", "v5p", "cpu:x"),
-    *("cpu:0", "v5p:3x3", "1 2"),
-)
 
 
 def flag(rng, folder):
