@@ -1,7 +1,7 @@
 """A campaign of faults: killed runs, damaged checkpoints and bad input. Prints what went wrong.
 
     python benchmarks/faults.py
-    python benchmarks/faults.py --kills=5 --inputs=0 --nodamage
+    python benchmarks/faults.py --kills=5 --inputs=60 --nodamage
 
 The run is a short one of configs/dmd.py with the shipped teacher: eight steps, a checkpoint after
 every second, a judgement after every fourth, and a report.
