@@ -136,11 +136,6 @@ def test_an_error_in_a_config_program_is_told_with_its_line(start, tmp_path, pro
     assert message.format(path=path) in output and len(output.splitlines()) == 1
 
 
-def test_a_config_program_that_is_not_there_is_named(start):
-    output = start("--config=configs/dm.py")
-    assert "Failed loading config file" in output and "configs/dm.py" in output
-
-
 def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
     recorded = []
     monkeypatch.setattr(main, "build", lambda config, **_: exit(recorded.append(main.workdir())))
