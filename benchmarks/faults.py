@@ -338,6 +338,8 @@ def main(_):
         wrong += kills(folder, data, wanted, rng, KILLS.value)
     if INPUTS.value:
         wrong += faulty_inputs.campaign(folder, SEED.value, INPUTS.value)
+    if not wrong:
+        shutil.rmtree(folder)
     print("\n".join(wrong) or "nothing is wrong")
     sys.exit(bool(wrong))
 

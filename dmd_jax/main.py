@@ -186,7 +186,7 @@ def start():
         require_config(FLAGS.config)
         FLAGS.config.lock()
     except Exception as error:  # a config program is a user's: it may raise anything
-        refuse(flag_error(error))
+        refuse(flag_error(error, isinstance(error, flags.Error)))
     try:
         app.run(main, argv=argv, flags_parser=lambda argv: argv)
     except BaseException as end:

@@ -102,7 +102,7 @@ def start():
         require_config(FLAGS.config)
         FLAGS.config.lock()
     except Exception as error:  # a config program is a user's: it may raise anything
-        refuse(flag_error(error))
+        refuse(flag_error(error, isinstance(error, flags.Error)))
     app.run(main, argv=argv, flags_parser=lambda argv: argv)
 
 

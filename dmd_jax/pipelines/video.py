@@ -143,6 +143,8 @@ def read_video(
         raise ValueError(f"height={height} and width={width}: give both or neither")
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames} must be positive")
+    if fps is not None:
+        require_rate(fps)
     read: list[np.ndarray] = []
     with _opened(path) as container:
         for frame in _at_rate(container, fps):

@@ -2,7 +2,7 @@
 
 A section of a config names a class and values of its fields, `dict(cls=DMD, guidance=1.5)`, so that
 a reader can jump from the config to the mathematics. Only training/ and the commands read configs.
-Imports absl and ml_collections.
+Imports ml_collections.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ import types
 import typing
 
 import ml_collections
-from absl import flags
 from ml_collections import config_dict
 
 # Sections that a resumed run may change: its length, what is logged and judged, and where and how
@@ -145,14 +144,19 @@ def expand_home(config):
             config[name] = os.path.expanduser(value)
 
 
-def flag_error(error):
-    """One sentence about an error that flags, a config program or its overrides raised."""
+def flag_error(error, of_flags):
+    """One sentence about an error that flags, a config program or its overrides raised.
+
+    Args:
+        error: what was raised.
+        of_flags: whether it is the error of a flag, in absl's words.
+    """
     cause = error
     while cause is not None:  # absl and ml_collections raise errors of their own in its place
         if line := _program_line(cause):
             return f"in the config: {type(cause).__name__}: {_text(cause)} ({line})"
         cause = cause.__context__
-    if isinstance(error, flags.Error):
+    if of_flags:
         return f"{error} (--help lists the flags)"
     text = str(_text(error))
     if text.startswith("'"):  # a name, or with a second line: did you mean
@@ -202,13 +206,19 @@ def construct(config, where, **given):
         **given: fields that the program knows and the config does not state.
 
     Raises:
-        ValueError: no class, an unknown field, a missing one, a value of the wrong type, or values
-            that the class refuses.
+        ValueError: no class, an unknown field, a missing one, a value of the wrong type, one that
+            differs from what is given, or values that the class refuses.
     """
     if "cls" not in config:
         raise ValueError(f"{where} names no class; write {where} = dict(cls=..., ...)")
     values = {name: config[name] for name in config if name != "cls"} | given
     fields = {field.name: field for field in dataclasses.fields(config.cls)}
+    for name, value in given.items():
+        if name in fields and config.get(name, value) not in (value, fields[name].default):
+            raise ValueError(
+                f"{where}.{name} is {config[name]!r}, but the rest of the config makes it "
+                f"{value!r}: leave it out here"
+            )
     for name, value in values.items():
         if name not in fields:
             raise ValueError(unknown(f"{where}.{name}", name, fields))

@@ -232,6 +232,13 @@ def test_what_a_class_cannot_be_made_of_is_refused_by_its_path(fields, message):
         build_outer(**fields)
 
 
+def test_a_value_that_the_program_knows_better_is_refused_and_not_ignored():
+    part = described(count=5, name="mine")
+    assert construct(part, "config.part", shape=(1,), count=5, name="mine").count == 5
+    with pytest.raises(ValueError, match=r"config\.part\.name is 'mine', but .* makes it 'other'"):
+        construct(part, "config.part", shape=(1,), name="other")
+
+
 def test_elements_of_a_tuple_have_types_too():
     with pytest.raises(ValueError, match=r"config\.part\.shape is \(1, 'two'\)"):
         construct(described(), "config.part", shape=(1, "two"))
