@@ -383,9 +383,21 @@ def call(program, args, known):
     return "accepted", ""
 
 
+WRITTEN = ("lock", "config.json", "metrics.jsonl")  # by a run that goes on
+
+
 def contents(folder):
     """{path: its bytes} of the files in a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def altered(before, after, outcome):
+    """The files that a program changed or removed, apart from what a run that goes on writes."""
+    changed = [path for path, content in before.items() if after.get(path) != content]
+    if outcome != "accepted":
+        return changed
+    kept = set(after.values())  # a damaged checkpoint is moved
+    return [path for path in changed if path.name not in WRITTEN and before[path] not in kept]
 
 
 def campaign(folder, seed, count):
@@ -415,7 +427,7 @@ def campaign(folder, seed, count):
             program, args = kind(rng, here)
             before = contents(here)
             outcome, text = call(program, args, known)
-            changed = [p for p, content in before.items() if contents(here).get(p) != content]
+            changed = altered(before, contents(here), outcome)
             print(f"{number} {kind.__name__} {outcome}: {program} {args}\n{text}\n", file=record)
             record.flush()
             outcomes[kind.__name__, outcome] += 1
