@@ -13,7 +13,7 @@ from absl import app, flags
 
 from dmd_jax import data, weights
 from dmd_jax.devices import cores
-from dmd_jax.devices.disk import check_writable, local_path
+from dmd_jax.devices.disk import check_file, check_writable, local_path
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.quality import report
 from dmd_jax.quality.evaluation import data_judge, real_row, teacher_rows
@@ -67,7 +67,7 @@ def judge_checkpoint():
     load_features(FLAGS.features).require_fit(source)
     out = local_path(FLAGS.out) if FLAGS.out else None
     if out:
-        check_writable(out.parent)
+        check_file(out)
     if FLAGS.store:
         check_writable(path.parent)
     judge = data_judge(FLAGS.data, FLAGS.data_dir, FLAGS.features, split=FLAGS.split)

@@ -11,6 +11,7 @@ self_forcing   a file of torch as Self-Forcing writes it
 diffusers_lora, comfyui_lora   of an adapter: a safetensors file with the names of the program
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
         raise ValueError(f"--base={base} is for --to=diffusers, not {to}")
     if base is not None:
         export.index_of(base)
-    if shift is not None and shift <= 0:
+    if shift is not None and not 0 < shift < math.inf:
         raise ValueError(f"--shift={shift} must be above 0; 1 shifts nothing")
     if to in ADAPTERS:
         if shift is not None:

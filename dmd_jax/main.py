@@ -29,7 +29,12 @@ from dmd_jax.devices import cores
 from dmd_jax.devices.disk import first_line
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.training import checkpoint, health, loop, profiling
-from dmd_jax.training.configuration import compute_dtypes, expand_home, flag_error
+from dmd_jax.training.configuration import (
+    compute_dtypes,
+    expand_home,
+    flag_error,
+    require_config,
+)
 from dmd_jax.training.preemption import STOPPED, Stopped
 from dmd_jax.training.run import build, describe
 
@@ -177,10 +182,11 @@ def start():
         # Defining the flags already reads the config and its overrides, which may raise.
         define_flags()
         app.define_help_flags()
-        argv = app.parse_flags_with_usage(sys.argv)
-        FLAGS.config.lock()  # reads the config program
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        refuse(flag_error(error))
+        argv = FLAGS(sys.argv)
+        require_config(FLAGS.config)
+        FLAGS.config.lock()
+    except Exception as error:  # a config program is a user's: it may raise anything
+        refuse(flag_error(error, isinstance(error, flags.Error)))
     try:
         app.run(main, argv=argv, flags_parser=lambda argv: argv)
     except BaseException as end:

@@ -12,7 +12,7 @@ import sys
 from absl import app, flags
 
 from dmd_jax.data import load
-from dmd_jax.devices.disk import check_writable, local_path
+from dmd_jax.devices.disk import check_file, local_path
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.quality import metric_network
 
@@ -26,7 +26,13 @@ def define_flags():
     flags.DEFINE_string("name", None, "Name of the distance; FD-DATA-FEATURES if not given.")
     flags.DEFINE_integer("steps", 4000, "Steps of the optimizer.", lower_bound=1)
     flags.DEFINE_integer("batch", 50, "Images per step.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of the weights, the batches and the augmentation.")
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "Seed of the weights, the batches and the augmentation.",
+        lower_bound=0,
+        upper_bound=2**32 - 1,
+    )
     flags.mark_flag_as_required("out")
 
 
@@ -38,8 +44,10 @@ def main(argv):
         out = local_path(FLAGS.out)
         if out.suffix != ".safetensors":
             raise ValueError(f"--out={out}: the ending must be .safetensors")
-        check_writable(out.parent)
+        check_file(out)
         train, test = (load(FLAGS.data, split, FLAGS.data_dir) for split in ("train", "test"))
+        if FLAGS.batch > len(train):
+            raise ValueError(f"--batch={FLAGS.batch}: there are {len(train)} images")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     card = metric_network.write(

@@ -45,7 +45,7 @@ def define_flags():
     flags.DEFINE_bool("first_alone", False, "Whether the first frame is a block of its own.")
     flags.DEFINE_integer("window", None, "Frames that the teacher attends to; all if not given.")
     flags.DEFINE_integer("sink", 0, "First frames that stay visible behind the window.")
-    flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("batch", 1, "Videos in one call.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In which the teacher computes.")
     flags.mark_flags_as_required(["embeddings", "out"])

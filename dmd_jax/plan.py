@@ -23,10 +23,15 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from dmd_jax.devices.disk import check_writable, first_line, local_path, write_text
+from dmd_jax.devices.disk import check_file, first_line, local_path, write_text
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.training import topologies
-from dmd_jax.training.configuration import compute_dtypes, expand_home, flag_error
+from dmd_jax.training.configuration import (
+    compute_dtypes,
+    expand_home,
+    flag_error,
+    require_config,
+)
 from dmd_jax.training.plan import plan
 from dmd_jax.training.search import search
 
@@ -59,7 +64,7 @@ def main(argv):
     use_float32_products(*compute_dtypes(config))
     try:
         if FLAGS.json:
-            check_writable(local_path(FLAGS.json).parent)
+            check_file(local_path(FLAGS.json))
         chip, devices = topologies.load(FLAGS.topology, FLAGS.slices)
         result = searched(config, chip, devices) if FLAGS.search else plan(config, chip, devices)
     except (ValueError, OSError, ImportError) as error:
@@ -93,10 +98,11 @@ def start():
     try:
         define_flags()
         app.define_help_flags()
-        argv = app.parse_flags_with_usage(sys.argv)
-        FLAGS.config.lock()  # reads the config program
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        refuse(flag_error(error))
+        argv = FLAGS(sys.argv)
+        require_config(FLAGS.config)
+        FLAGS.config.lock()
+    except Exception as error:  # a config program is a user's: it may raise anything
+        refuse(flag_error(error, isinstance(error, flags.Error)))
     app.run(main, argv=argv, flags_parser=lambda argv: argv)
 
 

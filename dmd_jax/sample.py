@@ -35,7 +35,7 @@ import numpy as np
 from absl import app, flags
 
 from dmd_jax.devices import cores, sharding
-from dmd_jax.devices.disk import check_writable, local_path
+from dmd_jax.devices.disk import check_file, local_path
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.models.wan import WanConfig
 from dmd_jax.pipelines import sampling, video
@@ -66,7 +66,7 @@ def define_flags():
     flags.DEFINE_enum(
         "solver", None, sorted(SOLVERS), "ODE solver of a teacher; euler if not given."
     )
-    flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_list("out", ["samples.png"], "Files to write; their endings are the formats.")
     flags.DEFINE_list(
         "mesh",
@@ -74,7 +74,7 @@ def define_flags():
         "Devices, as data=2,fsdp=4; all cores of a CPU, or the first accelerator, if not given.",
     )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In which the networks compute.")
-    flags.DEFINE_integer("num", 100, "Images: number.", lower_bound=1)
+    flags.DEFINE_integer("num", 100, "Images: number.", lower_bound=1, upper_bound=10_000_000)
     flags.DEFINE_string("prompts", None, "Videos: a text file, one prompt a line.")
     flags.DEFINE_string("negative", "", "Videos: the negative prompt.")
     flags.DEFINE_string(
@@ -151,6 +151,7 @@ def sample():
     config = sampling.network_config(FLAGS.checkpoint, FLAGS.boundary)
     videos = isinstance(config, WanConfig)
     outs = [local_path(out) for out in FLAGS.out]
+    video.require_rate(FLAGS.fps)
     require_files(outs, (".mp4", ".gif", ".png") if videos else (".png", ".npz"))
     count = write_videos(outs, ways) if videos else write_images(outs, sampler, config)
     named = ", ".join(map(str, outs))
@@ -164,6 +165,7 @@ def stream():
     if FLAGS.prompts is None:
         raise ValueError("--stream makes videos of prompts: give a file as --prompts")
     outs, scenes = [local_path(out) for out in FLAGS.out], read_scenes(FLAGS.prompts)
+    video.require_rate(FLAGS.fps)
     require_files(outs, (".mp4", ".gif"))
     model = load_stream_model(
         FLAGS.checkpoint,
@@ -201,11 +203,9 @@ def require_files(outs, known):
     for out in outs:
         if out.suffix not in known:
             raise ValueError(f"--out={out}: the ending says the format, {', '.join(known)}")
-        if out.is_dir():
-            raise ValueError(f"--out={out} is a folder: name a file")
         if out.suffix == ".mp4":
             video.import_av()
-        check_writable(out.parent)
+        check_file(out)
 
 
 def write_images(outs, sampler, config):

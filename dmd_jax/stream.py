@@ -15,7 +15,7 @@ import absl.logging
 from absl import app, flags
 
 from dmd_jax.devices.precision import use_float32_products
-from dmd_jax.pipelines import server
+from dmd_jax.pipelines import server, video
 from dmd_jax.pipelines.player import Player
 from dmd_jax.pipelines.streaming import block_sampler, parse_causal
 from dmd_jax.pipelines.video_stream import load_stream_model
@@ -63,6 +63,7 @@ def main(argv):
 
 def stream():
     """Serves the page until it is interrupted."""
+    video.require_rate(FLAGS.fps)
     how = dict(steps=FLAGS.steps, shift=FLAGS.shift, causal=parse_causal(FLAGS.causal))
     block_sampler(FLAGS.checkpoint, **how)  # refuses before anything is loaded
     load = functools.partial(

@@ -20,6 +20,15 @@ def test_the_parts_of_a_train_step_are_timed(teacher, data_dir, tmp_path):
         assert f"{part} " in result.stdout
 
 
+@pytest.mark.slow
+def test_mistakes_are_refused_in_a_sentence_or_accepted():
+    """A few of those that benchmarks/faults.py makes; its kills and damages take minutes."""
+    script = "benchmarks/faults.py", "--kills=0", "--nodamage", "--inputs=40", "--seed=1"
+    result = programs.python(*script)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "nothing is wrong" in result.stdout and "refused: " in result.stdout
+
+
 def test_without_a_clone_the_comparison_with_self_forcing_says_how_to_get_one(tmp_path):
     script = "benchmarks/self_forcing_parity.py", f"--self_forcing={tmp_path}"
     result = programs.python(*script)

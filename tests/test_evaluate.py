@@ -156,6 +156,7 @@ def test_program_prints_a_table_beside_the_floor_and_writes_its_rows(
         (["--checkpoint={small}"], "(14, 14, 1)"),
         (["--checkpoint={student}", "--guidance=2"], "guidance is in its weights already"),
         (["--checkpoint={file}", "--out={file}/a.json"], "cannot be written to"),
+        (["--checkpoint={file}", "--out=/"], "/ is a folder: name a file"),
         (["--checkpoint={file}", "--split=validation"], "split 'validation' of 'mnist5k'"),
         (["--checkpoint={file}", "4"], "unknown argument '4'"),
         (["--checkpoint=moving_digits_teacher"], "is a WanConfig network, which does not generate"),

@@ -117,6 +117,25 @@ def test_a_network_of_another_family_than_the_data_s_is_refused(
         build(config)
 
 
+@pytest.mark.parametrize(
+    "program, message",
+    [
+        ("import dmdjax", "No module named 'dmdjax' ({path}, line 1)"),
+        ("def get_config():\n    return batch", "name 'batch' is not defined ({path}, line 2)"),
+        ("def get_config()\n    return 1", "expected ':' (program.py, line 1)"),
+        ("def get_config():\n    return 1 / 0", "division by zero ({path}, line 2)"),
+        ("def get_config():\n    return int('a')", "ValueError: invalid literal"),
+        ("def get_config():\n    pass", "get_config returned None, and a ConfigDict is wanted"),
+    ],
+)
+def test_an_error_in_a_config_program_is_told_with_its_line(start, tmp_path, program, message):
+    path = tmp_path / "program.py"
+    path.write_text(program + "\n")
+    output = start(f"--config={path}")
+    assert output.startswith("error: in the config")
+    assert message.format(path=path) in output and len(output.splitlines()) == 1
+
+
 def test_workdir_is_named_after_the_config_and_its_argument(start, monkeypatch):
     recorded = []
     monkeypatch.setattr(main, "build", lambda config, **_: exit(recorded.append(main.workdir())))
@@ -231,7 +250,7 @@ def test_the_end_waits_for_no_compilation(how, code, message):
     [
         ("method.guidanc", 2, 'Did you mean "guidance"'),
         ("batchsize", 2, 'Did you mean "batch_size"'),
-        ("methd.guidance", 2, "'methd'\nDid you mean \"method\""),
+        ("methd.guidance", 2, "there is no entry 'methd'. Did you mean \"method\""),
         ("method.alpha", 2, "there is no entry 'alpha'"),
         (
             "method.cls",

@@ -172,6 +172,8 @@ def test_program_draws_a_grid_with_a_column_for_each_class(program, teacher, tmp
         (["--checkpoint={student}", "--out=a.jpg"], "--out=a.jpg: the ending says the format"),
         (["--checkpoint={student}", "--out={student}/a.npz"], "cannot be written to"),
         (["--checkpoint={student}", "--causal=window=6"], "--causal: only a stream takes it"),
+        (["--checkpoint={student}", "--shift=nan"], "shift=nan must be above 0"),
+        (["--checkpoint={student}", "--fps=nan"], "fps=nan must be above 0"),
     ],
 )
 def test_program_refuses_with_one_message_before_it_samples(

@@ -117,11 +117,21 @@ class BouncingDigits(TextVideos):
         frames: of a video.
         num: number of videos.
         seed: for the choice of scans, starts and directions.
+
+    Raises:
+        ValueError: there is no frame or no video, or the seed is negative.
     """
 
     frames: int = FRAMES
     num: int = 100_000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.num) < 1 or self.seed < 0:
+            raise ValueError(
+                f"frames={self.frames} and num={self.num} must be 1 or more, seed={self.seed} 0 or "
+                "more"
+            )
 
     name = "bouncing digits"
 

@@ -148,16 +148,27 @@ def _read_meta(path):
     remedy = REMEDY.format(path=path)
     try:
         meta = json.loads((path / META).read_text())
-        if meta["format"] == FORMAT:
+        if _is_meta(meta):
             return meta
     except OSError:
         raise FileNotFoundError(f"there are no embeddings at {str(path)!r}: {remedy}") from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         pass
     raise ValueError(
         f"{path / META} is not of embeddings of this version of dmd_jax: give another folder, or "
         f"remove it and {remedy}"
     )
+
+
+def _is_meta(meta):
+    """Whether this is what `write` writes."""
+    kinds = dict(length=int, dim=int, shard=int, source=str, negative=str, prompts=list)
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        return False
+    if any(type(meta.get(name)) is not kind for name, kind in kinds.items()):
+        return False
+    texts = all(isinstance(prompt, str) for prompt in meta["prompts"])
+    return texts and min(meta["length"], meta["dim"], meta["shard"], len(meta["prompts"])) > 0
 
 
 def _require_same(path, found, wanted):
@@ -193,8 +204,18 @@ def _open_shard(path, number, meta):
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{tokens_file} or its lengths are damaged ({error}): {remedy}") from None
     count = min(meta["shard"], len(meta["prompts"]) + 1 - number * meta["shard"])
+    if lengths.shape != (count,) or lengths.dtype != np.int32:
+        raise ValueError(
+            f"{lengths_file} is damaged: {lengths.dtype} {lengths.shape}, expected int32 "
+            f"{(count,)}; remove it and {remedy}"
+        )
+    if lengths.min() < 1 or lengths.max() > meta["length"]:
+        raise ValueError(
+            f"{lengths_file} is damaged: prompts of {lengths.min()} to {lengths.max()} tokens, and "
+            f"1 to {meta['length']} can be; remove it and {remedy}"
+        )
     wanted = (int(lengths.sum()), meta["dim"])
-    if lengths.shape != (count,) or tokens.shape != wanted or tokens.dtype != np.uint16:
+    if tokens.shape != wanted or tokens.dtype != np.uint16:
         raise ValueError(
             f"{tokens_file} is damaged: {tokens.dtype} {tokens.shape} of {lengths.shape} prompts, "
             f"expected uint16 {wanted} of {(count,)}; remove it and {remedy}"

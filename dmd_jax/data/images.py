@@ -272,7 +272,8 @@ def _find(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
             "builder whose module the config imports, or of a data set prepared in "
             f"{data_dir or 'the default data_dir'}."
         ) from None
-    except (ValueError, AssertionError) as error:  # The configuration or the version.
+    # The configuration, the version, or a data_dir that cannot be reached.
+    except (ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(f"cannot open data set {name!r}: {error}") from error
 
 

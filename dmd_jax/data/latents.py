@@ -174,7 +174,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / MANIFEST} is damaged ({error}): delete {path}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path / MANIFEST} is not of the format {FORMAT!r}: name another folder")
-    return manifest
+    try:
+        count = manifest["count"]
+        if count is not None and not (isinstance(count, int) and count > 0):
+            raise ValueError(f"count is {count!r}")
+        return _manifest(manifest["shape"], manifest["shard"], manifest["source"]) | {
+            "count": count
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / MANIFEST} is damaged ({error!r}): delete {path}") from error
 
 
 def _save_manifest(path: Path, manifest: dict[str, Any]) -> None:

@@ -133,6 +133,10 @@ class MovingDigits(Prompts):
         embeddings, latents: directories, written at the first use.
         num: number of videos.
         seed: for the choice of scans and starting points.
+
+    Raises:
+        ValueError: there is no video or no directory for them, the seed is negative, or the shape
+            is not that of these videos.
     """
 
     embeddings: str = "~/.cache/dmd_jax/moving_digits/embeddings"
@@ -142,6 +146,17 @@ class MovingDigits(Prompts):
     seed: int = 0
 
     name = "moving digits"
+
+    def __post_init__(self) -> None:
+        if self.num < 1 or self.seed < 0 or self.latents is None:
+            raise ValueError(
+                f"num={self.num} must be 1 or more, seed={self.seed} 0 or more, and "
+                f"latents={self.latents!r} a directory"
+            )
+        if tuple(self.sample_shape) != MovingDigits.sample_shape:
+            raise ValueError(
+                f"sample_shape={self.sample_shape}: these videos are {MovingDigits.sample_shape}"
+            )
 
     def open(self) -> None:
         """Writes missing files and opens them. Raises as `Prompts.open`."""

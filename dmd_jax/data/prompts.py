@@ -103,6 +103,9 @@ class Prompts(TextVideos):
         sample_shape: (F, H, W, C) of the latents of a generator.
         latents: directory that `python -m dmd_jax.encode` wrote, for methods that learn from data;
             None for the others.
+
+    Raises:
+        ValueError: `sample_shape` is no shape of a video.
     """
 
     embeddings: str
@@ -110,6 +113,12 @@ class Prompts(TextVideos):
     latents: str | None = None
 
     _store: ClassVar = Latents
+
+    def __post_init__(self) -> None:
+        if len(self.sample_shape) != 4 or min(self.sample_shape) < 1:
+            raise ValueError(
+                f"sample_shape={self.sample_shape} must be (F, H, W, C), each 1 or more"
+            )
 
     def open(self) -> None:
         """Opens the files.
@@ -125,11 +134,12 @@ class Prompts(TextVideos):
                 f"{self.latents} holds latents {latents.sample_shape}, but sample_shape is "
                 f"{tuple(self.sample_shape)}"
             )
-        if (last := int(latents.prompt.max())) >= len(texts):
-            raise ValueError(
-                f"{self.latents} speaks of prompt {last}, but {self.embeddings} holds "
-                f"{len(texts)}: they do not go together"
-            )
+        for row in (int(latents.prompt.min()), int(latents.prompt.max())):
+            if not 0 <= row < len(texts):
+                raise ValueError(
+                    f"{self.latents} speaks of prompt {row}, but {self.embeddings} holds "
+                    f"{len(texts)}: they do not go together"
+                )
 
     @property
     def _embeddings_path(self) -> Path:

@@ -61,7 +61,13 @@ class Trajectories(latents.Latents):
                 f"with `python -m {self.command} --latents={path} ...`"
             )
         self.sample_shape = self.shape[1:]
-        self.levels: tuple[float, ...] = tuple(self.source["levels"])
+        levels = self.source.get("levels") if isinstance(self.source, dict) else None
+        if not isinstance(levels, list) or len(levels) != self.shape[0] - 2:
+            raise ValueError(
+                f"{path} holds {self.shape[0] - 2} points of each trajectory, and their times are "
+                f"{levels}: delete it and make it again"
+            )
+        self.levels: tuple[float, ...] = tuple(levels)
 
 
 @dataclasses.dataclass(frozen=True)

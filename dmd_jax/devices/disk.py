@@ -36,6 +36,17 @@ def check_writable(directory: epath.PathLike) -> None:
         ) from error
 
 
+def check_file(path: Path) -> None:
+    """Checks that a file can be written where it is asked for.
+
+    Raises:
+        ValueError: the path is a folder, or its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    check_writable(path.parent)
+
+
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """Locks a directory for this process by a file `lock` in it, while the context is open.
@@ -94,8 +105,10 @@ def local_path(path: str | os.PathLike) -> Path:
     """The path of a local file or directory, `~` resolved.
 
     Raises:
-        ValueError: it is an address, such as that of a bucket (gs://...).
+        ValueError: it is empty, or an address, such as that of a bucket (gs://...).
     """
+    if not os.fspath(path):
+        raise ValueError("the path is empty: name a file or a folder")
     if "://" in os.fspath(path):
         raise ValueError(
             f"{path}: only local paths are read and written; mount the bucket, or copy the files"

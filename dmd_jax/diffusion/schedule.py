@@ -10,6 +10,7 @@ therefore static under `jax.jit`.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeAlias
@@ -17,6 +18,8 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Key, Real, Shaped
+
+MOST_STEPS = 10_000  # of a sampler; the times of all are in its compiled program
 
 # The types of the library's arguments. All may be jax or numpy arrays. (The space before B keeps a
 # linter from reading the shape as an expression.)
@@ -134,7 +137,7 @@ def shift_time(
 def check_times(*, clip: tuple[float, float], **shifts: float) -> None:
     """Raises ValueError for a clip or a shift that `sample_time` and `shift_time` cannot use."""
     for name, shift in shifts.items():
-        if shift <= 0.0:
+        if not 0.0 < shift < math.inf:
             raise ValueError(f"{name}={shift} must be above 0; 1 changes nothing")
     if not 0.0 <= clip[0] < clip[1] <= 1.0:
         raise ValueError(f"clip={clip} must ascend within [0, 1]")
@@ -147,6 +150,12 @@ def check_step_times(times: Sequence[float]) -> None:
         raise ValueError(
             f"times={times} must descend, from 1 at most, and end above 0, such as step_times(4)"
         )
+
+
+def check_steps(steps: int) -> None:
+    """Raises ValueError for a number of steps that is not 1 to MOST_STEPS."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps={steps} must be 1 or more, and {MOST_STEPS:,} at most")
 
 
 def step_times(steps: int) -> tuple[float, ...]:

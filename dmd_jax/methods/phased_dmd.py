@@ -90,14 +90,18 @@ class PhasedDMD(DMD):
             )
         for role in ("generator", "fake_score"):
             self._check_experts(role, nets[role])
-        teacher = nets["teacher"]
-        if isinstance(teacher.net, Experts):
-            ends = network_times(teacher, self.levels[1:-1])
-            if odd := [b for b in teacher.net.boundaries if not _near(b, ends)]:
-                raise ValueError(
-                    f"the teacher's experts are divided at {odd}, where no phase ends: the phases "
-                    f"of {self.phases} calls at {self.times} with shift={self.shift} end at {ends}"
-                )
+        for role in ("generator", "teacher"):
+            self._check_boundaries(role, nets[role])
+
+    def _check_boundaries(self, role, denoiser):
+        if not isinstance(denoiser.net, Experts):
+            return
+        ends = network_times(denoiser, self.levels[1:-1])
+        if odd := [b for b in denoiser.net.boundaries if not _near(b, ends)]:
+            raise ValueError(
+                f"the {role}'s experts are divided at {odd}, where no phase ends: the phases "
+                f"of {self.phases} calls at {self.times} with shift={self.shift} end at {ends}"
+            )
 
     def _check_experts(self, role, denoiser):
         phases, experts = len(self.phases), 1

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from dmd_jax.models.layers import linear, stack
+from dmd_jax.models.layers import check_sizes, linear, stack
 
 P = jax.P
 
@@ -34,7 +34,8 @@ class DiscriminatorConfig:
         heads: number of weighted means of the tokens in a head.
 
     Raises:
-        ValueError: the blocks do not ascend from 0, or the means do not divide the width.
+        ValueError: a size is below 1, the blocks do not ascend from 0, or the means do not divide
+            the width.
     """
 
     dim: int
@@ -43,6 +44,7 @@ class DiscriminatorConfig:
     heads: int = 4
 
     def __post_init__(self):
+        check_sizes(self, "dim", "hidden", "heads")
         if not self.blocks or self.blocks[0] < 0 or sorted(set(self.blocks)) != list(self.blocks):
             raise ValueError(f"blocks={self.blocks} must ascend, from 0 or more")
         if self.hidden % self.heads:

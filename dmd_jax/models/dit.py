@@ -16,6 +16,7 @@ from dmd_jax.devices import sharding
 from dmd_jax.models.layers import (
     MLP,
     check_compute,
+    check_sizes,
     linear,
     scan,
     scan_with_taps,
@@ -96,8 +97,8 @@ class DiTConfig:
         unroll: layers per iteration of the scan over layers; more compile slower and run faster.
 
     Raises:
-        ValueError: the patch does not divide the image, the heads do not divide the width, or the
-            dtype or the policy is unknown.
+        ValueError: a size is below 1, the patch does not divide the image, the heads do not divide
+            the width, or the dtype or the policy is unknown.
     """
 
     image_size: int
@@ -114,6 +115,10 @@ class DiTConfig:
     unroll: int = 1
 
     def __post_init__(self):
+        check_sizes(self, "image_size", "channels", "num_classes", "patch", "dim", "depth", "heads")
+        check_sizes(self, "unroll")
+        if self.hidden < 0:
+            raise ValueError(f"hidden={self.hidden} must be 0 or more")
         if self.image_size % self.patch:
             raise ValueError(f"patch={self.patch} does not divide image_size={self.image_size}")
         if self.dim % self.heads:

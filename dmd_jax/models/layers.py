@@ -90,6 +90,14 @@ def stack(make, depth, *, rngs):
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
+def check_sizes(config, *names):
+    """Raises ValueError where one of these fields of a config is no whole number from 1 on."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+
+
 def check_compute(dtype, remat):
     """Raises ValueError if `dtype` or `remat` of a config is not one that `scan` supports."""
     if dtype not in ("float32", "bfloat16"):

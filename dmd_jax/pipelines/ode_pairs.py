@@ -20,7 +20,13 @@ from dmd_jax.devices import randomness, sharding
 from dmd_jax.devices.disk import check_writable, local_path
 from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import guided
-from dmd_jax.diffusion.schedule import check_step_times, check_times, shift_time, step_times
+from dmd_jax.diffusion.schedule import (
+    check_step_times,
+    check_steps,
+    check_times,
+    shift_time,
+    step_times,
+)
 from dmd_jax.models.attention import Causal
 from dmd_jax.pipelines.sampling import load_denoiser
 from dmd_jax.rollouts.ode import check_kept, trajectory
@@ -55,8 +61,7 @@ class Solution:
     def __post_init__(self):
         check_step_times(self.times)
         check_times(shift=self.shift, clip=(0.0, 1.0))
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
+        check_steps(self.steps)
         check_kept(step_times(self.steps), self.times)
 
     @property

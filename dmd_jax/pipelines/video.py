@@ -63,8 +63,7 @@ def video_writer(path: str | PathLike, fps: float = 16) -> Iterator[Callable[[np
     writers = {".mp4": _mp4_writer, ".gif": _gif_writer}
     if path.suffix not in writers:
         raise ValueError(f"{path}: the ending says the format, .mp4, .gif or .png")
-    if not fps > 0:
-        raise ValueError(f"fps={fps} must be positive")
+    require_rate(fps)
     with _complete(path) as partial, writers[path.suffix](partial, fps) as append:
         written = 0
 
@@ -142,8 +141,10 @@ def read_video(
     """
     if (height is None) != (width is None):
         raise ValueError(f"height={height} and width={width}: give both or neither")
-    if (frames is not None and frames < 1) or (fps is not None and not fps > 0):
-        raise ValueError(f"frames={frames} and fps={fps} must be positive")
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames} must be positive")
+    if fps is not None:
+        require_rate(fps)
     read: list[np.ndarray] = []
     with _opened(path) as container:
         for frame in _at_rate(container, fps):
@@ -248,6 +249,7 @@ def _step(stream: Any, fps: float | None) -> Fraction:
     """Frames of the file per frame at `fps`."""
     if fps is None:
         return Fraction(1)
+    require_rate(fps)
     return stream.average_rate / Fraction(fps).limit_denominator(1001)
 
 
@@ -277,6 +279,12 @@ def import_av() -> Any:
     except ImportError as error:
         raise ImportError("videos need PyAV: pip install 'dmd_jax[wan]'") from error
     return av
+
+
+def require_rate(fps: float) -> None:
+    """Raises ValueError for a number of frames per second that no video has."""
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps={fps} must be above 0, and 1,000 at most")
 
 
 def _existing(path: str | PathLike) -> Path:

@@ -23,7 +23,7 @@ class ClassifierConfig:
         features: D, the length of the feature vector and the width of the widest layer.
 
     Raises:
-        ValueError: `features` is no multiple of 4.
+        ValueError: a number is below 1, or `features` is no multiple of 4.
     """
 
     channels: int
@@ -31,7 +31,11 @@ class ClassifierConfig:
     features: int = 64
 
     def __post_init__(self):
-        if self.features % 4 or self.features < 4:
+        for name in ("channels", "num_classes", "features"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+        if self.features % 4:
             raise ValueError(f"features={self.features} must be a positive multiple of 4")
 
 

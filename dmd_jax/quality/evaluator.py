@@ -218,8 +218,8 @@ class Evaluator:
     def is_reported(self, directory: Path) -> bool:
         """Whether the report in `directory` is one of these settings."""
         try:
-            stored = json.loads((directory / SETTINGS).read_text())
-        except (OSError, ValueError):
+            stored = dict(json.loads((directory / SETTINGS).read_text()))
+        except (OSError, ValueError, TypeError):
             return False
         # A report that was written before a field existed is one of its default.
         return json.loads(_kept(Evaluation(every=1))) | stored == json.loads(_kept(self.settings))

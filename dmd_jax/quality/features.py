@@ -95,21 +95,26 @@ def load_features(path: str | Path = SHIPPED) -> Features:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds neither, or its tensors differ from what the network needs. `extract`
-            raises it for images of another number of channels, or that are not uint8.
+        ValueError: it holds neither, its header is damaged, its tensors differ from what the
+            network needs, or numbers are infinite or NaN. `extract` raises it for images of another
+            number of channels, or that are not uint8.
     """
     path = weights.find(path)
     header, tensors = _read(path)
     if header:
-        classifier = _classifier(path, header, tensors)
+        try:
+            name, config = str(header["name"]), ClassifierConfig(**header["model"])
+            classes = tuple(header["classes"]) if "classes" in header else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its header is of no metric network: {error!r}") from None
         return Features(
-            header["name"],
+            name,
             fingerprint(tensors),
-            classifier.config.features,
-            functools.partial(extract, classifier),
-            (classifier.config.channels,),
+            config.features,
+            functools.partial(extract, _classifier(path, config, tensors)),
+            (config.channels,),
             header.get("data"),
-            tuple(header["classes"]) if "classes" in header else None,
+            classes,
         )
     if "Mixed_5b.branch1x1.conv.weight" in tensors:
         look = _inception_extract(path, tensors)
@@ -215,14 +220,18 @@ def _read(path: Path) -> tuple[dict | None, dict[str, np.ndarray]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from None
-    return header and json.loads(header), tensors
+    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise ValueError(f"{path}: {_few(broken)}: numbers are infinite or NaN")
+    try:
+        return header and json.loads(header), tensors
+    except ValueError as error:
+        raise ValueError(f"{path}: its header is damaged: {error}") from None
 
 
-def _classifier(path: Path, header: dict, tensors: dict[str, np.ndarray]) -> Classifier:
-    config = ClassifierConfig(**header["model"])
+def _classifier(path: Path, config: ClassifierConfig, tensors: dict[str, np.ndarray]) -> Classifier:
     abstract = jax.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0)))
     if differences := weights.differing(weights.shapes(abstract), weights.shapes(tensors)):
         raise ValueError(f"{path} does not hold the network of its header:\n{differences}")
     return jax.tree_util.tree_map_with_path(
-        lambda p, _: jnp.asarray(tensors[path_name(p)]), abstract
+        lambda p, _: jnp.asarray(tensors[path_name(p)], jnp.float32), abstract
     )

@@ -7,6 +7,7 @@ Imports the rollouts, the solvers and the rooms below.
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from dmd_jax.data import to_uint8
 from dmd_jax.devices import randomness, sharding
 from dmd_jax.diffusion import solvers
 from dmd_jax.diffusion.denoiser import guided
-from dmd_jax.diffusion.schedule import check_step_times, step_times
+from dmd_jax.diffusion.schedule import check_step_times, check_steps, step_times
 from dmd_jax.models.attention import Causal
 from dmd_jax.rollouts.backward_simulation import backward_simulation
 from dmd_jax.rollouts.block_ode import block_ode
@@ -40,7 +41,7 @@ class Sampler:
             compiled programs, and is no part of the value.
 
     Raises:
-        ValueError: the time shift is not above 0.
+        ValueError: the time shift is not above 0, or guidance is not finite.
     """
 
     steps: int
@@ -48,8 +49,10 @@ class Sampler:
     name: str
 
     def __post_init__(self):
-        if self.shift <= 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"shift={self.shift} must be above 0; 1 shifts nothing")
+        if not math.isfinite(guidance := getattr(self, "guidance", 1.0)):
+            raise ValueError(f"guidance={guidance} must be finite; 1 disables it")
 
     def notes(self):
         """Entries for the header of a network's file, from which `sampler_for` makes the sampler.
@@ -196,8 +199,7 @@ class ManyStep(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be 1 or more")
+        check_steps(self.steps)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r} must be one of {sorted(SOLVERS)}")
 
@@ -243,8 +245,7 @@ class CausalManyStep(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be 1 or more")
+        check_steps(self.steps)
 
     @property
     def calls(self):
@@ -338,8 +339,7 @@ def require_blocks(name, frames, sampler):
 def fewer(times, steps):
     """The times of `steps` calls of a student: every n-th of `times` where that is possible, else
     evenly spaced ones."""
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be 1 or more")
+    check_steps(steps)
     if len(times) % steps:
         return step_times(steps)
     return tuple(times)[:: len(times) // steps]

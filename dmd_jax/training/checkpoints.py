@@ -112,8 +112,13 @@ class _Series:
             + ("resumes from the newest of them." if kept else "starts from step 0.")
         )
 
-    def restore(self, steps: Iterable[int], abstract: Any) -> tuple[Any, int, dict] | None:
-        """The first of `steps` that can be read; damaged ones before it are moved to damaged/."""
+    def restore(
+        self, steps: Iterable[int], abstract: Any, without: str
+    ) -> tuple[Any, int, dict] | None:
+        """The first of `steps` that can be read; damaged ones before it are moved to damaged/.
+
+        `without` is what a run does without the directory, for the error if none can be read.
+        """
         damaged: dict[int, str] = {}
         for step in steps:
             try:
@@ -129,7 +134,7 @@ class _Series:
             raise CheckpointError(
                 f"No checkpoint in {self.directory} can be read:\n"
                 + "\n".join(f"  {reason}" for reason in damaged.values())
-                + "\nRestore one from a copy, or move the directory away to start from step 0."
+                + f"\nRestore one from a copy, or move the directory away to {without}."
             )
         return None
 
@@ -212,7 +217,8 @@ class Checkpointer:
             MismatchedCheckpoint: the newest intact one is of another state.
         """
         self.wait()
-        return self._newest.restore(reversed(self._newest.steps()), abstract_state)
+        steps = reversed(self._newest.steps())
+        return self._newest.restore(steps, abstract_state, "start from step 0")
 
     def save_best(
         self,
@@ -255,7 +261,7 @@ class Checkpointer:
         bests = self._bests()
         # Of one judge, the last is the lowest; of several, only the last judge counts.
         order = sorted(bests, key=lambda step: (-bests[step].get("turn", 0), bests[step]["metric"]))
-        return self._best.restore(order, abstract)
+        return self._best.restore(order, abstract, "go on without a best network")
 
     def _bests(self) -> dict[int, dict[str, Any]]:
         """`extra` by step; {"metric": infinity} where damaged. A kill may have left two."""

@@ -9,9 +9,11 @@ import dataclasses
 import difflib
 import importlib
 import json
+import math
 import os
 import pkgutil
 import sys
+import traceback
 import types
 import typing
 
@@ -21,6 +23,7 @@ from ml_collections import config_dict
 # Sections that a resumed run may change: its length, what is logged and judged, and where and how
 # it is computed.
 FREE = ("steps", "log", "checkpoint", "health", "evaluate", "mesh", "accumulate")
+PROGRAM = "config_config"  # what a config program is called as a module
 
 
 def complete(config, where="config"):
@@ -33,11 +36,13 @@ def complete(config, where="config"):
 
     Args:
         config: an ml_collections.ConfigDict; a section with a `cls` entry describes a dataclass.
+            Completed and changed, it may be completed again.
         where: path of the section, for errors: "config.method".
 
     Returns:
         The same ConfigDict, completed and locked.
     """
+    config.unlock()
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
             complete(value, f"{where}.{name}")
@@ -157,14 +162,49 @@ def expand_home(config):
             config[name] = os.path.expanduser(value)
 
 
-def flag_error(error):
-    """One sentence about an error that reading a config program and its overrides raised."""
-    text = error
-    while isinstance(text, AttributeError | KeyError):  # ml_collections puts one in the other
-        text = text.args[0]  # as text, a KeyError is in quotes
-    if isinstance(error, AttributeError):  # of a bare name, or with a second line: did you mean
+def flag_error(error, of_flags):
+    """One sentence about an error that flags, a config program or its overrides raised.
+
+    Args:
+        error: what was raised.
+        of_flags: whether it is the error of a flag, in absl's words.
+    """
+    cause = error
+    while cause is not None:  # absl and ml_collections raise errors of their own in its place
+        if line := _program_line(cause):
+            return f"in the config: {type(cause).__name__}: {_text(cause)} ({line})"
+        cause = cause.__context__
+    if of_flags:
+        return f"{error} (--help lists the flags)"
+    text = str(_text(error))
+    if text.startswith("'"):  # a name, or with a second line: did you mean
         text = f"there is no entry {text}".replace("\n", ". ")
     return f"in the config or a --config.* override: {text}"
+
+
+def _text(error):
+    while isinstance(error, AttributeError | KeyError):  # ml_collections puts one in the other
+        error = error.args[0]  # as text, a KeyError is in quotes
+    return error
+
+
+def _program_line(error):
+    """The file and line of a config program in which an error was raised; None elsewhere."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if frame.f_globals["__name__"] == PROGRAM:
+            return f"{frame.f_code.co_filename}, line {line}"
+    return None
+
+
+def require_config(config):
+    """Refuses what a config program has returned if it is no config.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: the program could not be read.
+    """
+    if not hasattr(config, "lock"):  # of an unread program, any attribute raises
+        raise ValueError(f"get_config returned {config!r}, and a ConfigDict is wanted")
 
 
 def compute_dtypes(config):
@@ -184,13 +224,19 @@ def construct(config, where, **given):
         **given: fields that the program knows and the config does not state.
 
     Raises:
-        ValueError: no class, an unknown field, a missing one, a value of the wrong type, or values
-            that the class refuses.
+        ValueError: no class, an unknown field, a missing one, a value of the wrong type, one that
+            differs from what is given, or values that the class refuses.
     """
     if "cls" not in config:
         raise ValueError(f"{where} names no class; write {where} = dict(cls=..., ...)")
     values = {name: config[name] for name in config if name != "cls"} | given
     fields = {field.name: field for field in dataclasses.fields(config.cls)}
+    for name, value in given.items():
+        if name in fields and config.get(name, value) not in (value, fields[name].default):
+            raise ValueError(
+                f"{where}.{name} is {config[name]!r}, but the rest of the config makes it "
+                f"{value!r}: leave it out here"
+            )
     for name, value in values.items():
         if name not in fields:
             raise ValueError(unknown(f"{where}.{name}", name, fields))
@@ -202,6 +248,8 @@ def construct(config, where, **given):
         if not _fits(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"{where}.{name} is {value!r}; it must be of type {wanted}")
+        if not _is_finite(value):
+            raise ValueError(f"{where}.{name} is {value!r}; numbers must be finite")
     missing = [
         name
         for name, field in fields.items()
@@ -257,6 +305,13 @@ def _fits(value, annotation):
         if isinstance(value, origin) and (origin is not tuple or _elements_fit(value, kind)):
             return True
     return False
+
+
+def _is_finite(value):
+    """Whether a number, or every number in a tuple, is neither infinite nor NaN."""
+    if isinstance(value, tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _elements_fit(values, kind):
@@ -316,7 +371,7 @@ def differences(stored, now):
     for name in sorted(stored.keys() | now.keys()):
         a, b = stored.get(name, "nothing"), now.get(name, "nothing")
         if name.endswith("cls"):  # runs of earlier versions name a class with its module
-            a = a.rsplit(".", 1)[-1]
+            a = str(a).rsplit(".", 1)[-1]
         if a != b and not _free(name):
             lines.append(f"  {name}: the run here has {a}, this command {b}")
     return "\n".join(lines)

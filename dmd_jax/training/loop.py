@@ -240,7 +240,13 @@ def _require_own(identity, config, workdir):
     saved = [*workdir.glob("checkpoints/[0-9]*"), *workdir.glob("best/[0-9]*")]
     if not (path.exists() and saved):
         return
-    stored = defaults(config) | json.loads(path.read_text())
+    try:
+        stored = defaults(config) | dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged, so that nothing says which run this is ({error}): restore it from "
+            "a copy, or choose another --workdir"
+        ) from error
     if lines := differences(stored, identity):
         raise ValueError(
             f"{workdir} holds a run with another config; choose another --workdir, or "

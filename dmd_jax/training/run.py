@@ -335,13 +335,10 @@ def _evaluator(config, method, source):
         )
     try:
         own = [method.sampler(steps, spec.guidance) for steps in spec.steps]
-    except ValueError as error:
-        raise ValueError(f"config.evaluate: {error}") from error
-    teachers = [
-        _teacher_sampler(method, steps, spec.teacher_guidance) for steps in spec.teacher_steps
-    ]
-    evaluator = Evaluator(spec, source, own, teachers, config.batch_size)
-    try:
+        teachers = [
+            _teacher_sampler(method, steps, spec.teacher_guidance) for steps in spec.teacher_steps
+        ]
+        evaluator = Evaluator(spec, source, own, teachers, config.batch_size)
         evaluator.check()
     except ValueError as error:
         raise ValueError(f"config.evaluate: {error}") from error

@@ -115,7 +115,8 @@ class Writer:
         """
         if not (self._writes and self._lines.exists()):
             return
-        kept = [line for line in self._lines.read_text().splitlines() if _step_of(line) <= step]
+        lines = self._lines.read_bytes().decode(errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
         fresh = self._lines.with_name("metrics.jsonl.tmp")
         fresh.write_text("".join(f"{line}\n" for line in kept))
         fresh.replace(self._lines)

@@ -113,7 +113,8 @@ def to_plain(table: dict[str, type], value: Any) -> dict[str, Any]:
 def from_plain(table: dict[str, type], plain: dict[str, Any]) -> Any:
     """The inverse of `to_plain`; KeyError or TypeError where the table has no such value."""
     plain = dict(plain)
-    return table[plain.pop("name")](**plain)
+    kind = table[plain.pop("name")]
+    return kind(**{name: float(number) for name, number in plain.items()})
 
 
 def _name(table, fits, value):

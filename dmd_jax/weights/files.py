@@ -171,7 +171,10 @@ def _open_file(file):
 def _settings(folder):
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text()) if path.is_file() else None
+        settings = json.loads(path.read_text()) if path.is_file() else None
+        if not isinstance(settings, dict | None):
+            raise ValueError("it holds no names and values")
+        return settings
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
 
@@ -260,7 +263,7 @@ def _safetensors(path):
         if not text:
             raise ValueError(_stranger_file(path, size))
         header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
+        metadata = dict(header.pop("__metadata__", {}))
         places = {name: _place(path, start, entry) for name, entry in header.items()}
         ends = [start + entry["data_offsets"][1] for entry in header.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

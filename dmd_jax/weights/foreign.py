@@ -78,8 +78,11 @@ def resolve(
     tensors = tensors.renamed(getattr(part.tables, "ALIASES", {}))
     try:
         config = part.tables.config_of(tensors.shapes, layout, tensors.settings)
-    except ValueError as error:
-        raise ValueError(f"{tensors.path}: {error}") from error
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{tensors.path}: the shapes of its tensors or its config.json are of no {part.name} "
+            f"that is known: {error}"
+        ) from error
     net = abstract_net(part.network, with_fields(config, overrides, tensors.path))
     rows = part.tables.table(config, layout)
     stored = {row.ours: tensors.dtypes.get(row.theirs.format(0)) for row in rows}

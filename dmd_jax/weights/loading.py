@@ -50,7 +50,8 @@ def denoiser(
     Raises:
         FileNotFoundError: there is no such file, or a part of it is missing.
         ValueError: it is damaged, holds something else, or its tensors differ from its header or
-            from those of its family; every differing path is named with both shapes.
+            from those of its family; every differing path is named with both shapes. Or numbers are
+            infinite or NaN.
     """
     source = _source(path, part, overrides)
     result = _denoiser(source.module)
@@ -148,4 +149,7 @@ def _filled(source, net, shardings):
             net,
             _net(shardings),
         )
-    return fill(net, source.rows, source.tensors.read)
+    try:
+        return fill(net, source.rows, source.tensors.read)
+    except ValueError as error:
+        raise ValueError(f"{source.tensors.path}: {error}") from error

@@ -6,6 +6,7 @@ plain numbers, the boundaries of experts, and notes. Imports the tables that res
 
 import dataclasses
 import json
+import math
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 from dmd_jax.devices.disk import local_path
 from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.models.attention import Causal
 from dmd_jax.models.experts import Experts
 from dmd_jax.weights.families import (
     FAMILIES,
@@ -84,9 +86,53 @@ def write(path: str | PathLike, tensors: dict[str, np.ndarray], metadata: dict[s
 
 
 def read_header(tensors: Tensors) -> dict[str, Any] | None:
-    """The header that `save` wrote; None in files of other programs."""
-    header = tensors.metadata.get(HEADER)
-    return None if header is None else json.loads(header)
+    """The header that `save` wrote; None in files of other programs.
+
+    Raises:
+        ValueError: it has no notes, or notes that do not say how the network is sampled.
+    """
+    text = tensors.metadata.get(HEADER)
+    if text is None:
+        return None
+    try:
+        header = json.loads(text)
+        _check_notes(header["notes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _of_another_version(tensors.path, error) from error
+    return header
+
+
+def _check_notes(notes):
+    """Raises ValueError or TypeError for notes with which no sampler can be made."""
+    for name, fits in NOTES.items():
+        if name in notes and not fits(notes[name]):
+            raise ValueError(f"{name} is {notes[name]!r}")
+    if "causal" in notes:
+        Causal(**notes["causal"])
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _are_numbers(value):
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_number, value))
+
+
+# The notes that decide how a network is sampled, and what they can be.
+NOTES = {
+    "data": lambda value: isinstance(value, str),
+    "times": _are_numbers,
+    "first_times": lambda value: value is None or _are_numbers(value),
+    "shift": _is_number,
+    "phases": _are_numbers,
+    "context_time": lambda value: value is None or _is_number(value),
+    "sample_shape": _are_numbers,
+}
+
+
+def _of_another_version(path, error):
+    return ValueError(f"{path}: its header is not of this version of dmd_jax: {error!r}")
 
 
 def abstract_denoiser(path: Path, header: dict[str, Any], overrides: dict[str, Any]) -> Denoiser:
@@ -104,11 +150,10 @@ def abstract_denoiser(path: Path, header: dict[str, Any], overrides: dict[str, A
         config = family_config(**header["model"])
         schedule = from_plain(SCHEDULES, header["schedule"])
         prediction = from_plain(PREDICTIONS, header["prediction"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: its header is not of this version of dmd_jax: {error}"
-        ) from error
+        boundaries = tuple(map(float, header.get("boundaries", ())))
+    except (ValueError, KeyError, TypeError) as error:
+        raise _of_another_version(path, error) from error
     net = abstract_net(network, with_fields(config, overrides, path))
-    if boundaries := header.get("boundaries"):
+    if boundaries:
         net = Experts([net] * (len(boundaries) + 1), boundaries)
     return Denoiser(net, schedule, prediction)

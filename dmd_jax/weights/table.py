@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 from einops import rearrange
 
@@ -97,6 +98,9 @@ def fill(net, rows, read):
     Returns:
         The network, with the dtypes and shardings of `net`; a weight without a sharding goes to the
         default device. Values are rounded at most once.
+
+    Raises:
+        ValueError: a tensor has numbers that are infinite or NaN; it is named.
     """
     by_name = {row.ours: row for row in rows}
 
@@ -118,11 +122,12 @@ def _part(row, leaf, read, threads, index):
     if "{}" in row.theirs:
 
         def layer(i):
-            _copy(row.to_ours(read(row.theirs.format(ranges[0][i])))[index[1:]], part[i, ...])
+            name = row.theirs.format(ranges[0][i])
+            _copy(name, row.to_ours(read(name))[index[1:]], part[i, ...])
 
         list(threads.map(layer, range(len(part))))
     else:
-        _copy(row.to_ours(read(row.theirs))[index], part)
+        _copy(row.theirs, row.to_ours(read(row.theirs))[index], part)
     return part
 
 
@@ -134,11 +139,21 @@ def _aligned(shape, dtype):
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _copy(tensor, part):
+def _copy(name, tensor, part):
     """Copies in the order of the file, by strips that fit the cache while they are transposed."""
     tensor, part = np.atleast_1d(tensor, part)
     first = np.argmax(tensor.strides)
     tensor, part = np.moveaxis(tensor, first, 0), np.moveaxis(part, first, 0)
     for i in range(0, len(part), STRIP):
         # Rounded before it is transposed: numpy does both at once number by number, slowly.
-        part[i : i + STRIP] = tensor[i : i + STRIP].astype(part.dtype, copy=False)
+        strip = tensor[i : i + STRIP].astype(part.dtype, copy=False)
+        if not _is_finite(strip):
+            raise ValueError(f"{name} has numbers that are infinite or NaN")
+        part[i : i + STRIP] = strip
+
+
+def _is_finite(array):
+    """Whether no number is infinite or NaN."""
+    if array.dtype == ml_dtypes.bfloat16:  # whose own test is slow
+        return not np.any(array.view(np.uint16) & 0x7F80 == 0x7F80)
+    return bool(np.isfinite(array).all())

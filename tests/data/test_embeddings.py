@@ -140,6 +140,21 @@ def test_a_damaged_shard_is_refused_and_made_again(whole, name):
     assert len(again.calls) == 1 and files(whole) == before
 
 
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda lengths: lengths.astype(np.float32), r"float32 \(4,\), expected int32 \(4,\)"),
+        (lambda lengths: lengths - 9, "prompts of -[0-9]* to"),
+        (lambda lengths: lengths + LENGTH, "1 to 6 can be"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused_before_training_reads_a_row(whole, change, complaint):
+    path = whole / "00001.lengths.npy"
+    np.save(path, change(np.load(path)))
+    with pytest.raises(ValueError, match=rf"00001\.lengths\.npy is damaged: .*{complaint}"):
+        Embeddings(whole)
+
+
 def test_a_shard_of_another_set_is_refused(whole, tmp_path):
     make(
         tmp_path / "other", dim=DIM + 1, encode_fn=lambda prompts: [np.ones((2, 4))] * len(prompts)
@@ -170,7 +185,9 @@ def test_missing_and_foreign_folders_are_refused(tmp_path, whole):
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no embeddings at .*python -m dmd_jax\.embed"):
             Embeddings(path)
-    for meta in ("{", "[]", "{}", json.dumps({"format": 0})):
+    good = json.loads((whole / embeddings.META).read_text())
+    wrong = (good | change for change in (dict(shard=0), dict(prompts=[1]), dict(dim="3")))
+    for meta in ("{", "[]", "{}", json.dumps({"format": 0}), *map(json.dumps, wrong)):
         (whole / embeddings.META).write_text(meta)
         with pytest.raises(ValueError, match="not of embeddings of this version"):
             Embeddings(whole)

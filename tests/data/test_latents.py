@@ -141,6 +141,16 @@ def damage(path):
     (path / latents.MANIFEST).write_text("{")
 
 
+def edit(key, value):
+    """Sets an entry of the manifest."""
+
+    def harm(path):
+        manifest = json.loads((path / latents.MANIFEST).read_text())
+        (path / latents.MANIFEST).write_text(json.dumps(manifest | {key: value}))
+
+    return harm
+
+
 def foreign(path):
     (path / latents.MANIFEST).write_text(json.dumps({"format": "another"}))
 
@@ -159,6 +169,9 @@ def foreign(path):
         ),
         (damage, ValueError, "latents.json is damaged"),
         (foreign, ValueError, "not of the format"),
+        (edit("count", "many"), ValueError, "latents.json is damaged .*count is 'many'"),
+        (edit("shape", [3]), ValueError, r"latents.json is damaged .*shape=\[3\] must be"),
+        (edit("shard", None), ValueError, "latents.json is damaged"),
         (
             lambda path: (path / latents.MANIFEST).unlink(),
             FileNotFoundError,

@@ -1,6 +1,7 @@
 """Moving digits: captions that are true, digits that stay inside, and arrays that fold back."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -125,6 +126,15 @@ def test_files_are_written_once(source, monkeypatch):
 def test_another_seed_does_not_go_into_the_same_directory(source):
     with pytest.raises(ValueError, match="another folder"):
         dataclasses.replace(source, seed=4).open()
+
+
+@pytest.mark.parametrize(
+    "change", [{"num": 0}, {"seed": -1}, {"latents": None}, {"sample_shape": (3, 4)}]
+)
+def test_numbers_that_make_no_videos_are_refused(source, change):
+    [(name, value)] = change.items()
+    with pytest.raises(ValueError, match=f"{name}={re.escape(str(value))}"):
+        dataclasses.replace(source, **change)
 
 
 def test_a_network_of_other_latents_or_texts_is_refused(source):

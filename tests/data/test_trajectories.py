@@ -80,6 +80,12 @@ def test_what_is_foreign_or_truncated_is_told(texts, tmp_path):
         OdePairs(texts, (3, 4, 4, 3), str(pairs)).open()
     with pytest.raises(FileNotFoundError, match=r"python -m dmd_jax.ode_pairs --out="):
         OdePairs(texts, SHAPE, str(tmp_path / "nowhere")).open()
+    manifest = pairs / latents.MANIFEST
+    before = manifest.read_text()
+    manifest.write_text(before.replace('"levels"', '"level"'))
+    with pytest.raises(ValueError, match=r"holds 3 points of each .* and their times are None"):
+        OdePairs(texts, SHAPE, str(pairs)).open()
+    manifest.write_text(before)
     shard = pairs / "00001.npy"
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"00001.npy is damaged"):

@@ -8,7 +8,7 @@ import programs
 import pytest
 
 from dmd_jax.devices import disk
-from dmd_jax.devices.disk import check_writable, exclusive
+from dmd_jax.devices.disk import check_file, check_writable, exclusive, local_path
 
 
 def test_writable_directory_is_made_and_left_empty(tmp_path):
@@ -21,6 +21,14 @@ def test_unwritable_directory_is_refused_by_name(tmp_path):
     for directory in (tmp_path / "file" / "run", "/proc/run"):
         with pytest.raises(ValueError, match=f"{directory} cannot be written to"):
             check_writable(directory)
+
+
+def test_a_folder_in_the_place_of_a_file_and_an_empty_path_are_refused(tmp_path):
+    check_file(tmp_path / "a" / "file.json")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder: name a file"):
+        check_file(tmp_path)
+    with pytest.raises(ValueError, match="the path is empty"):
+        local_path("")
 
 
 def test_a_directory_is_used_by_one_at_a_time_and_the_second_is_told_by_whom(tmp_path):

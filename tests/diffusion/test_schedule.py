@@ -1,5 +1,7 @@
 """Schedules, shifts and the law of the drawn times, against closed forms and published numbers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from dmd_jax.diffusion.schedule import (
     FlowMatching,
     Schedule,
     align,
+    check_steps,
+    check_times,
     sample_time,
     shift_time,
     step_times,
@@ -120,6 +124,18 @@ def test_shifts_compose_invert_and_keep_the_ends():
 def test_step_times_are_even_and_end_before_the_data():
     assert step_times(4) == (1.0, 0.75, 0.5, 0.25)
     assert step_times(1) == (1.0,)
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 100_000_000])
+def test_numbers_of_steps_that_no_sampler_takes_are_refused(steps):
+    with pytest.raises(ValueError, match=f"steps={steps} must be 1 or more, and 10,000 at most"):
+        check_steps(steps)
+
+
+@pytest.mark.parametrize("shift", [0.0, math.nan, math.inf])
+def test_a_shift_that_is_no_number_above_0_is_refused(shift):
+    with pytest.raises(ValueError, match=f"score_shift={shift} must be above 0"):
+        check_times(score_shift=shift, clip=(0.0, 1.0))
 
 
 def unshift(t, shift):

@@ -192,15 +192,15 @@ def test_training_brings_both_experts_to_the_teachers_samples():
     np.testing.assert_allclose(end.net.distributions(), wanted, atol=0.03)
 
 
-def networks(generator=2, fake_score=2, teacher=None, schedule=FLOW):
-    """Networks of so many experts; those of the teacher are divided at these times."""
+def networks(generator=2, fake_score=2, teacher=None, schedule=FLOW, divided=S):
+    """Networks of so many experts: the generator's pair `divided`, the teacher's at `teacher`."""
 
     def experts(count, boundaries=()):
         one = Denoiser(toys.tiny_mlp(0), schedule, X0())
         return one if count == 1 else combine([one] * count, boundaries or (S,))
 
     return {
-        "generator": experts(generator, (S,) if generator == 2 else (0.7, 0.3)),
+        "generator": experts(generator, (divided,) if generator == 2 else (0.7, 0.3)),
         "fake_score": experts(fake_score),
         "teacher": Denoiser(toys.tiny_mlp(0), FLOW, X0())
         if teacher is None
@@ -219,6 +219,7 @@ def test_networks_of_the_phases_are_accepted():
     [
         ({"generator": 3}, "the generator has 3 experts for the 2 phases"),
         ({"fake_score": 1}, "nested=True needs a fake_score of 2 experts"),
+        ({"divided": 0.6}, r"the generator's experts are divided at \[600\.0\], where no phase"),
         ({"teacher": 0.6}, r"divided at \[600\.0\], where no phase ends: .* end at \(500\.0,\)"),
         ({"schedule": VP()}, r"the generator's VP\(.* to the teacher's FlowMatching\(\)"),
     ],

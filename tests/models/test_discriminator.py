@@ -53,6 +53,11 @@ def test_blocks_that_do_not_ascend_are_refused(blocks):
         DiscriminatorConfig(dim=6, blocks=blocks)
 
 
+def test_a_discriminator_without_heads_is_refused():
+    with pytest.raises(ValueError, match="heads=0 must be a whole number, 1 or more"):
+        DiscriminatorConfig(dim=6, blocks=(0,), heads=0)
+
+
 def test_means_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="heads=3 does not divide hidden=8"):
         DiscriminatorConfig(dim=6, blocks=(0,), hidden=8, heads=3)

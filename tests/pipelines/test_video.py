@@ -1,6 +1,7 @@
 """Files of videos and pictures: round trips, sizes and rates, and nothing lost where it fails."""
 
 import contextlib
+import math
 import sys
 
 import numpy as np
@@ -148,6 +149,8 @@ def test_a_failure_loses_nothing_and_leaves_nothing(tmp_path, monkeypatch, name)
         ("a.gif", soft_frames()[0], 16, r"uint8 \[T, H, W, 3\], not uint8 \[48, 64, 3\]"),
         ("a.gif", soft_frames()[:0], 16, r"not uint8 \[0, 48, 64, 3\]"),
         ("a.gif", soft_frames(), 0, "fps=0"),
+        ("a.gif", soft_frames(), math.nan, "fps=nan must be above 0, and 1,000 at most"),
+        ("a.mp4", soft_frames(), math.inf, "fps=inf must be"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, name, frames, fps, complaint):

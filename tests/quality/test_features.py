@@ -1,5 +1,6 @@
 """Feature networks from files: the shipped one, one of the user's own, and what is refused."""
 
+import json
 import re
 
 import jax
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from dmd_jax.data import Images, arrays, load
 from dmd_jax.quality import metrics
 from dmd_jax.quality.classifier import Classifier, ClassifierConfig
-from dmd_jax.quality.features import BATCH, SHIPPED, load_features, save_classifier
+from dmd_jax.quality.features import BATCH, HEADER, SHIPPED, load_features, save_classifier
 from dmd_jax.weights.ours import ASSETS
 
 OWN = {"data": "own", "classes": list("abcde")}
@@ -87,6 +88,14 @@ def test_files_that_hold_no_metric_network_are_refused(saved, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged"):
         load_features(tmp_path / "cut.safetensors")
+    for header, message in ({}, "KeyError"), ({"name": "x", "model": {"wide": 3}}, "TypeError"):
+        metadata = {HEADER: json.dumps(header | {"data": "digits"})}
+        save_file(tensors, tmp_path / "header.safetensors", metadata)
+        with pytest.raises(ValueError, match=f"its header is of no metric network: {message}"):
+            load_features(tmp_path / "header.safetensors")
+    save_file(tensors | {"head/bias": np.full(5, np.nan, "f")}, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match="'head/bias': numbers are infinite or NaN"):
+        load_features(tmp_path / "nan.safetensors")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_features("nowhere")
 

@@ -151,8 +151,10 @@ def test_a_program_may_change_and_complete_a_completed_config():
     config = complete(ml_collections.ConfigDict({"part": {"cls": AdamW, "b1": 0.0}}))
     with config.unlocked():
         config.part.cls = Muon
-        complete(config)
+        config.more = {"cls": Inner}
+    complete(config)
     assert construct(config.part, "config.part") == Muon(b1=0.0)
+    assert construct(config.more, "config.more") == Inner()
 
 
 def test_a_flag_chooses_a_class_and_changes_what_both_classes_have():
@@ -234,6 +236,8 @@ def test_a_whole_number_does_for_a_real_one():
         ({"weight": False}, r"config\.part\.weight is False; it must be of type float"),
         ({"weight": None}, r"config\.part\.weight is None; it must be of type float"),
         ({"limit": "low"}, r"config\.part\.limit is 'low'; it must be of type float \| None"),
+        ({"weight": float("nan")}, r"config\.part\.weight is nan; numbers must be finite"),
+        ({"limit": float("inf")}, r"config\.part\.limit is inf; numbers must be finite"),
         ({"inner": {"cls": Inner, "size": 0.5}}, r"config\.part\.inner\.size is 0\.5"),
         ({"inner": {"cls": Inner, "sice": 5}}, r"config\.part\.inner\.sice: did you mean 'size'"),
         ({"count": 10}, r"config\.part: count=10 must be 9 or less"),
@@ -242,6 +246,13 @@ def test_a_whole_number_does_for_a_real_one():
 def test_what_a_class_cannot_be_made_of_is_refused_by_its_path(fields, message):
     with pytest.raises(ValueError, match=message):
         build_outer(**fields)
+
+
+def test_a_value_that_the_program_knows_better_is_refused_and_not_ignored():
+    part = described(count=5, name="mine")
+    assert construct(part, "config.part", shape=(1,), count=5, name="mine").count == 5
+    with pytest.raises(ValueError, match=r"config\.part\.name is 'mine', but .* makes it 'other'"):
+        construct(part, "config.part", shape=(1,), name="other")
 
 
 def test_elements_of_a_tuple_have_types_too():

@@ -28,6 +28,15 @@ def test_a_run_that_saved_nothing_does_not_claim_its_directory(build, tmp_path, 
         assert json.loads((tmp_path / "config.json").read_text())["seed"] == seed
 
 
+@pytest.mark.parametrize("content", ["", "{", "7"])
+def test_a_run_whose_config_is_damaged_is_refused_by_name(build, tmp_path, content):
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged, so that nothing says which"):
+        start(build(), tmp_path)
+    assert (tmp_path / "config.json").read_text() == content
+
+
 def test_a_run_that_dies_before_it_is_accepted_writes_no_config(build, tmp_path, monkeypatch):
     def fail(self):
         raise OSError("the weights cannot be read")

@@ -132,7 +132,8 @@ def test_rewind_leaves_one_clean_record(tmp_path):
     with Writer(tmp_path, tensorboard=False) as writer:
         for step in (10, 20, 30):
             writer.scalars(step, {"loss": step})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    with (tmp_path / "metrics.jsonl").open("a", errors="surrogateescape") as file:
+        file.write("\udcff no line of ours\n5\n")  # a damaged disk
         file.write('{"step": 40, "lo')  # killed in the middle of a line
     with Writer(tmp_path, tensorboard=False) as writer:
         writer.rewind(20)

@@ -134,11 +134,27 @@ def test_a_file_of_another_program_is_told_apart_from_damage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("family", "unet"), ("schedule", {"name": "cosine"}), ("model", {"width": 3})]
+    "key, value",
+    [
+        *(("family", "unet"), ("schedule", {"name": "cosine"}), ("model", {"width": 3})),
+        *(("schedule", {"name": "edm", "rho": "seven"}), ("model", 3), ("notes", None)),
+        *(("notes", {"times": [1.0, "half"]}), ("notes", {"shift": []}), ("boundaries", 0.5)),
+        ("notes", {"causal": {"frames_per_block": 3, "of_a_later_version": 1}}),
+    ],
 )
-def test_names_that_no_table_holds_are_never_resolved(teacher, tmp_path, key, value):
+def test_what_no_header_of_ours_holds_is_refused(teacher, tmp_path, key, value):
     path = rewritten(teacher, tmp_path / "new", change=lambda _, head: head.update({key: value}))
     with pytest.raises(ValueError, match="its header is not of this version of dmd_jax"):
+        weights.denoiser(path)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_with_the_tensor_s_name(teacher, tmp_path, number):
+    def spoil(tensors, _):
+        tensors["head/kernel"][3, 2] = number
+
+    path = rewritten(teacher, tmp_path / "new", change=spoil)
+    with pytest.raises(ValueError, match=r"new: head/kernel has numbers that are infinite or"):
         weights.denoiser(path)
 
 

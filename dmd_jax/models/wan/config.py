@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dmd_jax.models.layers import check_compute
+from dmd_jax.models.layers import check_compute, check_sizes
 
 # Frames, height and width of the latents that are one token.
 PATCH = (1, 2, 2)
@@ -30,8 +30,9 @@ class WanConfig:
         unroll: layers per iteration of the scan over layers.
 
     Raises:
-        ValueError: the heads do not divide the width into an even number of channels, the output
-            has more channels than the input, or the dtype or the policy is unknown.
+        ValueError: a size is below 1, the heads do not divide the width into an even number of
+            channels, the output has more channels than the input, or the dtype or the policy is
+            unknown.
     """
 
     dim: int
@@ -49,6 +50,12 @@ class WanConfig:
     unroll: int = 1
 
     def __post_init__(self):
+        check_sizes(self, "dim", "ffn", "heads", "depth", "in_channels", "out_channels", "text_dim")
+        check_sizes(self, "freq_dim", "reach", "unroll")
+        if self.image_dim < 0 or self.freq_dim % 2:
+            raise ValueError(
+                f"image_dim={self.image_dim} must be 0 or more, freq_dim={self.freq_dim} even"
+            )
         if self.dim % (2 * self.heads):
             raise ValueError(
                 f"heads={self.heads} must divide dim={self.dim} into an even number of channels"
