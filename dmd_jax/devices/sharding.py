@@ -6,10 +6,11 @@ split:
 
     data      the batch; every device has all weights
     fsdp      the batch and the weights, which are gathered layer by layer
-    context   the tokens of a sequence
+    context   the tokens of a sequence, and the heads of a KV cache
     tensor    the heads and hidden units of a layer
 """
 
+import math
 import re
 
 import jax
@@ -22,6 +23,7 @@ from dmd_jax.devices.paths import path_name
 P = jax.P
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
+HEADS = ("tensor", "context")
 
 # An array with fewer elements than this may be replicated without a rule that says so.
 SMALL = 2**16
@@ -84,6 +86,40 @@ def shard_tokens(x):
     return _constrain(x, P(BATCH, "context"))
 
 
+def common_part(tokens, frame):
+    """The most tokens by which a sequence can be cut so that no part crosses a border.
+
+    Borders are those of frames and those between the devices that `shard_tokens` splits it over.
+
+    Args:
+        tokens: length of the sequence.
+        frame: tokens of a frame.
+    """
+    context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    return 1 if tokens % context else math.gcd(frame, tokens // context)
+
+
+def shard_heads(tree, axis=0):
+    """Splits keys and values [..., N, H]: their heads N, and the batch axis as `shard_batch`."""
+    return jax.tree.map(lambda x: _constrain(x, heads_spec(x.ndim, axis)), tree)
+
+
+def heads_spec(ndim, axis):
+    """The spec of keys and values [..., N, H]: heads over tensor and context, the batch at `axis`.
+
+    Heads that do not divide are padded, within a program.
+    """
+    return P(*(None,) * axis, BATCH, *(None,) * (ndim - axis - 3), HEADS, None)
+
+
+def tokens_to_heads(x):
+    """`shard_heads` of keys or values [B, L, N, H] whose tokens are split over context.
+
+    Without the first constraint, the projection that makes them would run on gathered tokens.
+    """
+    return shard_heads(_constrain(x, P(BATCH, "context", "tensor")))
+
+
 def gather(layer, rules):
     """Gathers a layer's weights over fsdp just before their use; tensor stays split."""
     if not _has_mesh():
@@ -92,7 +128,7 @@ def gather(layer, rules):
     def whole(path, weight):
         spec = _find(rules, path_name(path)) or P()
         spec = P(*(None if axis == "fsdp" else axis for axis in spec))
-        return _constrain(weight, _fit(spec, weight.shape, jax.sharding.get_abstract_mesh()))
+        return _constrain(weight, fit(spec, weight.shape, jax.sharding.get_abstract_mesh()))
 
     return jax.tree_util.tree_map_with_path(whole, layer)
 
@@ -144,7 +180,7 @@ def infer(tree, rules, mesh):
         spec = _find(rules, name, used)
         if spec is None and leaf.size > SMALL:
             lost.append(f"{name} {leaf.shape}")
-        return NamedSharding(mesh, _fit(spec or P(), leaf.shape, mesh))
+        return NamedSharding(mesh, fit(spec or P(), leaf.shape, mesh))
 
     shardings = jax.tree_util.tree_map_with_path(place, tree)
     if lost:
@@ -154,11 +190,15 @@ def infer(tree, rules, mesh):
     return shardings
 
 
-def _fit(spec, shape, mesh):
+def fit(spec, shape, mesh):
     """Left-pads a spec to the rank of `shape` and drops axes that do not divide their dimension."""
     padded = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
-    sizes = dict(mesh.shape)
-    return P(*(a if a and n % sizes[a] == 0 else None for a, n in zip(padded, shape, strict=True)))
+
+    def divides(axes, n):
+        axes = (axes,) if isinstance(axes, str) else axes
+        return n % math.prod(mesh.shape[axis] for axis in axes) == 0
+
+    return P(*(a if a and divides(a, n) else None for a, n in zip(padded, shape, strict=True)))
 
 
 def relevant(rules, names):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, PyTree
 
+from dmd_jax.devices import sharding
+from dmd_jax.devices.sharding import P
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.methods import Batch, Nets, OneKey
 from dmd_jax.methods.causal import OwnBlocks, Videos
@@ -43,6 +45,15 @@ class Streams(NamedTuple):
     def batch_axes(self) -> "Streams":
         """The batch axis of each array; -1 for those that all samples share."""
         return Streams(KVCache(1, 1, -1), 0, jax.tree.map(lambda _: 0, self.cond), -1, -1)
+
+    def specs(self) -> "Streams":
+        """How each array is split over the devices (see `sharding`)."""
+
+        def rows(x):
+            return P(sharding.BATCH, *(None,) * (x.ndim - 1))
+
+        heads, cond = sharding.heads_spec(6, axis=1), jax.tree.map(rows, self.cond)
+        return Streams(KVCache(heads, heads, P()), rows(self.latents), cond, P(), P())
 
 
 @dataclasses.dataclass(frozen=True)

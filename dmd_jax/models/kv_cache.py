@@ -57,7 +57,7 @@ def write(cache, own, ring):
     slots = ring.slot(own.frames)
     keys = cache.keys.at[:, :, slots].set(own.keys)
     values = cache.values.at[:, :, slots].set(own.values)
-    keys, values = sharding.shard_batch((keys, values), axis=1)
+    keys, values = sharding.shard_heads((keys, values), axis=1)
     return KVCache(keys, values, cache.frames.at[slots].set(own.frames))
 
 

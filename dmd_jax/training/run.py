@@ -101,12 +101,11 @@ class Run:
         if stream is None:
             return None
 
-        def place(x, axis):
-            spec = jax.P() if axis < 0 else jax.P(*(None,) * axis, sharding.BATCH)
-            place = jax.sharding.NamedSharding(self.mesh, spec)
+        def place(x, spec):
+            place = jax.sharding.NamedSharding(self.mesh, sharding.fit(spec, x.shape, self.mesh))
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-        return jax.tree.map(place, stream, stream.batch_axes())
+        return jax.tree.map(place, stream, stream.specs())
 
     def _stream(self, generator, cond):
         """What the first step goes on from; None for most methods."""

@@ -13,7 +13,7 @@ import pytest
 from toys import assert_close, exact, tiny_mlp
 
 from dmd_jax.devices import sharding
-from dmd_jax.devices.sharding import P, _fit, gather, global_batch, infer, make_mesh
+from dmd_jax.devices.sharding import P, fit, gather, global_batch, infer, make_mesh
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.training.optimizer import AdamW, per_role
@@ -105,11 +105,13 @@ def test_a_state_is_placed_by_the_paths_of_its_weights():
 
 def test_an_axis_that_does_not_divide_is_left_whole():
     mesh = make_mesh(data=2, fsdp=4)
-    assert _fit(P("fsdp", "tensor"), (8, 6), mesh) == P("fsdp", "tensor")
-    assert _fit(P(None, "fsdp"), (64, 6), mesh) == P(None, None)
-    assert _fit(P("fsdp"), (3, 8), mesh) == P(None, "fsdp")
-    assert _fit(P("fsdp", "data"), (4,), mesh) == P("data")
-    assert _fit(P(), (2, 2), mesh) == P(None, None)
+    assert fit(P("fsdp", "tensor"), (8, 6), mesh) == P("fsdp", "tensor")
+    assert fit(P(None, "fsdp"), (64, 6), mesh) == P(None, None)
+    assert fit(P("fsdp"), (3, 8), mesh) == P(None, "fsdp")
+    assert fit(P("fsdp", "data"), (4,), mesh) == P("data")
+    assert fit(P(), (2, 2), mesh) == P(None, None)
+    assert fit(P(("data", "fsdp")), (16,), mesh) == P(("data", "fsdp"))
+    assert fit(P(("data", "fsdp")), (12,), mesh) == P(None)
 
 
 def test_a_rule_that_matches_nothing_is_refused():
@@ -129,11 +131,21 @@ def test_a_large_array_without_a_rule_is_refused_and_a_small_one_is_not():
     assert infer(tree, RULES, make_mesh())["table"].spec == P(None, None)
 
 
+def test_no_part_of_a_sequence_crosses_a_border():
+    """Of frames of 6 tokens, or of devices with a quarter of all tokens."""
+    assert sharding.common_part(48, 6) == 6  # one device
+    with jax.set_mesh(make_mesh(data=2, context=4)):
+        assert sharding.common_part(48, 6) == 6
+        assert sharding.common_part(36, 6) == 3
+        assert sharding.common_part(42, 6) == 1  # four devices do not divide it
+
+
 def test_without_a_mesh_the_constraints_are_not_there():
     x = jnp.ones((3, 5, 2))  # would not divide by anything
     tree = {"x": x}
     assert sharding.shard_batch(tree)["x"] is x
     assert sharding.shard_tokens(x) is x
+    assert sharding.tokens_to_heads(x[None]).shape == (1, *x.shape)
     assert gather(tree, RULES) is tree
     np.testing.assert_array_equal(global_batch({"x": np.ones(3)})["x"], 1.0)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toys import Halved, assert_close, assert_same, normal, video_networks
 
-from dmd_jax.devices import randomness
+from dmd_jax.devices import randomness, sharding
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.long_tuning import LongTuning
 from dmd_jax.methods.sid import SiD
@@ -53,6 +53,20 @@ def chunks(dmd, nets, count, streams=None):
 
 def noise(key):
     return randomness.normal(jax.random.split(key, 3)[0], jnp.arange(2), SHAPE)
+
+
+def test_the_cache_of_a_stream_is_split_by_rows_and_heads(nets):
+    streams = jax.eval_shape(lambda: method().streams(nets["generator"], batch()["cond"]))
+    mesh = sharding.make_mesh(data=2, context=2, devices=jax.devices()[:4])
+
+    def of_a_device(x, spec):
+        place = jax.sharding.NamedSharding(mesh, sharding.fit(spec, x.shape, mesh))
+        return place.shard_shape(x.shape)
+
+    found = jax.tree.map(of_a_device, streams, streams.specs())
+    assert streams.cache.keys.shape[1:] == (2, 12, 4, 2, 8)
+    assert found.cache.keys[1:] == found.cache.values[1:] == (1, 12, 4, 1, 8)
+    assert found.latents == (1, *SHAPE) and found.cond == (1, 3, 5) and found.made == ()
 
 
 def test_chunks_are_one_long_rollout(nets):

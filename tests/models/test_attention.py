@@ -331,7 +331,9 @@ def test_eight_devices_compute_what_one_does_and_send_nothing_else(axes, forward
         (BlockCausal(Causal(3), 10), 330, 330, 2, 3),  # nor heads, under a mask
         (None, 330, 330, 2, 3),  # nor heads, without
         (None, 330, 330, 1, 4),  # nor the batch
-        (None, 330, 20, 2, 4),  # few keys
+        (None, 330, 330, 2, 6),  # two groups of two devices
+        (None, 330, 20, 2, 3),  # few keys
+        (None, 21, 330, 2, 3),  # many, as those of a cache
         (TeacherForcing(BlockCausal(Causal(3), 10), 170), 340, 340, 2, 4),
     ],
     ids=str,
@@ -353,19 +355,33 @@ def test_few_keys_are_whole_on_every_device():
         assert collectives(attention, *placed((q,), mesh), k, v) == {}
 
 
-def test_heads_that_do_not_divide_bring_the_keys_together():
+@pytest.mark.parametrize(
+    ("heads", "sent"), [(3, {"all-gather": 2}), (6, {"all-to-all": 4, "all-gather": 2})]
+)
+def test_heads_that_do_not_divide_bring_keys_together(heads, sent):
     mesh = sharding.make_mesh(data=2, context=4)
     with jax.set_mesh(mesh):
-        args = placed(inputs(320, batch=2, heads=3), mesh)
-        assert collectives(attention, *args) == {"all-gather": 2}
+        args = placed(inputs(320, batch=2, heads=heads), mesh)
+        assert collectives(attention, *args) == sent
 
 
-def test_a_cache_is_seen_as_far_as_it_is_filled_on_any_mesh():
-    args, visible = inputs(40, 400, batch=2, heads=4), np.arange(400) % 5 > 0
+@pytest.mark.parametrize("heads", [3, 4])
+def test_a_cache_is_seen_as_far_as_it_is_filled_on_any_mesh(heads):
+    args, visible = inputs(40, 400, batch=2, heads=heads), np.arange(400) % 5 > 0
     f = with_gradients(lambda *x: attention(*x[:3], visible=x[3]))
     wanted = f(*args, visible)
     with jax.set_mesh(sharding.make_mesh(data=2, context=2, tensor=2)):
         assert_same(f(*args, visible), wanted)
+
+
+def test_a_cache_is_split_by_heads_and_is_not_sent():
+    (q, _, _), (_, k, v) = inputs(40, batch=2, heads=4), inputs(400, batch=2, heads=4)
+    mesh = sharding.make_mesh(data=2, context=2, tensor=2)
+    by_heads = jax.sharding.NamedSharding(mesh, sharding.heads_spec(4, axis=0))
+    with jax.set_mesh(mesh):
+        k, v = jax.device_put((k, v), by_heads)
+        assert k.sharding.shard_shape(k.shape) == (1, 400, 1, 8)
+        assert collectives(attention, *placed((q,), mesh), k, v) == {"all-to-all": 2}
 
 
 # --- Programs for other platforms -----------------------------------------------------------------

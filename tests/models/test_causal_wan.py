@@ -211,11 +211,11 @@ def test_what_is_cached_is_a_constant_but_a_block_learns_from_itself():
 
 
 def test_a_cached_rollout_on_eight_devices_is_that_of_one():
-    """With a batch that data does not divide, and blocks that are split over context."""
+    """With a batch that data does not divide, blocks and heads that context does not divide."""
     net, causal = network(SMALL), Causal(frames_per_block=1, window=2, sink=1)
     given = inputs(SMALL, frames=4, height=2, width=6, batch=3, per_frame=True)
     wanted = block_by_block(net, *given, causal)
-    mesh = sharding.make_mesh(data=2, context=2, tensor=2)
+    mesh = sharding.make_mesh(data=2, context=4)
     placed = jax.device_put(net, sharding.infer(net, SHARDING_RULES, mesh))
     with jax.set_mesh(mesh):
         assert foreign.relative_error(block_by_block(placed, *given, causal), wanted) < ROUNDING

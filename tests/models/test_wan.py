@@ -1,6 +1,7 @@
 """Wan: equal to diffusers, precision, devices, features, sizes, refusals."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import foreign
@@ -143,15 +144,33 @@ def test_bfloat16_is_near_float32():
     assert 1e-5 < foreign.relative_error(out, wanted) < 3e-2
 
 
-def test_eight_devices_give_what_one_gives():
-    net, (x, timestep, text) = network(SMALL), inputs(SMALL, frames=4, batch=4)
+# With four devices to a video, neither its 18 tokens nor the two heads divide.
+@pytest.mark.parametrize("axes", [dict(data=2, fsdp=2, tensor=2), dict(data=2, context=4)], ids=str)
+def test_eight_devices_give_what_one_gives(axes):
+    net, (x, timestep, text) = network(SMALL), inputs(SMALL, batch=4, per_frame=True)
     wanted = jax.jit(with_gradient)(net, x, timestep, text)
-    mesh = sharding.make_mesh(data=2, fsdp=2, context=1, tensor=2)
+    mesh = sharding.make_mesh(**axes)
     placed = jax.device_put(net, sharding.infer(net, SHARDING_RULES, mesh))
     with jax.set_mesh(mesh):
         made = jax.jit(with_gradient)(placed, *sharding.global_batch((x, timestep, text)))
     for a, b in zip(made, wanted, strict=True):
         assert foreign.relative_error(a, b) < ROUNDING
+
+
+def test_tokens_of_other_devices_are_sent_for_attention_alone():
+    """Also where frames have times of their own, and end in the middle of a device's tokens."""
+    config = dataclasses.replace(SMALL, dim=32, heads=4)
+    net, (x, timestep, text) = network(config), inputs(config, frames=6, batch=2, per_frame=True)
+    with jax.set_mesh(sharding.make_mesh(data=2, context=4)):
+        given = sharding.global_batch((x, timestep, text))
+        program = jax.jit(lambda *args: net(*args)).lower(*given).compile().as_text()
+    # Queries, keys, values and results of the layers' loop; and what the network returns.
+    assert len(re.findall(r" all-to-all(?:-start)?\(", program)) == 4
+    gathered = re.findall(r"\[([\d,]+)\]\S* (?:all-gather|collective-permute)\S*\(", program)
+    assert gathered
+    for shape in gathered:
+        assert np.prod([int(n) for n in shape.split(",")]) <= x[0].size
+    assert not re.search(r" (?:all-reduce|reduce-scatter)(?:-start)?\(", program)
 
 
 def test_a_denoiser_takes_it_as_it_is():

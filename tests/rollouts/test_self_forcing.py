@@ -379,7 +379,7 @@ def test_a_recomputed_cache_is_that_of_the_rollout_and_of_the_new_prompt(generat
     assert set(np.asarray(without.frames)) == {kv_cache.EMPTY, 2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("axes", [dict(data=2, fsdp=4), dict(fsdp=2, tensor=2, context=2)], ids=str)
+@pytest.mark.parametrize("axes", [dict(data=2, fsdp=4), dict(fsdp=2, context=4)], ids=str)
 def test_eight_devices_give_what_one_gives(generator, axes):
     causal, cond = Causal(2, window=4, sink=2), normal(1, 8, 4, 5)
     how = dict(cond=cond, causal=causal, frames=8, exit_step=jnp.int32(2))

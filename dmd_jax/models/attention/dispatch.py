@@ -3,7 +3,7 @@
 The platform is that of the current mesh, or of the process without one. A host without a TPU can
 therefore compile a program for one. With a mesh, every device runs its kernel on its own
 sequences and heads. A sequence that is split over `context` is gathered by an exchange of heads for
-tokens (Ulysses, Jacobs et al. 2023).
+tokens (Ulysses, Jacobs et al. 2023), of keys where heads do not divide; `_over_mesh` has the rule.
 
 No kernel has a jvp: they are defined by their reverse mode. Within `forward_mode`, attention is
 computed without a kernel, and `jax.jvp` works.
@@ -12,10 +12,12 @@ computed without a kernel, and `jax.jvp` works.
 import contextlib
 import contextvars
 import functools
+import math
 
 import jax
+import numpy as np
 
-from dmd_jax.devices.sharding import BATCH, P
+from dmd_jax.devices.sharding import BATCH, HEADS, P
 from dmd_jax.models.attention import cudnn, splash, tiled
 from dmd_jax.models.attention.masks import TeacherForcing
 from dmd_jax.models.attention.padding import pad
@@ -46,8 +48,9 @@ def forward_mode():
 def attention(q, k, v, *, mask=None, visible=None):
     """Softmax attention with scores scaled by H**-0.5; the softmax is in float32.
 
-    Under `jax.set_mesh`, arrays are global: the batch is split over data and fsdp, heads over
-    tensor and tokens over context, wherever these divide.
+    Under `jax.set_mesh`, arrays are global: the batch is split over data and fsdp where these
+    divide it, heads over tensor, and tokens over context. If there are more keys than queries,
+    tokens of the keys are not split and their heads are, over tensor and context.
 
     Args:
         q: [B, Lq, N, H].
@@ -102,38 +105,67 @@ def _check(q, k, v, mask, visible):
 def _over_mesh(kernel, axes, q, k, v, visible, *, masked):
     """Runs `kernel(q, k, v, visible)` on each device's sequences and heads.
 
-    A query needs all keys. Where the sequence is split over `context`, there are two ways. Heads
-    are exchanged for tokens: each device then has whole sequences of fewer heads. Or the keys are
-    gathered on every device and the queries stay split: chosen where the keys are so few that less
-    is sent, or where the heads do not divide, and the exchange would pad them with zeros. A mask
-    needs the exchange, because it counts queries from the start of the sequence.
+    A query needs all keys of its head. The devices along `context` form groups (`_group_size`).
+    Those of a group exchange heads for tokens: each then has fewer heads of more queries. The same
+    devices of other groups have other queries of these heads, and gather their keys. Heads that do
+    not divide are padded with zeros.
 
     Args:
         axes: {name: size} of the mesh.
         masked: whether the kernel has a mask.
     """
     context, (_, queries, heads, _), keys = axes["context"], q.shape, k.shape[1]
+    size = _group_size(queries, keys, -(-heads // axes["tensor"]), context, masked)
+    groups = np.arange(context).reshape(-1, size)
     batch = tuple(_dividing(BATCH, q.shape[0], axes))
-    tensor = tuple(_dividing(("tensor",), heads, axes))
-    heads //= axes["tensor"] if tensor else 1
-    gather_keys = not masked and (heads % context > 0 or 0 < (context - 1) * keys < queries)
+    split = of_keys = P(batch, "context", "tensor")
+    self_attention = keys == queries
+    if self_attention:
+        k, v = pad(k, context, 1), pad(v, context, 1)
+    else:  # keys are whole already, of all heads or of a device's own
+        of_keys = P(batch, None, "tensor" if size == 1 else HEADS)
+    q, k, v = (pad(x, axes["tensor"] * size, 2) for x in (q, k, v))
 
-    def exchanged(q, k, v, visible):
-        exchange = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
-        q, k, v = (exchange(pad(x, context, 2), split_axis=2, concat_axis=1) for x in (q, k, v))
-        out = kernel(q[:, :queries], k[:, :keys], v[:, :keys], visible)
-        return exchange(pad(out, context, 1), split_axis=1, concat_axis=2)[:, :, :heads]
+    def exchange(x, split_axis, concat_axis):
+        if size == 1:
+            return x
+        among = dict(axis_index_groups=groups.tolist(), tiled=True)
+        return jax.lax.all_to_all(x, "context", split_axis, concat_axis, **among)
 
-    split, of_keys = P(batch, "context", tensor), P(batch, None, tensor)
-    if not gather_keys:
-        of_keys, k, v = split, pad(k, context, 1), pad(v, context, 1)
+    def all_keys(x):
+        x = exchange(x, 2, 1)
+        if size < context:
+            among = dict(axis_index_groups=groups.T.tolist(), tiled=True)
+            x = jax.lax.all_gather(x, "context", axis=1, **among)
+        return x[:, :keys]
+
+    def on_device(q, k, v, visible):
+        q = exchange(q, 2, 1)
+        q = q[:, :queries] if size == context else q
+        k, v = (all_keys(k), all_keys(v)) if self_attention else (k, v)
+        out = kernel(q, k, v, visible)
+        return exchange(pad(out, size, 1), 1, 2)
+
     mapped = jax.shard_map(
-        kernel if gather_keys or context == 1 else exchanged,
+        on_device,
         in_specs=(split, of_keys, of_keys, P()),
         out_specs=split,
         check_vma=False,  # the kernels do not say over which axes their results vary
     )
-    return mapped(pad(q, context, 1), k, v, visible)[:, :queries]
+    return mapped(pad(q, context, 1), k, v, visible)[:, :queries, :heads]
+
+
+def _group_size(queries, keys, heads, context, masked):
+    """How many of the `context` devices of a sequence exchange heads for tokens.
+
+    Of self-attention, as many as divide the heads: nothing is padded. All of them under a mask,
+    which counts queries from the start of the sequence, and where keys are more than the queries:
+    those of a cache stay where they are, split by heads. None where keys are fewer, as those of a
+    prompt: every device has them.
+    """
+    if masked or keys > queries:
+        return context
+    return math.gcd(heads, context) if keys == queries else 1
 
 
 def _dividing(names, size, axes):

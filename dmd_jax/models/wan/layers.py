@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from dmd_jax.devices import sharding
 from dmd_jax.models.attention import attention
 from dmd_jax.models.layers import MLP, linear
 from dmd_jax.models.wan.config import PATCH
@@ -34,7 +35,7 @@ def exact_gelu(x):
 
 
 class Patch(nnx.Module):
-    """Each 1 x 2 x 2 patch of the latents becomes a token: [B, F, H, W, C] -> [B, F, T, D]."""
+    """Each 1 x 2 x 2 patch of the latents becomes a token: [B, F, H, W, C] -> [B, L, D]."""
 
     def __init__(self, channels, dim, *, dtype, rngs):
         self.dtype = dtype
@@ -45,7 +46,7 @@ class Patch(nnx.Module):
     def __call__(self, x):
         t, p, q = PATCH
         patches = rearrange(
-            x, "b (f t) (h p) (w q) c -> b f (h w) (t p q c)", t=t, p=p, q=q
+            x, "b (f t) (h p) (w q) c -> b (f h w) (t p q c)", t=t, p=p, q=q
         ).astype(self.dtype)
         kernel = rearrange(self.kernel[...], "t p q c d -> (t p q c) d").astype(self.dtype)
         return patches @ kernel + self.bias[...].astype(self.dtype)
@@ -151,18 +152,31 @@ class Block(nnx.Module):
         return _add_gated(x, update, gate2), own
 
 
-def _by_frame(x, frames):
-    """Tokens [B, L, D], grouped by the frames that share a modulation: [B, F, L / F, D]."""
-    return rearrange(x, "b (f t) d -> b f t d", f=frames)
-
-
 def modulate(x, scale, shift, dtype):
     """x (1 + scale) + shift in float32; x [B, L, D], scale and shift [B, F or 1, D]."""
-    out = _by_frame(x, scale.shape[1]) * (1 + scale[:, :, None]) + shift[:, :, None]
-    return rearrange(out, "b f t d -> b (f t) d").astype(dtype)
+    x, scale, shift = _aligned(x, scale, shift)
+    return rearrange(x * (1 + scale) + shift, "b n t d -> b (n t) d").astype(dtype)
 
 
 def _add_gated(x, update, gate):
     """x + gate update in float32, in the dtype of x; gate [B, F or 1, D]."""
-    gated = _by_frame(update.astype(jnp.float32), gate.shape[1]) * gate[:, :, None]
-    return (x.astype(jnp.float32) + rearrange(gated, "b f t d -> b (f t) d")).astype(x.dtype)
+    update, gate = _aligned(update.astype(jnp.float32), gate)
+    gated = rearrange(update * gate, "b n t d -> b (n t) d")
+    return (x.astype(jnp.float32) + gated).astype(x.dtype)
+
+
+def _aligned(x, *modulations):
+    """Tokens in n parts of one modulation each: [B, n, L / n, D], and [B, n, 1, D] to multiply by.
+
+    A part lies within a frame and on one device. Cut by frames, tokens that are split over devices
+    would have to be gathered.
+
+    Args:
+        x: tokens [B, L, D].
+        modulations: [B, F or 1, D].
+    """
+    tokens, frames = x.shape[1], modulations[0].shape[1]
+    part = tokens if frames == 1 else sharding.common_part(tokens, tokens // frames)
+    times = tokens // part // frames
+    spread = (jnp.repeat(m, times, axis=1)[:, :, None] for m in modulations)
+    return rearrange(x, "b (n t) d -> b n t d", t=part), *spread

@@ -202,8 +202,7 @@ class Wan(nnx.Module):
     def _tokens(self, x, frames):
         """[B, F, H, W, C] -> [B, L, D]."""
         x = x if frames is None else jnp.concatenate([x, frames.astype(x.dtype)], axis=-1)
-        tokens = rearrange(self.patch(x), "b f t d -> b (f t) d")
-        return sharding.shard_tokens(tokens)
+        return sharding.shard_tokens(self.patch(x))
 
     def _time(self, timestep):
         """[B] or [B, F] -> float32 [B, 1 or F, D]."""

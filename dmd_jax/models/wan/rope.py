@@ -39,14 +39,8 @@ def rotations(rope_dims, times, height, width, length):
 
 
 def rotate(x, cos, sin):
-    """Rotates adjacent pairs of channels: x [B, F, T, N, H], cos and sin [F, T, 1, H / 2]."""
+    """Rotates adjacent pairs of channels: x [B, ..., N, H], cos and sin [..., 1, H / 2]."""
     pairs = rearrange(x.astype(jnp.float32), "... (h two) -> ... h two", two=2)
     real, imaginary = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
     return rearrange(rotated, "... h two -> ... (h two)").astype(x.dtype)
-
-
-def rotate_tokens(x, cos, sin):
-    """`rotate` of tokens in sequence: x [B, F T, N, H]."""
-    frames = rearrange(x, "b (f t) n h -> b f t n h", f=cos.shape[0])
-    return rearrange(rotate(frames, cos, sin), "b f t n h -> b (f t) n h")

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from dmd_jax.devices import sharding
 from dmd_jax.models import kv_cache
 from dmd_jax.models.attention import BlockCausal, TeacherForcing, attention
-from dmd_jax.models.wan.rope import rotate, rotate_tokens, rotations
+from dmd_jax.models.wan.rope import rotate, rotations
 
 
 class Grid(NamedTuple):
@@ -42,11 +43,11 @@ def over_sequence(config, grid, causal, teacher_forcing):
     times = np.arange(grid.frames)
     if teacher_forcing:
         mask, times = TeacherForcing(mask, grid.frames * grid.frame), np.tile(times, 2)
-    cos, sin = rotations(config.rope_dims, times, grid.height, grid.width, grid.frames)
+    rotation = rotations(config.rope_dims, times, grid.height, grid.width, grid.frames)
+    rotation = tuple(map(_in_a_row, rotation))
 
     def attend(layer, x, _):
-        query = rotate_tokens(layer.queries(x), cos, sin)
-        key = rotate_tokens(layer.keys(x), cos, sin)
+        query, key = rotate(layer.queries(x), *rotation), rotate(layer.keys(x), *rotation)
         return attention(query, key, layer.values(x), mask=mask), None
 
     return attend
@@ -74,7 +75,8 @@ def over_cache(config, grid, causal, ring, cached_frames, own_frames):
         positions = ring.positions(frames, end, length)
         return rotations(config.rope_dims, positions, grid.height, grid.width, length)
 
-    own_rotation, cached_rotation = rotation(own_frames), rotation(cached_frames)
+    own_rotation = tuple(map(_in_a_row, rotation(own_frames)))
+    cached_rotation = rotation(cached_frames)
     mask = BlockCausal(causal)  # over frames: their numbers are the indices
     # Traced numbers are not checked: frames that are not a block of `causal` still see each other.
     block_end = jnp.maximum(mask.group(start), end)
@@ -84,15 +86,23 @@ def over_cache(config, grid, causal, ring, cached_frames, own_frames):
     )
     visible = jnp.repeat(allowed, grid.frame)
 
-    def in_a_row(cached, own):
-        return rearrange(jnp.concatenate([cached, own], 1), "b f t n h -> b (f t) n h")
+    def by_frame(own):
+        return rearrange(own, "b (f t) n h -> b f t n h", f=grid.frames)
+
+    def after(cached, own):
+        return jnp.concatenate([jax.vmap(_in_a_row)(cached), own], axis=1)
 
     def attend(layer, x, cached):
-        own = layer.keys(x), layer.values(x)
-        own = tuple(rearrange(y, "b (f t) n h -> b f t n h", f=grid.frames) for y in own)
-        query = rotate_tokens(layer.queries(x), *own_rotation)
-        key = in_a_row(rotate(cached[0], *cached_rotation), rotate(own[0], *own_rotation))
-        value = in_a_row(cached[1], own[1])
-        return attention(query, key, value, visible=visible), jax.lax.stop_gradient(own)
+        query = rotate(layer.queries(x), *own_rotation)
+        # Split by heads, as the cache is: that is the larger part, and stays where it is.
+        own_key, own_value = map(sharding.tokens_to_heads, (layer.keys(x), layer.values(x)))
+        key = after(rotate(cached[0], *cached_rotation), rotate(own_key, *own_rotation))
+        attended = attention(query, key, after(cached[1], own_value), visible=visible)
+        return attended, jax.lax.stop_gradient((by_frame(own_key), by_frame(own_value)))
 
     return attend
+
+
+def _in_a_row(x):
+    """[F, T, ...] by frame -> [F T, ...] by token."""
+    return rearrange(x, "f t ... -> (f t) ...")
