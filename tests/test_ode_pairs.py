@@ -96,7 +96,8 @@ def test_a_row_is_the_ode_of_each_block_after_the_real_ones(
         if first:
             _, own = net(VIDEOS[:, :2], jnp.zeros(5), cond, causal=TWO, cache=cache, start=0)
             cache = kv_cache.write(cache, own, kv_cache.ring(TWO, 4))
-        return lambda x, t: denoiser.predict(x, t, cond, causal=TWO, cache=cache, start=first).x0
+        how = dict(causal=TWO, cache=cache, start=first)
+        return jax.jit(lambda x, t: denoiser.predict(x, t, cond, **how).x0)
 
     for first in (0, 2):
         ours, theirs = video(cond, first), video(uncond, first)

@@ -70,9 +70,10 @@ def test_the_gradient_is_the_normalised_difference_of_the_scores_through_the_rol
     assert_close(ours(nets["generator"]), by_hand(nets["generator"]), rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [DMD, SiD])
 @pytest.mark.parametrize(
-    "video", [SelfForcing(PAIRS), CausVid(PAIRS)], ids=["self-forcing", "causvid"]
+    "kind, video",
+    [(DMD, SelfForcing(PAIRS)), (SiD, CausVid(PAIRS))],
+    ids=["DMD-self-forcing", "SiD-causvid"],
 )
 def test_a_step_trains_both_networks_and_accumulation_changes_nothing(nets, kind, video):
     tx = per_role({role: AdamW(1e-3).transform(10) for role in ("generator", "fake_score")})
@@ -100,20 +101,28 @@ def test_a_long_rollout_is_compared_in_its_last_frames(nets, image):
     long = method(video=SelfForcing(PAIRS))
     dmd = method(video=SelfForcing(PAIRS, compared=4, image_latent=image))
     nets = nets | {"vae": Halved()}
-    whole = long.rollout(nets["generator"], nets, batch(), KEY)
-    rollout = dmd.rollout(nets["generator"], nets, batch(), KEY)
-    assert_close(rollout.x0[:, 1:], whole.x0[:, 3:])
-    first = 0.5 * whole.x0[:, 2:3] + 3 if image else whole.x0[:, 2:3]  # of frames 0, 1 and 2
-    assert_close(rollout.x0[:, :1], first)
-    np.testing.assert_array_equal(rollout.mask, [[False] * 2 + [True] * 2] * 4)
 
-    def gradient(method):
-        def loss(generator):
-            return method.rollout(generator, nets, batch(), KEY).x0[:, -2:].sum()
+    def with_gradient(method):
+        """(x0, mask, gradient of the sum of the last two frames)."""
 
-        return jax.jit(jax.grad(loss))(nets["generator"])
+        @jax.jit
+        def run(generator):
+            def loss(generator):
+                rollout = method.rollout(generator, nets, batch(), KEY)
+                return rollout.x0[:, -2:].sum(), (rollout.x0, rollout.mask)
 
-    assert_close(gradient(dmd), gradient(long), rtol=2e-4, atol=1e-5)
+            gradient, made = jax.grad(loss, has_aux=True)(generator)
+            return *made, gradient
+
+        return run(nets["generator"])
+
+    whole, _, wanted = with_gradient(long)
+    x0, mask, gradient = with_gradient(dmd)
+    assert_close(x0[:, 1:], whole[:, 3:])
+    first = 0.5 * whole[:, 2:3] + 3 if image else whole[:, 2:3]  # of frames 0, 1 and 2
+    assert_close(x0[:, :1], first)
+    np.testing.assert_array_equal(mask, [[False] * 2 + [True] * 2] * 4)
+    assert_close(gradient, wanted, rtol=2e-4, atol=1e-5)
 
 
 def test_rollouts_of_drawn_length_are_compared_in_as_many_frames(nets):
@@ -142,20 +151,32 @@ def test_blocks_are_counted_by_their_mean_number():
 
 def test_frames_that_the_mask_leaves_out_pass_no_gradient(nets):
     dmd = method(video=SelfForcing(PAIRS, compared=4))
-    rollout = dmd.rollout(nets["generator"], nets, batch(), KEY)
-    gradient = jax.grad(
-        lambda x0: dmd.compare(rollout._replace(x0=x0), nets, batch(), KEY, jax.random.key(8))[0]
-    )(rollout.x0)
-    kept = np.asarray(rollout.mask[0])
+
+    @jax.jit
+    def run(generator):
+        rollout = dmd.rollout(generator, nets, batch(), KEY)
+
+        def loss(x0):
+            return dmd.compare(rollout._replace(x0=x0), nets, batch(), KEY, jax.random.key(8))[0]
+
+        return rollout.mask, jax.grad(loss)(rollout.x0)
+
+    mask, gradient = run(nets["generator"])
+    kept = np.asarray(mask[0])
     assert not np.any(gradient[:, ~kept]) and np.all(np.any(gradient[:, kept], (0, 2, 3, 4)))
 
 
 def test_the_scores_are_compared_above_the_time_after_the_exit_step(nets):
     dmd = method(above_exit=True, score_shift=1.0, clip=(0.0, 1.0))
+
+    @jax.jit
+    def times(key):
+        rollout = dmd.rollout(nets["generator"], nets, batch(), key)
+        return dmd.diffuse(rollout, FlowMatching(), jnp.arange(4), KEY, KEY)[1], rollout.t_to
+
     for seed in range(8):
-        rollout = dmd.rollout(nets["generator"], nets, batch(), jax.random.key(seed))
-        _, t, _ = dmd.diffuse(rollout, FlowMatching(), jnp.arange(4), KEY, KEY)
-        assert np.all(t >= rollout.t_to)
+        t, lowest = times(jax.random.key(seed))
+        assert np.all(t >= lowest)
 
 
 def test_training_and_inference_share_blocks_window_sink_and_context(nets):
@@ -165,17 +186,11 @@ def test_training_and_inference_share_blocks_window_sink_and_context(nets):
     sampler = dmd.sampler(3, 1.0)
     assert sampler == CausalFewStep((1.0, 0.75, 0.5), 5.0, video.causal, (1.0, 0.6), 0.1)
     noise_key, _, step_key = jax.random.split(KEY, 3)
-    rollout = dmd.rollout(nets["generator"], nets, batch(), KEY)
+    rollout = jax.jit(lambda generator: dmd.rollout(generator, nets, batch(), KEY).x0)
     noise = randomness.normal(noise_key, jnp.arange(4), SHAPE)
-    drawn = sampler(
-        nets["generator"],
-        noise,
-        batch()["cond"],
-        None,
-        jax.random.split(step_key)[0],
-        jnp.arange(4),
-    )
-    assert_close(drawn, rollout.x0, rtol=2e-5, atol=2e-5)
+    given = noise, batch()["cond"], None, jax.random.split(step_key)[0], jnp.arange(4)
+    drawn = jax.jit(lambda generator: sampler(generator, *given))(nets["generator"])
+    assert_close(drawn, rollout(nets["generator"]), rtol=2e-5, atol=2e-5)
 
 
 def test_the_header_of_an_export_says_how_to_sample_it(nets, tmp_path):

@@ -1,6 +1,7 @@
 """Streaming long tuning: chunks of one long video, its prompts, its state between two steps."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +40,20 @@ def batch(seed=1, num=2):
     return {"cond": cond, "uncond": jnp.zeros_like(cond), "index": jnp.arange(num)}
 
 
+@functools.cache
+def roller(dmd):
+    """The jitted rollout of a method: (generator, batch with its streams, key) -> Rollout."""
+    frozen = {"vae": Halved()}
+    return jax.jit(lambda generator, batch, key: dmd.rollout(generator, frozen, batch, key))
+
+
 def chunks(dmd, nets, count, streams=None):
     """[(key, Rollout)] of consecutive steps; the conditions of each step differ."""
     generator, made = nets["generator"], []
     streams = dmd.streams(generator, batch()["cond"]) if streams is None else streams
-    rollout = jax.jit(lambda batch, key: dmd.rollout(generator, nets, batch, key))
     for step in range(count):
         key = jax.random.fold_in(KEY, step)
-        made.append((key, rollout(batch(step) | {"stream": streams}, key)))
+        made.append((key, roller(dmd)(generator, batch(step) | {"stream": streams}, key)))
         streams = made[-1][1].stream
     return made
 
@@ -74,17 +81,9 @@ def test_chunks_are_one_long_rollout(nets):
     dmd = method(dataclasses.replace(LONG, prompt_switch=False), times=(1.0,))
     made = chunks(dmd, nets, 3)
     parts = [noise(key)[:, 2 * (step > 0) :] for step, (key, _) in enumerate(made)]
-    whole = self_forcing(
-        nets["generator"],
-        jnp.concatenate(parts, axis=1),
-        batch(0)["cond"],
-        KEY,
-        times=(1.0,),
-        shift=5.0,
-        schedule=nets["generator"].schedule,
-        causal=WINDOW,
-        graded=0,
-    ).x0
+    how = dict(times=(1.0,), shift=5.0, schedule=nets["generator"].schedule, causal=WINDOW)
+    given = jnp.concatenate(parts, axis=1), batch(0)["cond"], KEY
+    whole = jax.jit(lambda net: self_forcing(net, *given, graded=0, **how).x0)(nets["generator"])
     for start, (_, rollout) in zip((0, 4, 8), made, strict=True):
         assert_close(rollout.x0, whole[:, start : start + 6], rtol=5e-5, atol=5e-5)
         new = [False] * 2 + [True] * 4 if start else [True] * 6
@@ -103,10 +102,9 @@ def test_a_video_that_is_full_is_followed_by_a_new_one_of_other_prompts(nets):
         lambda x: jnp.full_like(x, jnp.nan) if x.dtype == jnp.float32 else x, full
     )
     fresh = dmd.streams(generator, batch()["cond"])
-    roll = jax.jit(
-        lambda streams: dmd.rollout(generator, nets, batch(9) | {"stream": streams}, KEY)
+    one, other = (
+        roller(dmd)(generator, batch(9) | {"stream": streams}, KEY) for streams in (broken, fresh)
     )
-    one, other = roll(broken), roll(fresh)
     assert_same((one.x0, one.mask, one.cond), (other.x0, other.mask, other.cond))
     assert_same(one.stream, other.stream)
     assert int(one.stream.made) == 6
@@ -129,7 +127,7 @@ def test_prompts_change_once_at_a_border_that_is_drawn(nets):
         streams = dmd.streams(nets["generator"], batch()["cond"])
         key = jax.random.key(seed)
         given = batch(0) | {"stream": streams}
-        borders.add(int(dmd.rollout(nets["generator"], nets, given, key).stream.switch))
+        borders.add(int(roller(dmd)(nets["generator"], given, key).stream.switch))
     assert borders == {6, 10}
 
 
@@ -148,38 +146,45 @@ def test_a_switch_is_a_recache_of_the_window(nets, keep_sink, context_time):
     dmd, generator = method(video, times=(1.0,)), nets["generator"]
     [(_, first)] = chunks(dmd, nets, 1)
     streams, changed = first.stream._replace(switch=jnp.int32(6)), batch(7)
-    rollout = dmd.rollout(generator, nets, changed | {"stream": streams}, KEY)
+    rollout = roller(dmd)(generator, changed | {"stream": streams}, KEY)
     assert_same(rollout.cond, changed["cond"])
 
     rollout_key, _, context_key = jax.random.split(jax.random.split(KEY, 3)[2], 3)
     how = dict(schedule=generator.schedule, causal=causal, context_time=context_time)
     cond, window = changed["cond"], first.x0[:, 2:]
-    cache = recache(generator, window, cond, context_key, cache=streams.cache, start=2, **how)
-    how |= dict(times=(1.0,), shift=5.0, cache=cache, start=6)
-    wanted = self_forcing(generator, noise(KEY)[:, 2:], cond, rollout_key, **how)
-    assert_close(rollout.x0[:, 2:], wanted.x0, rtol=2e-5, atol=2e-5)
+
+    @jax.jit
+    def by_hand(generator):
+        cache = recache(generator, window, cond, context_key, cache=streams.cache, start=2, **how)
+        then = how | dict(times=(1.0,), shift=5.0, cache=cache, start=6)
+        return self_forcing(generator, noise(KEY)[:, 2:], cond, rollout_key, **then).x0
+
+    assert_close(rollout.x0[:, 2:], by_hand(generator), rtol=2e-5, atol=2e-5)
 
 
 def test_new_frames_alone_pass_gradient_and_count_in_both_losses(nets):
     dmd = method()
     streams = chunks(dmd, nets, 1)[0][1].stream._replace(switch=jnp.int32(0))
     given = batch(4) | {"stream": streams}
-    rollout = dmd.rollout(nets["generator"], nets, given, KEY)
+    rollout = roller(dmd)(nets["generator"], given, KEY)
 
     def generator_loss(x0):
         return dmd.compare(rollout._replace(x0=x0), nets, given, KEY, jax.random.key(8))[0]
 
-    gradient = jax.grad(generator_loss)(rollout.x0)
+    gradient = jax.jit(jax.grad(generator_loss))(rollout.x0)
     assert not np.any(gradient[:, :2]) and np.all(np.any(gradient[:, 2:], (0, 2, 3, 4)))
 
-    def weights_gradient(part):
-        def loss(generator):
-            return dmd.rollout(generator, nets, given, KEY).x0[:, part].sum()
+    @jax.jit
+    @jax.grad
+    def weights_gradient(generator, counts):
+        """Of the sum of the frames that count, [F] of 0 and 1."""
+        frames = dmd.rollout(generator, nets, given, KEY).x0.sum((0, 2, 3, 4))
+        return jnp.vdot(frames, counts)
 
-        return jax.jit(jax.grad(loss))(nets["generator"])
-
-    assert not any(np.any(x) for x in jax.tree.leaves(weights_gradient(slice(0, 2))))
-    assert any(np.any(x) for x in jax.tree.leaves(weights_gradient(slice(2, 6))))
+    old = jnp.arange(6.0) < 2
+    for counts, passes in ((old, False), (~old, True)):
+        leaves = jax.tree.leaves(weights_gradient(nets["generator"], counts.astype(jnp.float32)))
+        assert any(np.any(x) for x in leaves) == passes
 
 
 def test_the_first_frame_that_a_later_chunk_compares_is_an_image(nets):
@@ -202,24 +207,25 @@ def state_of(dmd, nets):
     return init_state(trainable, TX, stream=dmd.streams(nets["generator"], batch(0, 4)["cond"]))
 
 
-def step_of(dmd, nets, **how):
-    frozen = {role: nets[role] for role in ("teacher", "vae")}
-    return jax.jit(
-        lambda state, cond: train_step(
-            state, frozen, {"cond": cond, "uncond": 0 * cond}, KEY, method=dmd, tx=TX, **how
-        )
-    )
+@functools.cache
+def step_of(dmd, **how):
+    """A jitted step that updates both networks: (state, teacher, cond) -> (state, metrics)."""
+
+    @jax.jit
+    def step(state, teacher, cond):
+        frozen, data = {"teacher": teacher, "vae": Halved()}, {"cond": cond, "uncond": 0 * cond}
+        return train_step(state, frozen, data, KEY, method=dmd, tx=TX, update_generator=True, **how)
+
+    return step
 
 
 @pytest.mark.parametrize("kind", [DMD, pytest.param(SiD, marks=pytest.mark.slow)])
 def test_steps_go_on_from_each_other_and_accumulation_changes_nothing(nets, kind):
     dmd, ends = method(kind=kind), []
-    for accumulate in (1, 2):
-        state = state_of(dmd, nets)
-        step = step_of(dmd, nets, update_generator=True, accumulate=accumulate)
-        made = []
+    for step in (step_of(dmd), step_of(dmd, accumulate=2)):
+        state, made = state_of(dmd, nets), []
         for i in range(4):
-            state, metrics = step(state, batch(i, 4)["cond"])
+            state, metrics = step(state, nets["teacher"], batch(i, 4)["cond"])
             made.append(int(state.stream.made))
             assert metrics["generator/skipped"] == 0 and metrics["fake_score/skipped"] == 0
         assert made == [6, 10, 14, 6]
@@ -230,21 +236,20 @@ def test_steps_go_on_from_each_other_and_accumulation_changes_nothing(nets, kind
 
 def test_the_critic_has_the_next_chunk_or_the_generators(nets):
     """LongLive's order: the generator's chunk, then the critic's."""
-    for reuse, made in ((True, 6), (False, 10)):
-        step = step_of(method(), nets, update_generator=True, reuse_rollout=reuse)
-        state, _ = step(state_of(method(), nets), batch(0, 4)["cond"])
+    for step, made in ((step_of(method()), 6), (step_of(method(), reuse_rollout=False), 10)):
+        state, _ = step(state_of(method(), nets), nets["teacher"], batch(0, 4)["cond"])
         assert int(state.stream.made) == made
 
 
 def test_a_stream_goes_on_from_a_checkpoint_bit_for_bit(nets, tmp_path):
     dmd = method()
-    step = step_of(dmd, nets, update_generator=True)
-    state, _ = step(state_of(dmd, nets), batch(0, 4)["cond"])
+    step = step_of(dmd)
+    state, _ = step(state_of(dmd, nets), nets["teacher"], batch(0, 4)["cond"])
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
         restored, _, _ = checkpoints.restore_latest(jax.eval_shape(lambda: state))
-    again = [step(x, batch(1, 4)["cond"])[0] for x in (state, restored)]
+    again = [step(x, nets["teacher"], batch(1, 4)["cond"])[0] for x in (state, restored)]
     assert_same(*again)
     assert int(again[0].stream.made) == 10
 

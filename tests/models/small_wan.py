@@ -1,6 +1,7 @@
 """Small Wan networks and their inputs, all values from names alone."""
 
 import dataclasses
+import functools
 
 import foreign
 import jax
@@ -17,6 +18,7 @@ IMAGE = dataclasses.replace(SMALL, in_channels=6, image_dim=14)
 ROUNDING = 2e-5
 
 
+@functools.cache
 def network(config):
     """A Wan whose weights are those that `foreign.give_weights` gives to diffusers' network."""
     shape = jax.eval_shape(lambda: Wan(config, rngs=nnx.Rngs(0)))

@@ -1,6 +1,7 @@
 """Causal Wan: cached blocks, teacher forcing and the masked whole agree; long rollouts, devices."""
 
 import dataclasses
+import functools
 from itertools import pairwise
 
 import foreign
@@ -37,6 +38,7 @@ def blocks(causal, frames):
     return list(pairwise(edges))
 
 
+@functools.partial(jax.jit, static_argnames="causal")
 def next_block(net, x, timestep, text, causal, cache, start):
     """(velocity of a block, the cache with the block in it)."""
     out, own = net(x, timestep, text, causal=causal, cache=cache, start=start)
@@ -48,20 +50,27 @@ def block_by_block(net, x, timestep, text, causal, spare=0):
     frames = x.shape[1]
     slots = frames if causal.window is None else causal.window + causal.sink
     cache = net.empty_cache(x.shape[0], slots + spare, *x.shape[2:4])
-    step = jax.jit(lambda x, t, *at: next_block(net, x, t, text, causal, *at))
     made = []
     for first, end in blocks(causal, frames):
-        out, cache = step(x[:, first:end], timestep[:, first:end], cache, jnp.int32(first))
+        part = x[:, first:end], timestep[:, first:end], text
+        out, cache = next_block(net, *part, causal, cache, jnp.int32(first))
         made.append(out)
     return np.concatenate(made, axis=1)
 
 
-@pytest.mark.parametrize("frames", [8, 9])  # whole blocks, and a last one that has fewer
-@pytest.mark.parametrize("causal", CAUSAL, ids=str)
+@functools.partial(jax.jit, static_argnames="causal")
+def at_once(net, x, timestep, text, causal=None, context=None):
+    return net(x, timestep, text, causal=causal, context=context)
+
+
+# Of 8 frames, the last block has fewer where blocks have 3, or 2 after a lone first frame.
+@pytest.mark.parametrize(
+    "causal, frames", [*((causal, 8) for causal in CAUSAL), (CAUSAL[1], 9), (CAUSAL[5], 9)], ids=str
+)
 def test_cached_blocks_equal_the_masked_whole(causal, frames):
     net = network(SMALL)
     x, timestep, text = inputs(SMALL, frames=frames, height=2, width=4, per_frame=True)
-    whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
+    whole = at_once(net, x, timestep, text, causal)
     made = block_by_block(net, x, timestep, text, causal)
     assert foreign.relative_error(made, whole) < ROUNDING
     # Slots to spare change nothing.
@@ -69,8 +78,7 @@ def test_cached_blocks_equal_the_masked_whole(causal, frames):
         foreign.relative_error(block_by_block(net, x, timestep, text, causal, 4), made) < ROUNDING
     )
     # The mask does something.
-    free = jax.jit(lambda x: net(x, timestep, text))(x)
-    assert foreign.relative_error(whole, free) > 1e-2
+    assert foreign.relative_error(whole, at_once(net, x, timestep, text)) > 1e-2
 
 
 def test_no_frame_sees_a_later_block():
@@ -87,13 +95,12 @@ def forced_by_cache(net, x, timestep, text, causal, context, context_time):
     frames = x.shape[1]
     slots = frames if causal.window is None else causal.window + causal.sink
     cache = net.empty_cache(x.shape[0], slots, *x.shape[2:4])
-    step = jax.jit(lambda x, t, *at: next_block(net, x, t, text, causal, *at))
     made = []
     for first, end in blocks(causal, frames):
-        part = slice(first, end)
-        out, _ = step(x[:, part], timestep[:, part], cache, jnp.int32(first))
+        part, at = slice(first, end), (text, causal, cache, jnp.int32(first))
+        out, _ = next_block(net, x[:, part], timestep[:, part], *at)
         written_at = np.repeat(context_time[:, None], end - first, axis=1)
-        _, cache = step(context[:, part], written_at, cache, jnp.int32(first))
+        _, cache = next_block(net, context[:, part], written_at, *at)
         made.append(out)
     return np.concatenate(made, axis=1)
 
@@ -105,7 +112,7 @@ def test_teacher_forcing_equals_a_cache_of_clean_blocks(causal):
     frames = 7 if causal.first_alone or causal.frames_per_block == 1 else 6
     given = inputs(SMALL, frames=frames, height=2, width=4, per_frame=True)
     clean = foreign.tensor("clean", given[0].shape)
-    forced = jax.jit(lambda *given: net(*given, causal=causal, context=clean))(*given)
+    forced = at_once(net, *given, causal, clean)
     made = forced_by_cache(net, *given, causal, clean, np.zeros(2, np.float32))
     assert foreign.relative_error(made, forced) < ROUNDING
 
@@ -165,7 +172,7 @@ def test_without_a_window_a_sink_changes_nothing():
     """Also for a video longer than those that the weights were trained on."""
     net, causal = network(dataclasses.replace(SMALL, reach=3)), Causal(frames_per_block=1, sink=1)
     x, timestep, text = inputs(SMALL, frames=6, height=2, width=4, per_frame=True)
-    whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
+    whole = at_once(net, x, timestep, text, causal)
     made = block_by_block(net, x, timestep, text, causal)
     assert foreign.relative_error(made, whole) < ROUNDING
 
@@ -174,7 +181,7 @@ def test_a_sink_and_a_window_longer_than_the_trained_videos_have_positions_of_th
     net = network(dataclasses.replace(SMALL, reach=3))
     causal = Causal(frames_per_block=1, window=4, sink=1)
     x, timestep, text = inputs(SMALL, frames=5, height=2, width=4, per_frame=True)
-    whole = jax.jit(lambda x: net(x, timestep, text, causal=causal))(x)
+    whole = at_once(net, x, timestep, text, causal)
     made = block_by_block(net, x, timestep, text, causal)
     assert foreign.relative_error(made, whole) < ROUNDING
 
@@ -182,13 +189,13 @@ def test_a_sink_and_a_window_longer_than_the_trained_videos_have_positions_of_th
 def test_a_cache_may_begin_another_video():
     net, causal = network(SMALL), Causal(frames_per_block=1, window=3, sink=2)
     x, timestep, text = inputs(SMALL, frames=7, height=2, width=4, per_frame=True)
-    run = jax.jit(lambda x, t, *at: next_block(net, x, t, text, causal, *at))
 
     def video(cache):
         made = []
         for frame in range(x.shape[1]):
             part = slice(frame, frame + 1)
-            out, cache = run(x[:, part], timestep[:, part], cache, jnp.int32(frame))
+            given = x[:, part], timestep[:, part], text
+            out, cache = next_block(net, *given, causal, cache, jnp.int32(frame))
             made.append(out)
         return np.concatenate(made, axis=1), cache
 

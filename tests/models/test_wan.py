@@ -85,7 +85,7 @@ def random_case(seed):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(8), 19])  # an image, a time a frame, both, and neither
 def test_equals_diffusers_in_value_and_gradient(seed):
     config, sizes = random_case(seed)
     given = inputs(config, **sizes)
@@ -139,7 +139,7 @@ def test_bfloat16_is_near_float32():
     """Half a percent: bfloat16 rounds by 2^-9 and the residual stream is rounded at each layer."""
     given = inputs(SMALL)
     half = network(dataclasses.replace(SMALL, dtype="bfloat16"))
-    out, wanted = half(*given), network(SMALL)(*given)
+    out, wanted = (jax.jit(lambda net: net(*given))(net) for net in (half, network(SMALL)))
     assert out.dtype == jnp.float32
     assert 1e-5 < foreign.relative_error(out, wanted) < 3e-2
 

@@ -124,17 +124,9 @@ def test_a_switch_is_a_rollout_a_recache_and_a_rollout(denoiser, context_time, b
 
     whole = roll(denoiser, sampler, 0, before, cond(1))
     known = whole.x0[:, -WINDOW.window :]
-    cache = recache(
-        denoiser,
-        known,
-        cond(2),
-        KEY,
-        schedule=denoiser.schedule,
-        causal=causal,
-        cache=whole.cache,
-        start=before - known.shape[1],
-        context_time=context_time,
-    )
+    how = dict(schedule=denoiser.schedule, causal=causal, context_time=context_time)
+    how |= dict(cache=whole.cache, start=before - known.shape[1])
+    cache = jax.jit(lambda net: recache(net, known, cond(2), KEY, **how))(denoiser)
     wanted = roll(denoiser, sampler, before, 6, cond(2), cache=cache).x0
     assert_close(first, whole.x0, rtol=2e-5, atol=2e-5)
     assert_close(second, wanted, rtol=5e-5, atol=5e-5)

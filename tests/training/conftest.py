@@ -1,10 +1,33 @@
 """Tiny runs in this process, for the tests of the room."""
 
+import json
+
 import jax
 import programs
 import pytest
 
-from dmd_jax.training import loop, run
+from dmd_jax.training import configuration, loop, run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs of a module that train alike share their compiled steps: most of a tiny run's time."""
+    compile_steps, known = loop.compile_steps, {}
+
+    def once(run):
+        values = configuration.flatten(run.config).items()
+        apart = ("log.", "checkpoint.", "evaluate.")
+        kept = sorted(
+            (name, json.dumps(value)) for name, value in values if not name.startswith(apart)
+        )
+        key = run.mesh, tuple(kept)
+        if key not in known:
+            known[key] = compile_steps(run)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "compile_steps", once)
+        yield
 
 
 @pytest.fixture(scope="module")

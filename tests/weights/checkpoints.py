@@ -1,5 +1,6 @@
 """Tiny checkpoints of Wan in the layouts of others, of numbers that are functions of names."""
 
+import functools
 import json
 
 import foreign
@@ -19,6 +20,7 @@ CONFIG = WanConfig(
 )
 
 
+@functools.cache
 def shapes(layout, config=CONFIG):
     """{name: shape} of the file of a Wan."""
     net = jax.eval_shape(lambda: Wan(config, rngs=nnx.Rngs(0)))

@@ -1,6 +1,7 @@
 """UMT5's tables: every tensor of the published checkpoints, in both layouts, and their settings."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ PRESETS = {"xxl": umt5.XXL, "tiny": umt5.TINY}
 ALIAS, NAME = "encoder.embed_tokens.weight", "shared.weight"
 
 
+@functools.cache
 def network(config):
     return jax.eval_shape(lambda: UMT5(config, rngs=nnx.Rngs(0)))
 

@@ -1,5 +1,7 @@
 """Wan's tables: every tensor of the published checkpoints, in both layouts, and their settings."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ PRESETS = {
 }
 
 
+@functools.cache
 def shapes(config, layout):
     net = jax.eval_shape(lambda: Wan(config, rngs=nnx.Rngs(0)))
     return their_shapes(net, names.table(config, layout))
