@@ -3,113 +3,26 @@
 import dataclasses
 import functools
 import re
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import assert_close, assert_same, weights
+from small_rollouts import COND, CONFIG, FLOW, KEY, PAIRS, SIZE, TIMES, by_hand, roll
+from toys import assert_close, assert_same, normal, weights
 
 from dmd_jax.devices import randomness, sharding
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.diffusion.schedule import FlowMatching, shift_time
+from dmd_jax.diffusion.schedule import shift_time
 from dmd_jax.models import kv_cache
-from dmd_jax.models.wan import SHARDING_RULES, Causal, Wan, WanConfig
+from dmd_jax.models.wan import SHARDING_RULES, Causal, Wan
 from dmd_jax.rollouts.self_forcing import recache, self_forcing
 from dmd_jax.weights import adapters
-
-FLOW = FlowMatching()
-KEY = jax.random.key(3)
-TIMES = (1.0, 0.75, 0.5, 0.25)
-CONFIG = WanConfig(
-    dim=16, ffn=24, heads=2, depth=2, in_channels=3, out_channels=3, text_dim=5, freq_dim=8, reach=6
-)
-SIZE = (4, 4, 3)  # of a frame: 4 tokens
-PAIRS = Causal(2)
 
 
 @pytest.fixture(scope="module")
 def generator():
     return Denoiser(weights(lambda rngs: Wan(CONFIG, rngs=rngs), 0))
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-COND = normal(1, 2, 4, 5)
-
-
-@functools.cache
-def compiled(**static):
-    """A jitted rollout; all that is an array is an argument of it."""
-
-    @jax.jit
-    def run(generator, noise, cond, key, traced):
-        return self_forcing(generator, noise, cond, key, schedule=FLOW, **static, **traced)
-
-    return run
-
-
-def roll(generator, frames=6, cond=COND, key=KEY, *, noise=None, **how):
-    """A rollout of two samples, under jit."""
-    noise = normal(0, len(cond), frames, *SIZE) if noise is None else noise
-    how = dict(times=TIMES, shift=5.0, causal=PAIRS) | how
-    traced = {k: how.pop(k) for k in list(how) if isinstance(how[k], jax.Array | kv_cache.KVCache)}
-    return compiled(**how)(generator, noise, cond, key, traced)
-
-
-# The plain loop, as one writes it from the paper: a gradient through everything that is not said to
-# be a constant. It keeps all that backpropagation needs of all blocks.
-
-
-def by_hand(generator, noise, exits, *, causal, context_time=0.0, initial=None, first_times=None):
-    """x0 [B, F, ...] by the plain loop, blocks of `causal` from frame 0 on."""
-    frames = noise.shape[1] + (0 if initial is None else initial.shape[1])
-    cache = generator.empty_cache(2, 3 * frames, *SIZE[:2])
-    borders = [
-        0,
-        *range(
-            1 if causal.first_alone else causal.frames_per_block,
-            frames + 1,
-            causal.frames_per_block,
-        ),
-    ]
-    x0s, known = [], 0 if initial is None else initial.shape[1]
-
-    def predict(net, x, t):
-        return net.predict(x, jnp.full(2, t), COND, causal=causal, cache=cache, start=first)
-
-    for first, stop in pairwise(borders):
-        if stop <= known:
-            own = predict(generator, initial[:, first:stop], 0.0).aux
-            x0s.append(initial[:, first:stop])
-        else:
-            exit_step = exits[len(x0s) - sum(b < known for b in borders[:-1])]
-            lists = first_times if first_times and first == 0 else TIMES
-            levels = np.asarray(shift_time(np.float32((*lists, 0.0)), 5.0))
-            x = noise[:, first - known : stop - known]
-            for step in range(exit_step):
-                x0 = jax.lax.stop_gradient(predict(generator, x, levels[step]).x0)
-                key = jax.random.fold_in(jax.random.fold_in(KEY, 0), first)
-                eps = randomness.normal(
-                    jax.random.fold_in(key, step + 1), jnp.arange(2), x.shape[1:]
-                )
-                x = FLOW.add_noise(x0, eps, jnp.full(2, levels[step + 1]))
-            out = predict(generator, x, levels[exit_step])
-            x0s.append(out.x0)
-            own = out.aux
-            if context_time is not None:
-                x0 = out.x0
-                if context_time:
-                    key = jax.random.fold_in(jax.random.fold_in(KEY, 1), first)
-                    eps = randomness.normal(jax.random.fold_in(key, 0), jnp.arange(2), x.shape[1:])
-                    x0 = FLOW.add_noise(x0, eps, jnp.full(2, context_time))
-                own = predict(generator, x0, context_time).aux
-        ring = kv_cache.Ring(cache.slots, sink=0)  # room for every frame
-        cache = kv_cache.write(cache, jax.lax.stop_gradient(own), ring)
-    return jnp.concatenate(x0s, axis=1)
 
 
 CASES = {
@@ -156,34 +69,46 @@ def test_equals_the_plain_loop_in_value_and_in_every_gradient(generator, case):
     assert_close(grad, wanted, rtol=2e-4, atol=2e-5)
 
 
-def loss_and_gradient(generator, **how):
+def loss_and_gradient(generator, cond=COND, **how):
     """(x0, gradient of the product of x0 and a fixed direction) of a rollout."""
 
-    def of(generator):
-        rollout = roll(generator, **how)
-        direction = normal(9, *rollout.x0.shape)
-        return jnp.vdot(rollout.x0, direction), rollout.x0
+    @jax.jit
+    def run(generator, cond):
+        def of(generator):
+            x0 = roll(generator, cond=cond, **how).x0
+            return jnp.vdot(x0, normal(9, *x0.shape)), x0
 
-    (_, x0), gradient = jax.value_and_grad(of, has_aux=True)(generator)
-    return x0, gradient
+        (_, x0), gradient = jax.value_and_grad(of, has_aux=True)(generator)
+        return x0, gradient
+
+    return run(generator, cond)
 
 
 def test_only_graded_blocks_pass_gradient(generator):
     """With graded=4 of 6 frames: the gradient of the last four alone."""
-    noise, exits = normal(0, 2, 6, *SIZE), jnp.array([1, 3, 0])
+    noise, exits = normal(0, 2, 6, *SIZE), [1, 3, 0]
+    last_four = jnp.arange(6)[:, None, None, None] >= 2
 
-    def last_four(run):
-        return jax.grad(lambda g: jnp.vdot(run(g)[:, 2:], normal(9, 2, 4, *SIZE)))(generator)
+    @jax.jit
+    def ours(generator, direction):
+        def of(generator):
+            rollout = roll(generator, noise=noise, exit_step=jnp.array(exits), graded=4)
+            return jnp.vdot(rollout.x0, direction), rollout.mask
 
-    graded = roll(generator, noise=noise, exit_step=exits, graded=4)
-    gradient = jax.grad(
-        lambda g: jnp.sum(roll(g, noise=noise, exit_step=exits, graded=4).x0[:, :2])
-    )(generator)
+        return jax.grad(of, has_aux=True)(generator)
+
+    @jax.jit
+    def wanted(generator, direction):
+        plain = functools.partial(by_hand, noise=noise, exits=exits, causal=PAIRS)
+        return jax.grad(lambda generator: jnp.vdot(plain(generator), direction))(generator)
+
+    direction = normal(9, 2, 6, *SIZE)
+    gradient, mask = ours(generator, jnp.where(last_four, 0, direction))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
-    np.testing.assert_array_equal(graded.mask, [[False] * 2 + [True] * 4] * 2)
-    ours = last_four(lambda g: roll(g, noise=noise, exit_step=exits, graded=4).x0)
-    wanted = last_four(lambda g: by_hand(g, noise, [1, 3, 0], causal=PAIRS))
-    assert_close(ours, wanted, rtol=2e-4, atol=2e-5)
+    np.testing.assert_array_equal(mask, [[False] * 2 + [True] * 4] * 2)
+    direction = jnp.where(last_four, direction, 0)
+    gradient, _ = ours(generator, direction)
+    assert_close(gradient, wanted(generator, direction), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("causal", [PAIRS, Causal(2, window=4, sink=2), Causal(2, True)], ids=str)
@@ -202,7 +127,9 @@ def test_a_shorter_rollout_is_that_of_its_blocks_alone(generator, causal):
             rollout
         )
 
-    (_, rollout), gradient = jax.value_and_grad(of, has_aux=True)(generator, jnp.int32(short))
+    (_, rollout), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(
+        generator, jnp.int32(short)
+    )
     assert_close(rollout.x0[:, 4:], alone, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(rollout.mask, [[False] * 4 + [True] * frames] * 2)
     assert_close(gradient, wanted, rtol=2e-4, atol=2e-5)
@@ -227,9 +154,16 @@ def test_the_mask_keeps_no_frame_that_has_no_gradient(generator):
     np.testing.assert_array_equal(mask, [[False] * 5 + [True] * 2] * 2)
 
 
-@pytest.mark.parametrize("context_time", [0.0, 0.3, None])
 @pytest.mark.parametrize(
-    "causal", [PAIRS, Causal(2, window=4, sink=1), Causal(2, True, window=4)], ids=str
+    "causal, context_time",
+    [
+        (PAIRS, 0.3),
+        (Causal(2, window=4, sink=1), 0.3),
+        (Causal(2, window=4, sink=1), 0.0),
+        (Causal(2, window=4, sink=1), None),
+        (Causal(2, True, window=4), 0.3),
+    ],
+    ids=str,
 )
 def test_a_stream_made_in_pieces_equals_one_made_whole(generator, causal, context_time):
     first = 4 + causal.first_alone
