@@ -72,8 +72,12 @@ def test_the_gradient_is_the_normalised_difference_of_the_scores_through_the_rol
 
 @pytest.mark.parametrize(
     "kind, video",
-    [(DMD, SelfForcing(PAIRS)), (SiD, CausVid(PAIRS))],
-    ids=["DMD-self-forcing", "SiD-causvid"],
+    [
+        pytest.param(DMD, SelfForcing(PAIRS), id="DMD-self-forcing"),
+        pytest.param(SiD, CausVid(PAIRS), id="SiD-causvid"),
+        pytest.param(SiD, SelfForcing(PAIRS), id="SiD-self-forcing", marks=pytest.mark.slow),
+        pytest.param(DMD, CausVid(PAIRS), id="DMD-causvid", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_trains_both_networks_and_accumulation_changes_nothing(nets, kind, video):
     tx = per_role({role: AdamW(1e-3).transform(10) for role in ("generator", "fake_score")})
