@@ -63,11 +63,14 @@ class Bars:
 
     name, num_classes, classes = "bars", 2, ("horizontal", "vertical")
 
+    def __len__(self):
+        return 100
+
 
 def test_the_program_writes_the_network_and_a_card_that_says_how(
     tmp_path, monkeypatch, capsys, call
 ):
-    monkeypatch.setattr(program, "load", lambda *_: Bars)
+    monkeypatch.setattr(program, "load", lambda *_: Bars())
     monkeypatch.setattr(metric_network, "arrays", lambda _: bars(100, 0))
     out = tmp_path / "bars.safetensors"
     assert call(program, f"--out={out}", "--data=bars", "--steps=2", "--batch=8") is None
@@ -90,3 +93,6 @@ def test_what_cannot_be_read_or_written_is_refused_before_training(tmp_path, mon
         ([f"--out={tmp_path}/a.safetensors", "bars"], "error: unknown argument 'bars'"),
     ):
         assert message in call(program, *arguments)
+    monkeypatch.setattr(program, "load", lambda *_: Bars())
+    message = "--batch=101: there are 100 images"
+    assert message in call(program, f"--out={tmp_path}/a.safetensors", "--batch=101")
