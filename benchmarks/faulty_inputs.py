@@ -32,6 +32,7 @@ from faulty_files import (
     spoil_bytes,
     trained_by,
 )
+from jax.extend.backend import clear_backends
 
 from dmd_jax import main
 from dmd_jax.training import loop
@@ -402,6 +403,7 @@ def altered(before, after, outcome):
 
 def campaign(folder, seed, count):
     """Makes `count` mistakes; returns a list of what is wrong, and writes all into mistakes.txt."""
+    clear_backends()  # kills and damage, if they came before, had one device
     jax.config.update("jax_num_cpu_devices", 2)
     for flag in FLAGS.get_flags_for_module(sys.argv[0]):  # the programs have some of these names
         delattr(FLAGS, flag.name)
