@@ -4,6 +4,7 @@ Variants and their commands:
 
     python -m dmd_jax.main --config=configs/dmd.py             one student for 4, 2 and 1 steps
     python -m dmd_jax.main --config=configs/dmd.py:one_step    a student for 1 step alone
+    python -m dmd_jax.main --config=configs/dmd.py:any_step    a student for any number of steps
     python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
     python -m dmd_jax.main --config=configs/dmd.py:dmd2        a student for 4 steps, with a GAN
     python -m dmd_jax.main --config=configs/dmd.py:f_distill   the same, by Jensen-Shannon
@@ -132,6 +133,11 @@ def _one_step(config):
     _larger_batches(config)
     config.steps = 1_200
     config.evaluate.steps = (1,)
+
+
+def _any_step(config):
+    config.method.update(strides=(1,), step_range=(1, 8))
+    config.evaluate.steps = (8, 4, 3, 2, 1)
 
 
 def _sid(config):
@@ -298,6 +304,7 @@ def _wan_t2v_a14b(config):
 VARIANTS = {
     "": _four_steps,
     "one_step": _one_step,
+    "any_step": _any_step,
     "sid": _sid,
     "dmd2": _dmd2,
     "f_distill": _f_distill,

@@ -163,6 +163,31 @@ def step_times(steps: int) -> tuple[float, ...]:
     return tuple(1.0 - i / steps for i in range(steps))
 
 
+def draw_step_times(
+    key: Key[Array, ""], fewest: int, most: int, clip: tuple[float, float] = (0.02, 0.98)
+) -> Float32[Array, " most"]:
+    """Draws the times of a sampler with a random number of calls (the dynamic schedule of CDM).
+
+    The number n is uniform in `fewest` ... `most`. The first call is at 1; the others are uniform,
+    one in each of n - 1 equal intervals of `clip`.
+
+    Args:
+        key: a JAX random key.
+        fewest, most: bounds of the number of calls.
+        clip: lowest and highest time of the calls after the first.
+
+    Returns:
+        The n times, descending, and 0 in the places that are left.
+    """
+    number_key, time_key = jax.random.split(key)
+    number = jax.random.randint(number_key, (), fewest, most + 1)
+    place = jnp.arange(most)
+    low, high = clip
+    later = (place - jax.random.uniform(time_key, (most,))) / jnp.maximum(number - 1, 1)
+    times = jnp.where(place == 0, 1.0, high - (high - low) * later)
+    return jnp.where(place < number, times, 0.0)
+
+
 def sample_time(
     key: Key[Array, ""],
     shape: tuple[int, ...] = (),

@@ -18,6 +18,7 @@ from dmd_jax.diffusion.schedule import (
     align,
     check_step_times,
     check_times,
+    draw_step_times,
     expand,
     sample_time,
 )
@@ -49,6 +50,9 @@ class DMD:
         strides: one of them is drawn at every training step, and the rollout uses every stride-th
             of `times`; (1, 2, 4) trains one generator for four, two and one calls. Each must divide
             the number of times. With `video`, only (1,).
+        step_range: fewest and most calls of a rollout. Their number, and the times of all but the
+            first, are drawn at every training step, in place of `times` and `strides`: one
+            generator for any number of steps (CDM, arXiv 2605.06376). None for `times`.
         last_step_share: probability of forcing the last step (see `backward_simulation`). The fake
             score learns the mixture of all exit steps. A share above 0 gives more weight in
             that mixture to the last step, the only one whose samples inference returns.
@@ -78,6 +82,7 @@ class DMD:
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     video: CausalRollout | None = None
     strides: tuple[int, ...] = (1,)
+    step_range: tuple[int, int] | None = None
     last_step_share: float = 0.0
     shift: float = 1.0
     guidance: float = 1.0
@@ -99,6 +104,7 @@ class DMD:
             raise ValueError(f"last_step_share={self.last_step_share} must be in [0, 1]")
         check_times(shift=self.shift, score_shift=self.score_shift, clip=self.clip)
         self._check_blocks()
+        self._check_step_range()
         if self.video is not None:
             self.video.check(self.sample_shape)
             if self.strides != (1,):
@@ -117,6 +123,18 @@ class DMD:
             raise ValueError(f"frames_per_block={size}, but images {shape} have no frames")
         if size < 1 or shape[0] % size:
             raise ValueError(f"frames_per_block={size} must divide the frames of {shape}")
+
+    def _check_step_range(self):
+        if self.step_range is None:
+            return
+        fewest, most = self.step_range
+        if not 1 <= fewest <= most:
+            raise ValueError(f"step_range={self.step_range} must be (fewest, most), from 1 on")
+        if self.strides != (1,) or self.video is not None:
+            raise ValueError(
+                f"step_range={self.step_range} draws the calls of an image's or a whole video's "
+                f"rollout anew: strides={self.strides} must be (1,), and `video` None"
+            )
 
     @property
     def uses_data(self) -> bool:
@@ -158,7 +176,10 @@ class DMD:
     @property
     def expected_exit_step(self) -> float:
         """Mean number of a rollout's calls before its last one, over strides and exit steps."""
-        lasts = [len(self.times) // stride - 1 for stride in self.strides]
+        if self.step_range is None:
+            lasts = [len(self.times) // stride - 1 for stride in self.strides]
+        else:
+            lasts = [(sum(self.step_range) - 2) / 2]
         share = self.last_step_share
         return sum(share * last + (1 - share) * last / 2 for last in lasts) / len(lasts)
 
@@ -178,16 +199,21 @@ class DMD:
                 last_step_share=self.last_step_share,
             )
         cond, schedule = batch["cond"], generator.schedule
-        if self.times == (1.0,):
+        times, stride = self.times, 1
+        if self.step_range is not None:
+            times = draw_step_times(stride_key, *self.step_range)
+        elif self.times == (1.0,):
             return one_step(generator, noise, cond, schedule=schedule)
+        else:
+            stride = jax.random.choice(stride_key, jnp.asarray(self.strides))
         return backward_simulation(
             generator,
             noise,
             cond,
             step_key,
-            times=self.times,
+            times=times,
             shift=self.shift,
-            stride=jax.random.choice(stride_key, jnp.asarray(self.strides)),
+            stride=stride,
             last_step_share=self.last_step_share,
             schedule=schedule,
             index=batch["index"],

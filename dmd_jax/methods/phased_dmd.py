@@ -21,6 +21,7 @@ from dmd_jax.rollouts.samplers import Sampler, few_step
 UNUSED = {
     "video": None,
     "strides": (1,),
+    "step_range": None,
     "last_step_share": 0.0,
     "above_exit": False,
     "below_exit": False,

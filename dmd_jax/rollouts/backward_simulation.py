@@ -72,7 +72,7 @@ def backward_simulation(
     cond: PyTree,
     key: Key[Array, ""],
     *,
-    times: Sequence[float],
+    times: Sequence[float] | Float32[Array, " n"],
     schedule: Schedule,
     shift: float = 1.0,
     stride: Int[ArrayLike, ""] = 1,
@@ -91,7 +91,8 @@ def backward_simulation(
         noise: standard normal.
         cond: the condition of every call, with leading axis B.
         key: key of the exit step, which the whole batch shares, and of the noise between steps.
-        times: the times of the calls before the shift, descending, such as (1, .75, .5, .25).
+        times: the times of the calls before the shift, descending, such as (1, .75, .5, .25). An
+            array may end in zeros, which are no calls (`schedule.draw_step_times`).
         schedule: the generator's schedule.
         shift: see `schedule.shift_time`.
         stride: use every stride-th of `times` only: a generator with fewer steps. It must divide
@@ -108,10 +109,14 @@ def backward_simulation(
         ValueError: `times` do not descend from 1 at most to above 0, or the exit step is not one of
             the calls (checked where it is an int).
     """
-    check_step_times(times)
     batch = noise.shape[0]
     index = jnp.arange(batch) if index is None else index
-    steps = len(times) // stride
+    if isinstance(times, jax.Array):
+        calls = jnp.count_nonzero(times)
+    else:
+        check_step_times(times)
+        calls = len(times)
+    steps = calls // stride
     if isinstance(exit_step, int) and isinstance(steps, int) and not 0 <= exit_step < steps:
         raise ValueError(f"exit_step={exit_step} must be in [0, {steps}): there are {steps} calls")
     ends = jnp.asarray((*times, 0.0), jnp.float32)

@@ -15,6 +15,7 @@ from dmd_jax.diffusion.schedule import (
     align,
     check_steps,
     check_times,
+    draw_step_times,
     sample_time,
     shift_time,
     step_times,
@@ -164,6 +165,22 @@ def test_sample_time_of_self_forcing_piles_up_where_it_is_known_to():
     np.testing.assert_allclose(np.mean(t == t.min()), below, atol=3 * np.sqrt(below / t.size))
     np.testing.assert_allclose(t.mean(), 0.7457, atol=3e-3)
     np.testing.assert_allclose(np.median(t), 0.8333, atol=5e-3)
+
+
+def test_drawn_step_times_have_one_time_in_each_interval():
+    keys = jax.random.split(jax.random.key(0), 7000)
+    times = np.asarray(jax.jit(jax.vmap(lambda key: draw_step_times(key, 2, 8)))(keys))
+    numbers = np.count_nonzero(times, axis=1)
+    for number in range(2, 9):
+        drawn = times[numbers == number]
+        assert len(drawn) == pytest.approx(1000, abs=4 * np.sqrt(1000))
+        assert (drawn[:, 0] == 1).all() and not drawn[:, number:].any()
+        borders = np.linspace(0.98, 0.02, number)
+        inner = drawn[:, 1:number]
+        assert (inner <= borders[:-1] + 1e-6).all() and (inner >= borders[1:] - 1e-6).all()
+        middles = (borders[:-1] + borders[1:]) / 2
+        deviation = 0.96 / (number - 1) / np.sqrt(12 * len(drawn))
+        np.testing.assert_allclose(inner.mean(0), middles, atol=4 * deviation)
 
 
 @pytest.mark.parametrize("step", range(4))

@@ -97,6 +97,8 @@ def test_strides_that_do_not_divide_the_times_are_refused(strides):
     [
         ((2,), {"last_step_share": 1.5}, r"last_step_share=1\.5 must be in \[0, 1\]"),
         ((2,), {"score_shift": 0.0}, r"score_shift=0\.0 must be above 0"),
+        ((2,), {"step_range": (0, 4)}, r"step_range=\(0, 4\) must be \(fewest, most\)"),
+        ((2,), {"step_range": (1, 4), "strides": (2,)}, r"strides=\(2,\) must be \(1,\)"),
         ((2,), {"clip": (0.9, 0.1)}, r"clip=\(0\.9, 0\.1\) must ascend within \[0, 1\]"),
         ((28, 28, 1), {"frames_per_block": 2}, r"images \(28, 28, 1\) have no frames"),
         ((5, 8, 8, 1), {"frames_per_block": 2}, "frames_per_block=2 must divide the frames"),
@@ -123,6 +125,19 @@ def test_the_expected_exit_step_is_the_mean_of_what_rollouts_draw():
     every = DMD((2,), strides=(1, 2, 4), last_step_share=0.3).expected_exit_step
     by_stride = [0.3 * last + 0.7 * last / 2 for last in (3, 1, 0)]
     assert every == pytest.approx(sum(by_stride) / 3)
+
+
+def test_a_step_range_draws_the_number_of_calls_and_their_times():
+    method = DMD((2,), step_range=(1, 4))
+    keys = jax.random.split(KEY, 4000)
+    run = jax.jit(jax.vmap(lambda key: method.rollout(affine(1.0, 0.0), {}, BATCH, key)))
+    rollout = run(keys)
+    # Of n calls, one in n exits is at time 1, and one in n is the last.
+    for exits in (rollout.t_from == 1.0, rollout.t_to == 0.0):
+        share = (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+        assert np.mean(exits) == pytest.approx(share, abs=4 * np.sqrt(share / 4000))
+    assert len(np.unique(rollout.t_from)) > 1000
+    assert method.expected_exit_step == pytest.approx((0 + 0.5 + 1 + 1.5) / 4)
 
 
 def test_strides_train_one_generator_for_several_numbers_of_calls():

@@ -135,6 +135,32 @@ def test_a_stride_makes_a_student_of_fewer_steps(stride, times):
     assert set(np.asarray(drawn(jax.random.split(KEY, 100))).tolist()) == set(times)
 
 
+@pytest.mark.parametrize("times", [TIMES, (1.0, 0.4), (1.0,)])
+def test_traced_times_that_end_in_zeros_are_the_shorter_list(times):
+    generator = affine(0.3, 0.1)
+    padded = jnp.asarray(times + (0.0,) * (6 - len(times)))
+
+    @jax.jit
+    def run(times, exit_step):
+        how = dict(schedule=FLOW, exit_step=exit_step)
+        return backward_simulation(generator, NOISE, None, KEY, times=times, **how)
+
+    for exit_step in range(len(times)):
+        wanted = backward_simulation(
+            generator, NOISE, None, KEY, times=times, schedule=FLOW, exit_step=exit_step
+        )
+        assert_close(run(padded, exit_step), wanted, rtol=1e-5)
+    drawn = jax.jit(
+        jax.vmap(
+            lambda key: (
+                backward_simulation(generator, NOISE, None, key, times=padded, schedule=FLOW).t_from
+            )
+        )
+    )
+    found = np.unique(np.asarray(drawn(jax.random.split(KEY, 100))))
+    np.testing.assert_allclose(found, sorted(times))
+
+
 def test_noise_between_steps_is_fresh_and_of_the_right_level():
     # A generator that returns 2, and in its last call its input, which is 2 alpha + sigma eps.
     noise = jnp.asarray(np.random.default_rng(1).standard_normal((4096, 2)), jnp.float32)
