@@ -26,6 +26,7 @@ from dmd_jax.training.run import build
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BUDGETS = dict(strides=(1, 2, 4))  # one student for 4, 2 and 1 steps
+SHORT = dict(warmup=100)  # of the tangent: these runs have fewer steps than the config's
 
 # name: (heading, variant of configs/dmd.py, changes of its method, steps of the student)
 METHODS = {
@@ -37,10 +38,11 @@ METHODS = {
     "f_distill": ("f-distill, Jensen-Shannon", "f_distill", BUDGETS, (4, 2, 1)),
     "decoupled": ("Decoupled DMD", "decoupled", BUDGETS, (4, 2, 1)),
     "phased": ("Phased DMD, two experts", "phased", {}, (4,)),
-    "rcm": ("rCM", "rcm", BUDGETS, (4, 2, 1)),
+    "tdm": ("TDM: Phased DMD, a call a phase, one network", "tdm", {}, (4,)),
+    "rcm": ("rCM", "rcm", BUDGETS | SHORT, (4, 2, 1)),
     "consistency": ("consistency distillation", "consistency", {}, (4, 2, 1)),
-    "scm": ("sCM", "scm", {}, (4, 2, 1)),
-    "meanflow": ("MeanFlow", "meanflow", {}, (4, 2, 1)),
+    "scm": ("sCM", "scm", SHORT, (4, 2, 1)),
+    "meanflow": ("MeanFlow", "meanflow", SHORT, (4, 2, 1)),
 }
 # key of a report's rows: (heading, format)
 MEASURES = {

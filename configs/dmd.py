@@ -4,12 +4,13 @@ Variants and their commands:
 
     python -m dmd_jax.main --config=configs/dmd.py             one student for 4, 2 and 1 steps
     python -m dmd_jax.main --config=configs/dmd.py:one_step    a student for 1 step alone
-    python -m dmd_jax.main --config=configs/dmd.py:any_step    a student for any number of steps
     python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
+    python -m dmd_jax.main --config=configs/dmd.py:any_step    a student for any number of steps
     python -m dmd_jax.main --config=configs/dmd.py:dmd2        a student for 4 steps, with a GAN
     python -m dmd_jax.main --config=configs/dmd.py:f_distill   the same, by Jensen-Shannon
     python -m dmd_jax.main --config=configs/dmd.py:decoupled   a student for 4 steps, decoupled
     python -m dmd_jax.main --config=configs/dmd.py:phased      the same, in phases of two experts
+    python -m dmd_jax.main --config=configs/dmd.py:tdm         each call a phase, one network (TDM)
     python -m dmd_jax.main --config=configs/dmd.py:lora        the first, by adapters of one network
     python -m dmd_jax.main --config=configs/dmd.py:consistency   consistency distillation, 4 steps
     python -m dmd_jax.main --config=configs/dmd.py:scm         the same in continuous time
@@ -23,9 +24,9 @@ All but the last three are for digits. Training the first three takes 10 TFLOP, 
 minutes on two CPU cores. Expect, as means of three seeds, an FD-MNIST64 of 0.51 in 4 steps, 0.44 in
 2 and 1.23 in 1 from the first, and 0.81 from `one_step`; the teacher has 0.36 in 50. `dmd2` takes
 17 TFLOP and had 0.36 in 4 steps with one seed; it and `f_distill` train on real digits too. `lora`
-trains adapters of rank 16 on the teacher's weights. `lora`, `f_distill`, `decoupled`, `phased`,
-`consistency`, `scm`, `meanflow` and `rcm` were run for some steps only: their numbers are starting
-points. The last four learn from real digits too.
+trains adapters of rank 16 on the teacher's weights. What the others reach in half the work of the
+default, `benchmarks/methods.py` shows and docs/choosing.md tells; `lora` was run for some steps
+only. `consistency`, `scm`, `meanflow` and `rcm` learn from real digits too.
 
 `wan_tiny` generates videos of moving digits from captions, after a few minutes on these cores. The
 student starts from its teacher and the fake score from a smaller network. Both are shipped and were
@@ -174,6 +175,12 @@ def _phased(config):
     config.evaluate.steps = (4,)
 
 
+def _tdm(config):
+    config.method.update(cls=PhasedDMD, strides=(1,), last_step_share=0.0)
+    config.method.update(phases=(1, 1, 1, 1), nested=False)
+    config.evaluate.steps = (4,)
+
+
 def _flow_map(config, cls):
     config.method = dict(cls=cls, times=(1.0, 0.75, 0.5, 0.25), guidance=1.25)
     del config.fake_score
@@ -310,6 +317,7 @@ VARIANTS = {
     "f_distill": _f_distill,
     "decoupled": _decoupled,
     "phased": _phased,
+    "tdm": _tdm,
     "consistency": _consistency,
     "scm": _scm,
     "meanflow": _mean_flow,

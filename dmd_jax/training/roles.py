@@ -76,7 +76,11 @@ def stated(model, weights, **more):
 def experts(config, role):
     """The `ByNoise` of a role; None for one network."""
     spec = config[role]
-    return construct(spec.experts, f"config.{role}.experts") if "experts" in spec else None
+    return (
+        construct(spec.experts, f"config.{role}.experts")
+        if spec.get("experts") is not None
+        else None
+    )
 
 
 def weights_path(config, role):
