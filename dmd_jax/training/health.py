@@ -102,6 +102,7 @@ ADVICE = {
     "exploding": "lower this network's learning rate or clip its gradients harder; let the critic "
     "learn more often than the generator",
     "saturating": "lower the guidance or the generator's learning rate",
+    "worsening": "take best.safetensors, of that step; lower the learning rates or let them decay",
     "collapsing": "let the critic learn more often, lower the guidance, or enlarge the batch",
 }
 
@@ -111,24 +112,53 @@ class Thresholds:
     """When a `Monitor` stops a run: `config.health`. A healthy run of digits stays far from these.
 
     Attributes:
-        patience: records in a row that must show a symptom.
+        patience: records in a row that must show a symptom; of worsening, judgements.
         explosion: factor over the running median of a loss.
         saturation: fraction of |x| > 1.05. Set it to 1.0 for latents, which are not bounded: a
             fraction never exceeds 1.
         collapse: fraction of the diversity at the start.
+        worsening: factor over the best distance that was judged (`worsening`).
     """
 
     patience: int = 3
     explosion: float = 10.0
     saturation: float = 0.6
     collapse: float = 0.25
+    worsening: float = 2.0
+
+
+def worsening(distances: Mapping[int, float | None], thresholds: Thresholds) -> tuple[str, int]:
+    """What there is to say of a run whose samples get worse with time: a method past its best.
+
+    Args:
+        distances: {step: Fréchet distance of a judgement}, in the order of the steps; lower is
+            better. None, a distance that is not finite, is as bad as any.
+        thresholds: its `patience` last judgements must all be above `worsening` times the best.
+
+    Returns:
+        (message, step of the best); ("", 0) of a run that is well.
+    """
+    known = {step: value for step, value in distances.items() if value is not None}
+    last = list(distances)[-thresholds.patience :]
+    if not known or len(last) < thresholds.patience:
+        return "", 0
+    best = min(known, key=known.get)
+    limit = thresholds.worsening * known[best]
+    if any(step in known and known[step] <= limit for step in last):
+        return "", 0
+    found = ", ".join(f"{known[step]:.3g}" if step in known else "NaN" for step in last)
+    return (
+        f"The run has diverged at step {last[-1]}, worsening samples: judged distances {found}; "
+        f"the best was {known[best]:.3g}, at step {best}. What may help: {ADVICE['worsening']}; "
+        "then start in a new directory."
+    ), best
 
 
 class Monitor:
     """Reads the records of a run and raises `Diverged` when the run has diverged.
 
-    There are four symptoms. Each must appear in `patience` records in a row; records without its
-    metric are skipped:
+    There are four symptoms, beside `worsening`. Each must appear in `patience` records in a row;
+    records without its metric are skipped:
 
     - non-finite: all updates of a network were skipped (`<network>/skipped` is 1), or none had a
       finite `loss` and `grad_norm`; or half the samples or more are not finite

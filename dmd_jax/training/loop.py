@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, EXPORT, BEST = "config.json", "generator.safetensors", "best.safetensors"
 ADAPTER = "adapter.safetensors"
+DISTANCE = "quality/fd"  # the judged number in the log that says which average is best
 COMPILATION = "compilation of the steps"  # name of the thread
 
 
@@ -155,7 +156,7 @@ def _train(run, workdir, profile):
                 text = json.dumps(identity, indent=2, sort_keys=True) + "\n"
                 write_text(workdir / CONFIG, text)
             writer.rewind(first)
-            if _lacks_judgement(run, first, workdir):
+            if _lacks_judgement(run, first, writer):
                 _judge(run, state.ema, frozen, first, checkpoints, writer)
             (workdir / REPORT).unlink(missing_ok=True)  # not the report of this run's last step
             try:
@@ -298,6 +299,7 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
         stopped = last and not end  # a signal leaves little time: the next start judges this step
         if done % config.evaluate.every == 0 and not stopped:  # saved: a failure loses no step
             _judge(run, state.ema, frozen, done, checkpoints, writer)
+            _stop_if_worse(run, writer)
         if last:
             break
     checkpoints.wait()
@@ -309,18 +311,23 @@ def _frames(source):
     return source.sample_shape[0] if len(source.sample_shape) == 4 else None
 
 
-def _lacks_judgement(run, step, workdir):
+def _lacks_judgement(run, step, writer):
     """Whether a run was stopped between the save and the judgement of a step."""
-    spec, lines = run.evaluator.settings, workdir / "metrics.jsonl"
+    spec = run.evaluator.settings
     if not spec.features or step == 0 or step % spec.every:
         return False
+    return not from_first(lambda: "yes" if step in writer.history(DISTANCE) else "")
 
-    def found():
-        records = map(json.loads, lines.read_text().splitlines() if lines.exists() else ())
-        return any(record["step"] == step and "quality/fd" in record for record in records)
 
-    # Only the first process has dropped a line that a kill cut short, and they must agree.
-    return not from_first(lambda: "yes" if found() else "")
+def _stop_if_worse(run, writer):
+    """Raises Diverged where the samples have got worse for good (`health.worsening`)."""
+
+    def verdict():
+        return json.dumps(health.worsening(writer.history(DISTANCE), run.health))
+
+    message, best = json.loads(from_first(verdict))
+    if message:
+        raise health.Diverged(message, best)
 
 
 def _judge(run, average, frozen, step, checkpoints, writer):

@@ -121,6 +121,11 @@ class Writer:
         fresh.write_text("".join(f"{line}\n" for line in kept))
         fresh.replace(self._lines)
 
+    def history(self, name: str) -> dict[int, float | None]:
+        """{step: value} of a number in the JSON lines; on process 0, which writes them."""
+        lines = self._lines.read_text().splitlines() if self._lines.exists() else ()
+        return {r["step"]: r[name] for r in map(json.loads, lines) if name in r}
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes host numbers by name. JSON has no NaN or infinity: they become null."""
         if not self._writes:

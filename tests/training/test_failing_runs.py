@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import multihost_utils
 from tiny_runs import final, start
 
+from dmd_jax import weights
 from dmd_jax.quality import features
 from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.training import health, loop
@@ -121,3 +122,19 @@ def test_images_are_not_judged_where_the_data_are_no_images(data_dir):
     config.evaluate.features = features.SHIPPED
     with pytest.raises(ValueError, match=r"config\.evaluate: features='mnist_metric' judges"):
         resolve(config, jax.devices()[:1], files=False)
+
+
+def test_a_run_that_is_past_its_best_stops_and_leaves_the_best(
+    build, no_report, tmp_path, monkeypatch
+):
+    judged = iter([2.0, 1.0, 2.5, 3.0])
+
+    def preview(*_):
+        picture = np.zeros((8, 8, 1), np.uint8)
+        return picture, SimpleNamespace(numbers={"fd": next(judged)}, judge="a judge")
+
+    monkeypatch.setattr(Evaluator, "preview", preview)
+    often = {"evaluate.every": 2, "health.patience": 2, "steps": 20}
+    with pytest.raises(health.Diverged, match=r"step 8, worsening samples: judged distances 2\.5"):
+        start(build(**often), tmp_path / "run")
+    assert weights.notes(tmp_path / "run" / "best.safetensors")["step"] == 4

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.training.health import Diverged, Monitor, Thresholds, Window
+from dmd_jax.training.health import Diverged, Monitor, Thresholds, Window, worsening
 
 
 def scalars(**metrics: float) -> dict:
@@ -242,3 +242,19 @@ def test_thresholds_are_arguments():
     assert watch(Monitor(Thresholds(saturation=1.0)), SICK["saturation"]) == 0
     assert watch(Monitor(Thresholds(explosion=100)), SICK["critic explodes"]) == 0
     assert watch(Monitor(Thresholds(collapse=0.0)), SICK["mode collapse"]) == 0
+
+
+# Worsening
+
+
+def test_samples_that_have_got_worse_for_good_end_a_run():
+    healthy = {100: 2.0, 200: 0.9, 300: 0.5, 400: 0.95, 500: 1.2, 600: 0.7}
+    assert worsening(healthy, Thresholds()) == ("", 0)
+    lost = healthy | {700: 1.1, 800: None}
+    assert worsening(lost, Thresholds()) == ("", 0)  # two in a row are not three
+    message, best = worsening(lost | {900: 1.3}, Thresholds())
+    assert best == 300
+    assert "at step 900, worsening samples: judged distances 1.1, NaN, 1.3" in message
+    assert "the best was 0.5, at step 300" in message and "best.safetensors" in message
+    assert worsening(lost | {900: 1.3}, Thresholds(worsening=3.0)) == ("", 0)
+    assert worsening({}, Thresholds()) == ("", 0)
