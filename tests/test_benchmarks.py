@@ -1,5 +1,7 @@
 """Benchmarks still run. What they measure is nothing for a test."""
 
+import json
+
 import jax
 import numpy as np
 import programs
@@ -51,3 +53,54 @@ def test_our_half_of_the_comparison_with_self_forcing_runs():
     for tables in (True, False):
         losses = parity.our_losses(clean, nets, np.float32([0.5]), tables)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(losses))
+
+
+@pytest.mark.slow
+def test_a_comparison_of_methods_gives_each_the_same_passes(tmp_path):
+    methods = programs.load_module("benchmarks/methods.py")
+    works = {name: methods.work(name, 50_000) for name in ("dmd", "rcm")}
+    for name, numbers in works.items():
+        batch = methods.get_config(name).batch_size
+        passes = numbers["steps"] * batch * numbers["passes"]
+        assert passes == pytest.approx(50_000, rel=0.01)
+    assert works["rcm"]["data"] and not works["dmd"]["data"]
+
+
+def test_the_table_of_methods_is_of_the_reports_in_its_folder(tmp_path):
+    methods = programs.load_module("benchmarks/methods.py")
+    for seed, fd in enumerate((0.5, 0.7)):
+        folder = tmp_path / f"dmd_{seed}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 50, "steps_per_second": 2.0}\n')
+        numbers = dict.fromkeys(methods.MEASURES, 0.9)
+        rows = [
+            {"name": "teacher", "steps": 50, **numbers},
+            {"name": "student", "steps": 4, **numbers, "fd": fd},
+        ]
+        (folder / "report.json").write_text(json.dumps(rows))
+    rows = methods.results(tmp_path)
+    assert "| DMD | 4 | 2 | 0.60 (0.50 to 0.70) | 0.900 |" in methods.quality_table(rows)
+    works = {"dmd": dict(steps=600, networks=3, passes=9.9, data=False)}
+    assert "| DMD | 3 | no | 9.9 | 600 | 5.0 |" in methods.work_table(works, rows)
+    methods.figure(rows).savefig(tmp_path / "methods.png")
+
+
+def test_first_signs_are_metrics_that_leave_the_healthy_range_for_good():
+    alarms = programs.load_module("benchmarks/alarms.py")
+    healthy = {step: {"step": step, "gap": 1.0, "spread": 0.5} for step in (25, 50, 75, 100)}
+    failing = {
+        25: {"step": 25, "gap": 5.0, "spread": 0.5},  # for once
+        50: {"step": 50, "gap": 1.0, "spread": 0.5},
+        75: {"step": 75, "gap": 3.0, "spread": 0.5},
+        100: {"step": 100, "gap": 4.0, "spread": 0.1},
+    }
+    signs = alarms.first_signs(failing, healthy)
+    assert [sign[:3] for sign in signs] == [(75, "gap", 3.0), (100, "spread", 0.1)]
+    assert alarms.first_signs(healthy, healthy) == []
+    assert (
+        alarms.spoiled(
+            {50: 0.6, 100: 5.0, 150: 1.1, 200: 3.0}, dict.fromkeys(range(50, 201, 50), 0.5)
+        )
+        == 100
+    )
+    assert alarms.spoiled({50: 3.0, 100: 0.9}, {50: 0.5, 100: 0.5}) is None
