@@ -166,10 +166,9 @@ def _train(run, workdir, profile):
             except health.Diverged:
                 _export_best(run, shape.ema, frozen, checkpoints, workdir)
                 raise
-            if int(state.step) < run.config.steps:
-                raise Stopped(
-                    f"stopped and saved at step {int(state.step)}; the same command goes on"
-                )
+            if (step := int(state.step)) < run.config.steps:
+                where = f"and saved at step {step}" if step else "before its first step"
+                raise Stopped(f"stopped {where}; the same command goes on")
             return _finish(run, identity, state, frozen, checkpoints, writer, workdir)
 
 
