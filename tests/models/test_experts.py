@@ -66,7 +66,7 @@ def test_boundaries_that_do_not_divide_the_networks_are_refused(boundaries):
 )
 def test_experts_that_differ_are_refused(other):
     """One schedule, prediction and config is that of all: another would be silently lost."""
-    with pytest.raises(ValueError, match="expert 1 is of .*, but expert 0 of .*: all must agree"):
+    with pytest.raises(ValueError, match=r"expert 1 is of .*, but expert 0 of .*: all must agree"):
         combine([Denoiser(toys.tiny_dit(0), prediction=X0()), other], (0.5,))
 
 
