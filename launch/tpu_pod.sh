@@ -29,14 +29,16 @@ state() {
   tpu queued-resources describe "$name" --format='value(state.state)' 2> /dev/null || echo NONE
 }
 
-# Waits for the slice.
+# Waits for the slice. Ends the script if it was refused ten times in a row: a wrong zone or type, no
+# quota, no login. A network that fails for a minute does not.
 acquire() {
-  local now
+  local now refused=0
   while now=$(state) && [ "$now" != ACTIVE ]; do
     echo "$name: $now"
     case $now in
       NONE) tpu queued-resources create "$name" --node-id="$name" --spot \
-        --accelerator-type="$type" --runtime-version="$runtime" ;;
+        --accelerator-type="$type" --runtime-version="$runtime" && refused=0 ||
+        [ $((refused += 1)) -lt 10 ] || exit 1 ;;
       SUSPENDED) tpu queued-resources delete "$name" --force ;; # it was taken away
       FAILED) exit 1 ;;
     esac

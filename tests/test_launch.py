@@ -110,6 +110,14 @@ def test_a_tpu_slice_that_is_taken_away_is_asked_for_again(status, state, ends, 
     assert "-m dmd_jax.main --distributed --workdir=a\\ b" in made
 
 
+def test_a_tpu_slice_that_is_refused_is_not_asked_for_without_end(tmp_path):
+    refusing = GCLOUD.replace("echo ACTIVE > state", "exit 1")
+    stand_in(tmp_path, "gcloud", refusing)
+    stand_in(tmp_path, "sleep", "#!/bin/sh\n")
+    assert launch(tmp_path, "tpu_pod.sh", "slice", "zone", "v6e-16").returncode == 1
+    assert (tmp_path / "calls").read_text().count(" create ") == 10
+
+
 def test_a_tpu_slice_of_no_known_type_is_not_asked_for(tmp_path):
     stand_in(tmp_path, "gcloud", "#!/bin/sh\nexit 9\n")
     ended = launch(tmp_path, "tpu_pod.sh", "slice", "zone", "--config=configs/dmd.py")

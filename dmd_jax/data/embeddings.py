@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 META = "meta.json"
+EXPONENT = 0x7F80  # the bits of a bfloat16 that are all set where it is infinite or NaN
 REMEDY = "make it with `python -m dmd_jax.embed --prompts=... --checkpoint=... --out={path}`"
 
 
@@ -113,6 +114,7 @@ class Embeddings:
 
         Raises:
             IndexError: an index is out of range.
+            ValueError: an embedding has numbers that are not finite.
         """
         index = np.asarray(index, np.intp)
         outside = index[(index < 0) | (index >= len(self))]
@@ -130,7 +132,14 @@ class Embeddings:
         for row, i in zip(rows, index, strict=True):
             tokens, ends = self._shards[i // self._shard]
             start, end = ends[i % self._shard], ends[i % self._shard + 1]
-            row[: end - start] = tokens[start:end]
+            own = row[: end - start]
+            own[:] = tokens[start:end]
+            if np.any(own & EXPONENT == EXPONENT):
+                tokens_file, _ = _files(self.path, i // self._shard)
+                raise ValueError(
+                    f"{tokens_file} is damaged: prompt {i % self._shard} in it has numbers that "
+                    f"are infinite or NaN; remove it and {REMEDY.format(path=self.path)}"
+                )
         return rows.view(bfloat16)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 MANIFEST = "latents.json"
 FORMAT = "dmd_jax latents 1"
+REMEDY = "Copy the folder whole, or delete it and make it again."
 
 
 def write(
@@ -107,6 +108,7 @@ class Latents:
             )
         manifest = _read_manifest(path)
         count, shard = manifest["count"], manifest["shard"]
+        self._path = path
         self.shape: tuple[int, ...] = tuple(manifest["shape"])
         self.sample_shape = self.shape
         self.source = manifest["source"]
@@ -136,6 +138,7 @@ class Latents:
 
         Raises:
             IndexError: a number is out of range.
+            ValueError: a latent has numbers that are not finite.
         """
         index = np.asarray(index, np.intp)
         outside = index[(index < 0) | (index >= len(self))]
@@ -143,7 +146,13 @@ class Latents:
             raise IndexError(f"there is no latent {outside[0]} among {len(self)}")
         read = np.empty((len(index), *self.shape), np.float32)
         for place, row in zip(read, index, strict=True):
-            place[:] = self._shards[row // self._shard][row % self._shard]
+            number, at = divmod(row, self._shard)
+            place[:] = self._shards[number][at]
+            if not np.isfinite(place).all():
+                raise ValueError(
+                    f"{_latents(self._path, number)} is damaged: latent {at} in it has numbers "
+                    f"that are infinite or NaN. {REMEDY}"
+                )
         return read
 
 
@@ -232,18 +241,14 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 def _load(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing. Copy the folder whole, or delete it and make it again."
-        )
+        raise FileNotFoundError(f"{path} is missing. {REMEDY}")
     try:
         array = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}). Copy the folder whole, or delete it and make it again."
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}). {REMEDY}") from error
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(
             f"{path} holds {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}: "
-            "it belongs to other latents. Copy the folder whole, or delete it and make it again."
+            f"it belongs to other latents. {REMEDY}"
         )
     return array

@@ -124,11 +124,10 @@ class DMD2(DMD):
         if self.relativistic:
             t = diffused(x0)[1]
             real_t = self._noisy_data(batch, schedule, t, jax.random.fold_in(eps_key, 1))
-            paired = self.logits(nets, real_t, t, batch["cond"])
+            paired = _finite(self.logits(nets, real_t, t, batch["cond"]))
 
         def loss(x0):
-            logits = self.logits(nets, *diffused(x0), rollout.cond)
-            logits = jnp.where(jnp.isfinite(logits), logits, 0.0)
+            logits = _finite(self.logits(nets, *diffused(x0), rollout.cond))
             return generator_adversarial_loss(logits, paired), logits
 
         (gan, logits), push = jax.value_and_grad(loss, has_aux=True)(x0)
@@ -210,6 +209,11 @@ class DMD2(DMD):
             return metrics
         ratio = jnp.sqrt(jnp.sum(observed["push"]) / jnp.sum(observed["pull"]))
         return super().metrics(observed) | metrics | {"gan/ratio": ratio}
+
+
+def _finite(logits):
+    """Logits, 0 where they are not finite; no gradient comes from there."""
+    return jnp.where(jnp.isfinite(logits), logits, 0.0)
 
 
 def _slowed(network, weight):

@@ -57,7 +57,7 @@ def combine(denoisers: Sequence[Denoiser], boundaries: Sequence[float]) -> Denoi
 
     Raises:
         ValueError: the boundaries do not descend within (0, 1), or are not one fewer than the
-            networks.
+            networks; or these differ in configuration, schedule or prediction.
     """
     ends = (1.0, *boundaries, 0.0)
     if len(boundaries) != len(denoisers) - 1 or any(np.diff(ends) >= 0.0):
@@ -65,9 +65,18 @@ def combine(denoisers: Sequence[Denoiser], boundaries: Sequence[float]) -> Denoi
             f"boundaries={tuple(boundaries)} must be {len(denoisers) - 1} times, descending within "
             f"(0, 1), to divide {len(denoisers)} networks"
         )
-    first = denoisers[0]
+    first, *others = denoisers
+    for number, other in enumerate(others, 1):
+        for a, b in zip(_described(first), _described(other), strict=True):
+            if a != b:
+                raise ValueError(f"expert {number} is of {b}, but expert 0 of {a}: all must agree")
     net = Experts([one.net for one in denoisers], network_times(first, boundaries))
     return dataclasses.replace(first, net=net)
+
+
+def _described(denoiser):
+    """What experts share. A network of no family may have no config."""
+    return getattr(denoiser.net, "config", None), denoiser.schedule, denoiser.prediction
 
 
 def network_times(denoiser: Denoiser, times: Sequence[float]) -> tuple[float, ...]:

@@ -41,7 +41,7 @@ class Sampler:
             compiled programs, and is no part of the value.
 
     Raises:
-        ValueError: the time shift is not above 0, or guidance is not finite.
+        ValueError: the time shift is not above 0.
     """
 
     steps: int
@@ -51,8 +51,6 @@ class Sampler:
     def __post_init__(self):
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift={self.shift} must be above 0; 1 shifts nothing")
-        if not math.isfinite(guidance := getattr(self, "guidance", 1.0)):
-            raise ValueError(f"guidance={guidance} must be finite; 1 disables it")
 
     def notes(self):
         """Entries for the header of a network's file, from which `sampler_for` makes the sampler.
@@ -188,7 +186,8 @@ class ManyStep(Sampler):
         solver: "euler" (`ode.ode`) or "unipc" (`solvers.unipc`).
 
     Raises:
-        ValueError: no steps, an unknown solver, or a shift that is not above 0.
+        ValueError: no steps, guidance that is not finite, an unknown solver, or a shift that is not
+            above 0.
     """
 
     steps: int
@@ -199,7 +198,7 @@ class ManyStep(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        check_steps(self.steps)
+        _check_ode(self)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r} must be one of {sorted(SOLVERS)}")
 
@@ -233,7 +232,7 @@ class CausalManyStep(Sampler):
         causal, context_time: see `block_ode`.
 
     Raises:
-        ValueError: no steps, or a shift that is not above 0.
+        ValueError: no steps, guidance that is not finite, or a shift that is not above 0.
     """
 
     steps: int
@@ -245,7 +244,7 @@ class CausalManyStep(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        check_steps(self.steps)
+        _check_ode(self)
 
     @property
     def calls(self):
@@ -272,6 +271,13 @@ class CausalManyStep(Sampler):
 
 
 CAUSAL = CausalFewStep | CausalManyStep  # samplers that make a video block by block
+
+
+def _check_ode(sampler):
+    """Raises ValueError for steps or guidance with which no ODE can be solved."""
+    check_steps(sampler.steps)
+    if not math.isfinite(sampler.guidance):
+        raise ValueError(f"guidance={sampler.guidance} must be finite; 1 disables it")
 
 
 def _context_notes(sampler):

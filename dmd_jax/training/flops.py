@@ -12,13 +12,15 @@ from types import MappingProxyType
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def count(function, *args, trips=MappingProxyType({})):
     """FLOPs of one call of `function(*args)`.
 
-    Loops of a known length (scan, fori_loop between constants) count their body as often as it
-    runs. `jax.lax.cond` counts the larger branch.
+    What no result needs is left out, as compilers leave it out. Loops of a known length (scan,
+    fori_loop between constants) count their body as often as it runs. `jax.lax.cond` counts the
+    larger branch.
 
     Args:
         args: arrays or jax.ShapeDtypeStructs.
@@ -28,7 +30,9 @@ def count(function, *args, trips=MappingProxyType({})):
     Raises:
         ValueError: `trips` has no number for such a loop, and it contains matrix products.
     """
-    return round(_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, trips))
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return round(_jaxpr(needed, trips))
 
 
 def _jaxpr(jaxpr, trips, scope=""):

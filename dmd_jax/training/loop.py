@@ -167,10 +167,9 @@ def _train(run, workdir, profile):
             except health.Diverged:
                 _export_best(run, shape.ema, frozen, checkpoints, workdir)
                 raise
-            if int(state.step) < run.config.steps:
-                raise Stopped(
-                    f"stopped and saved at step {int(state.step)}; the same command goes on"
-                )
+            if (step := int(state.step)) < run.config.steps:
+                where = f"and saved at step {step}" if step else "before its first step"
+                raise Stopped(f"stopped {where}; the same command goes on")
             return _finish(run, identity, state, frozen, checkpoints, writer, workdir)
 
 
@@ -220,11 +219,12 @@ def _finish(run, identity, state, frozen, checkpoints, writer, workdir):
 
 def _identity(run):
     """The content of config.json: the flat config, and checksums of the frozen weights."""
-    flat = flatten(run.config)
-    for name in run.frozen:  # the file at a path may be replaced later
-        digest = partial(roles.fingerprint, run.config, config_role(name))
-        flat[_digest_key(name)] = from_first(digest)
-    return flat
+    # The file at a path may be replaced later.
+    digests = {n: partial(roles.fingerprint, run.config, config_role(n)) for n in run.frozen}
+    if run.vae is not None:
+        digests["vae"] = partial(weights.fingerprint, run.config.vae.weights, ("vae",))
+    found = {_digest_key(name): from_first(digest) for name, digest in digests.items()}
+    return flatten(run.config) | found
 
 
 def _digest_key(name):

@@ -23,7 +23,8 @@ class Candidate:
     Attributes:
         overrides: {path of an entry of the config: its value}.
         mesh: {axis: devices along it}.
-        remat: of the trained networks.
+        remat: of all networks that have the setting; frozen ones matter where a method takes
+            gradients through them, as SiD and DMD2 do.
         parts: `config.accumulate`.
         kept: bytes that a device keeps between steps.
         share: samples of a part of the batch on a device, 1 / n for one that is split over n.
@@ -125,8 +126,8 @@ def changed(config, overrides):
 def candidates(config, chip, devices):
     """All settings that the config accepts, in their `order`. See `search`."""
     found, reason = [], None
-    trained = config.method.cls.trainable
-    roles = [role for role in trained if "remat" in config[role].get("compute", {})]
+    roles = (*config.method.cls.trainable, *config.method.cls.frozen)
+    roles = [role for role in roles if "remat" in config[role].get("compute", {})]
     work = {}
     for mesh in _meshes(len(devices)):
         axes = {f"mesh.{axis}": size for axis, size in mesh.items()}

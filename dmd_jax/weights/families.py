@@ -5,6 +5,7 @@ from a file is imported or executed. Imports the families, the denoiser and the 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def build(config: Any, *, seed: int = 0) -> nnx.Module:
     return network(config, rngs=nnx.Rngs(seed))
 
 
+@functools.cache  # several roles often have one config, and tracing a network takes its time
 def abstract_net(network: type[nnx.Module], config: Any) -> nnx.Module:
     """`network(config)` with jax.ShapeDtypeStructs for weights."""
     return jax.eval_shape(lambda: network(config, rngs=nnx.Rngs(0)))

@@ -155,6 +155,17 @@ def test_lengths_that_cannot_be_are_refused_before_training_reads_a_row(whole, c
         Embeddings(whole)
 
 
+@pytest.mark.parametrize("broken", [np.nan, -np.inf])
+def test_an_embedding_that_is_not_finite_is_refused_when_it_is_read(whole, broken):
+    stored = np.load(whole / "00001.npy")
+    stored[-1, 1] = np.array(broken, bfloat16).view(np.uint16)
+    np.save(whole / "00001.npy", stored)
+    found = Embeddings(whole)
+    found.rows([0, 6])
+    with pytest.raises(ValueError, match=r"00001.npy is damaged: prompt 3 in it has numbers"):
+        found.rows([0, 7])
+
+
 def test_a_shard_of_another_set_is_refused(whole, tmp_path):
     make(
         tmp_path / "other", dim=DIM + 1, encode_fn=lambda prompts: [np.ones((2, 4))] * len(prompts)

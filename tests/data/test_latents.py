@@ -36,6 +36,18 @@ def test_what_is_written_is_read(tmp_path):
     assert result.rows([]).shape == (0, *SHAPE)
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_latent_that_is_not_finite_is_refused_when_it_is_read(tmp_path, broken):
+    write(tmp_path)
+    stored = np.load(tmp_path / "00001.npy")
+    stored[2, 1, 0, 3, 0] = broken
+    np.save(tmp_path / "00001.npy", stored)
+    found = Latents(tmp_path)
+    found.rows([4, 6])
+    with pytest.raises(ValueError, match=r"00001.npy is damaged: latent 2 in it has numbers"):
+        found.rows([4, 5])
+
+
 @pytest.mark.parametrize("bad", [-1, 7])
 def test_rows_that_are_not_there_are_refused(tmp_path, bad):
     write(tmp_path)

@@ -91,6 +91,24 @@ def test_the_relativistic_loss_is_against_real_samples_of_the_same_times():
         assert np.abs(push(x_t, t, other) - push(x_t, t, against)).max() > 0.01
 
 
+def test_a_broken_real_sample_leaves_its_partner_the_loss_without_a_pair():
+    method = DMD2((2,), times=(1.0,), gan_weight=1.0, relativistic=True)
+    data = BATCH["data"].at[2].set(jnp.nan)
+    nets, keys = networks(), jax.random.split(jax.random.key(1))
+
+    def loss(x0, data, relativistic=True):
+        rollout = Rollout(x0, None, jnp.float32(1), jnp.float32(0), BATCH["cond"])
+        own = dataclasses.replace(method, relativistic=relativistic)
+        return own.compare(rollout, nets, BATCH | {"data": data}, *keys)[0]
+
+    x0 = normal(5, 6, 2)
+    value, grad = jax.value_and_grad(loss)(x0, data)
+    assert jnp.isfinite(value)
+    wanted = jax.grad(loss)(x0, BATCH["data"])
+    wanted = wanted.at[2].set(jax.grad(loss)(x0, BATCH["data"], False)[2])
+    np.testing.assert_allclose(grad, wanted, rtol=1e-5)
+
+
 def test_masked_elements_and_broken_samples_get_no_adversarial_gradient():
     method = DMD2((2,), times=(1.0,), gan_weight=1.0)
     nets = networks()

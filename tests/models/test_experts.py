@@ -7,7 +7,7 @@ import pytest
 import toys
 
 from dmd_jax import weights
-from dmd_jax.diffusion.denoiser import Denoiser, EDMPreconditioned
+from dmd_jax.diffusion.denoiser import X0, Denoiser, EDMPreconditioned
 from dmd_jax.diffusion.schedule import EDM
 from dmd_jax.models.experts import Experts, combine, expert_of
 
@@ -53,6 +53,21 @@ def test_boundaries_are_in_the_units_of_the_networks():
 def test_boundaries_that_do_not_divide_the_networks_are_refused(boundaries):
     with pytest.raises(ValueError, match="must be 2 times, descending within"):
         combine(NETS, boundaries)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Denoiser(toys.tiny_dit(0, depth=1), prediction=X0()),
+        Denoiser(toys.tiny_dit(0), EDM(), X0()),
+        Denoiser(toys.tiny_dit(0)),
+    ],
+    ids=["config", "schedule", "prediction"],
+)
+def test_experts_that_differ_are_refused(other):
+    """One schedule, prediction and config is that of all: another would be silently lost."""
+    with pytest.raises(ValueError, match=r"expert 1 is of .*, but expert 0 of .*: all must agree"):
+        combine([Denoiser(toys.tiny_dit(0), prediction=X0()), other], (0.5,))
 
 
 def test_a_file_of_experts_is_read_again_as_they_are(tmp_path):

@@ -1,6 +1,7 @@
 """Runs whose teacher is a folder of another program: from the first step to the report."""
 
 import json
+import types
 
 import foreign
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import programs
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file, save_file
 
 from dmd_jax.data import embeddings, moving_digits, word_vectors
 from dmd_jax.models.wan import Wan, WanConfig
@@ -75,6 +77,18 @@ def write_vae(folder):
     save_file(tensors, folder / "vae" / "diffusion_pytorch_model.safetensors")
     settings = json.dumps(vae_names.to_settings(TINY, "diffusers"))
     (folder / "vae" / "config.json").write_text(settings)
+
+
+def test_the_autoencoders_file_belongs_to_the_identity_of_a_run(tmp_path):
+    write_vae(tmp_path)
+    config = ConfigDict({"vae": {"weights": str(tmp_path)}})
+    run = types.SimpleNamespace(config=config, frozen={}, vae="loaded")
+    before = loop._identity(run)
+    assert before.keys() == {"vae.weights", "vae.sha256"} and loop._identity(run) == before
+    [file] = (tmp_path / "vae").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, file)
+    assert loop._identity(run)["vae.sha256"] != before["vae.sha256"]
 
 
 def miniature(path, tmp_path, channels, sample_shape):

@@ -196,7 +196,8 @@ def test_a_signal_during_a_compilation_saves_and_leaves(kind, saved, build, tmp_
     """The first step updates the generator; the second, which does not, is compiled later."""
     compile_steps = loop.compile_steps
     monkeypatch.setattr(loop, "compile_steps", lambda run: compile_steps(run) | {kind: Endless()})
-    with pytest.raises(preemption.Stopped):
+    where = "and saved at step 1;" if saved else "before its first step;"
+    with pytest.raises(preemption.Stopped, match=f"^stopped {where}"):
         start(build(), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == saved
 

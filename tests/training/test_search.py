@@ -61,6 +61,13 @@ def test_the_first_candidate_has_the_fewest_flops_and_the_most_sharded_weights(f
     assert first.seconds < max(c.seconds for c in found)  # rematerialisation
 
 
+def test_all_networks_that_have_the_setting_change_their_rematerialisation_together(found):
+    """Gradients pass through the teacher too, in SiD and DMD2."""
+    for candidate in found:
+        roles = {n.split(".")[0] for n in candidate.overrides if n.endswith("compute.remat")}
+        assert roles == {"teacher", "generator", "fake_score"}
+
+
 def test_where_everything_fits_and_flops_decide_one_compilation_is_enough(compiled, found):
     best, result, seen = compiled(largest_share=100)
     assert result.fits and seen == [best] == [found[0]]
