@@ -161,9 +161,10 @@ def kills(folder, data, wanted, rng, count):
             if code := program.wait():
                 wrong.append(f"{program.output}: exit code {code}")
             break
-        wrong += wanted.compare(workdir)
+        differs = wanted.compare(workdir)
+        wrong += differs
         print(f"{killed} kills, {runs} runs ended, {len(wrong)} wrong", flush=True)
-        if not wrong:
+        if not (code or differs):
             shutil.rmtree(workdir)
     print(f"{killed} kills of {runs} runs: {dict(phases)}")
     return wrong

@@ -36,9 +36,14 @@ acquire() {
   while now=$(state) && [ "$now" != ACTIVE ]; do
     echo "$name: $now"
     case $now in
-      NONE) tpu queued-resources create "$name" --node-id="$name" --spot \
-        --accelerator-type="$type" --runtime-version="$runtime" && refused=0 ||
-        [ $((refused += 1)) -lt 10 ] || exit 1 ;;
+      NONE)
+        if tpu queued-resources create "$name" --node-id="$name" --spot \
+          --accelerator-type="$type" --runtime-version="$runtime"; then
+          refused=0
+        else
+          [ $((refused += 1)) -lt 10 ] || exit 1
+        fi
+        ;;
       SUSPENDED) tpu queued-resources delete "$name" --force ;; # it was taken away
       FAILED) exit 1 ;;
     esac

@@ -52,7 +52,8 @@ class Streams(NamedTuple):
         def rows(x):
             return P(sharding.BATCH, *(None,) * (x.ndim - 1))
 
-        heads, cond = sharding.heads_spec(6, axis=1), jax.tree.map(rows, self.cond)
+        heads = sharding.heads_spec(self.cache.keys.ndim, axis=1)
+        cond = jax.tree.map(rows, self.cond)
         return Streams(KVCache(heads, heads, P()), rows(self.latents), cond, P(), P())
 
 

@@ -91,11 +91,14 @@ def stack(make, depth, *, rngs):
 
 
 def check_sizes(config, *names):
-    """Raises ValueError where one of these fields of a config is no whole number from 1 on."""
+    """Raises ValueError where one of these fields of a config is no int from 1 on.
+
+    numpy's are refused too: the header of a checkpoint, which is JSON, could not hold them.
+    """
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+            raise ValueError(f"{name}={value!r} must be an int, 1 or more")
 
 
 def check_compute(dtype, remat):

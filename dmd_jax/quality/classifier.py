@@ -3,7 +3,7 @@
 Five 3x3 convolutions with ReLU, the mean over all positions, one linear layer. The mean is the
 feature vector: as in Inception, it depends on which strokes or textures an image has and little on
 their positions. There are no normalisation layers: with them the network is more accurate, but
-hardly reacts to contrast and blur, which a metric must measure. Imports only jax and flax.
+hardly reacts to contrast and blur, which a metric must measure. Imports jax, flax and models.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from dmd_jax.models.layers import check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,9 @@ class ClassifierConfig:
     features: int = 64
 
     def __post_init__(self):
-        for name in ("channels", "num_classes", "features"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+        check_sizes(self, "channels", "num_classes", "features")
         if self.features % 4:
-            raise ValueError(f"features={self.features} must be a positive multiple of 4")
+            raise ValueError(f"features={self.features} must be a multiple of 4")
 
 
 class Classifier(nnx.Module):

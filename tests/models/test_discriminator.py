@@ -54,7 +54,7 @@ def test_blocks_that_do_not_ascend_are_refused(blocks):
 
 
 def test_a_discriminator_without_heads_is_refused():
-    with pytest.raises(ValueError, match="heads=0 must be a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="heads=0 must be an int, 1 or more"):
         DiscriminatorConfig(dim=6, blocks=(0,), heads=0)
 
 

@@ -131,8 +131,8 @@ def test_time_embedding_is_the_published_one():
     "changes, message",
     [
         ({"patch": 3}, "patch=3 does not divide image_size=8"),
-        ({"heads": 0}, "heads=0 must be a whole number, 1 or more"),
-        ({"dim": 2.5}, r"dim=2\.5 must be a whole number"),
+        ({"heads": 0}, "heads=0 must be an int, 1 or more"),
+        ({"dim": 2.5}, r"dim=2\.5 must be an int"),
         ({"hidden": -1}, "hidden=-1 must be 0 or more"),
         ({"heads": 3}, "heads=3 does not divide dim=16"),
         ({"remat": "some"}, "remat='some': use 'none', 'full' or a name of"),

@@ -231,7 +231,7 @@ def test_conditions_of_other_shapes_are_refused(change, complaint):
     [
         (lambda: dataclasses.replace(SMALL, heads=5), "heads=5"),
         (lambda: dataclasses.replace(SMALL, out_channels=9), "out_channels=9"),
-        (lambda: dataclasses.replace(SMALL, depth=0), "depth=0 must be a whole number"),
+        (lambda: dataclasses.replace(SMALL, depth=0), "depth=0 must be an int"),
         (lambda: dataclasses.replace(SMALL, freq_dim=7), "freq_dim=7 even"),
         (lambda: dataclasses.replace(SMALL, dtype="float16"), "float16"),
         (lambda: kv_cache.ring(Causal(window=6, sink=1), 6), "must have room for 7"),

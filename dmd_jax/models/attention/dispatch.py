@@ -2,8 +2,8 @@
 
 The platform is that of the current mesh, or of the process without one. A host without a TPU can
 therefore compile a program for one. With a mesh, every device runs its kernel on its own
-sequences and heads. A sequence that is split over `context` is gathered by an exchange of heads for
-tokens (Ulysses, Jacobs et al. 2023), of keys where heads do not divide; `_over_mesh` has the rule.
+sequences and heads. Where a sequence is split over `context`, devices exchange heads for tokens
+(Ulysses, Jacobs et al. 2023); where heads do not divide, they gather keys too (see `_over_mesh`).
 
 No kernel has a jvp: they are defined by their reverse mode. Within `forward_mode`, attention is
 computed without a kernel, and `jax.jvp` works.
@@ -156,12 +156,12 @@ def _over_mesh(kernel, axes, q, k, v, visible, *, masked):
 
 
 def _group_size(queries, keys, heads, context, masked):
-    """How many of the `context` devices of a sequence exchange heads for tokens.
+    """How many devices exchange heads for tokens with each other, of the `context` of a sequence.
 
-    Of self-attention, as many as divide the heads: nothing is padded. All of them under a mask,
-    which counts queries from the start of the sequence, and where keys are more than the queries:
-    those of a cache stay where they are, split by heads. None where keys are fewer, as those of a
-    prompt: every device has them.
+    All of them under a mask, which counts queries from the start of the sequence. All of them too
+    where there are more keys than queries: the keys of a cache stay where they are, split by heads.
+    In other self-attention, as many as divide the heads, so that none is padded. Where there are
+    fewer keys than queries, as of a prompt, every device has all keys: 1, no exchange.
     """
     if masked or keys > queries:
         return context
