@@ -144,7 +144,7 @@ class Plan:
             lines.append(_gib("    needed in all", step.total))
         if self.cache:
             lines.append(_gib("of them, keys and values of the rollout", self.cache))
-        lines.append(_gib("the device has", self.available))
+        lines.append(_gib("a program may use", self.available))
         lines.append("fits" if self.fits else f"DOES NOT FIT: {self._advice(kept)}")
         lines += [self.caveat] if self.caveat else []
         return "\n".join(lines + self._work())
