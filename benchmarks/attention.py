@@ -19,13 +19,16 @@ from absl import app, flags
 
 from dmd_jax.models.attention import BlockCausal, Causal, TeacherForcing, attention
 
-LENGTHS = flags.DEFINE_list("lengths", [768, 3072], "Tokens.")
-MEMORY = flags.DEFINE_integer("memory", 8192, "Tokens of the table of memory.")
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds over all programs of a length.")
-THREADS = flags.DEFINE_integer("threads", 2, "PyTorch's threads.")
-
+FLAGS = flags.FLAGS
 HEADS, WIDTH, FRAME = 6, 64, 256
 REST = 0.3  # seconds before a call: PyTorch's threads go on waiting after theirs, on all cores
+
+
+def define_flags():
+    flags.DEFINE_list("lengths", [768, 3072], "Tokens.")
+    flags.DEFINE_integer("memory", 8192, "Tokens of the table of memory.")
+    flags.DEFINE_integer("rounds", 15, "Rounds over all programs of a length.")
+    flags.DEFINE_integer("threads", 2, "PyTorch's threads.")
 
 
 def masks(length):
@@ -38,9 +41,9 @@ def masks(length):
     }
 
 
-def programs(mask):
+def programs(mask, visible=None):
     """{pass: compiled function of (q, k, v, gradient)} of this library."""
-    attend = functools.partial(attention, mask=mask)
+    attend = functools.partial(attention, mask=mask, visible=visible)
 
     def both(q, k, v, gradient):
         out, back = jax.vjp(attend, q, k, v)
@@ -54,7 +57,7 @@ def theirs(arrays):
     """{pass: callable} of PyTorch, whose sequences follow the heads."""
     import torch
 
-    torch.set_num_threads(THREADS.value)
+    torch.set_num_threads(FLAGS.threads)
     q, k, v, gradient = (torch.from_numpy(np.array(x)).transpose(1, 2).contiguous() for x in arrays)
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -72,7 +75,7 @@ def theirs(arrays):
 def medians(calls):
     """{name: median seconds} of callables that are timed in turn; the first round compiles."""
     times = {name: [] for name in calls}
-    for round_ in range(ROUNDS.value + 1):
+    for round_ in range(FLAGS.rounds + 1):
         for name, call in calls.items():
             time.sleep(REST)
             start = time.perf_counter()
@@ -109,10 +112,11 @@ def memory(length):
 
 
 def main(_):
-    for length in map(int, LENGTHS.value):
+    for length in map(int, FLAGS.lengths):
         measure(length)
-    memory(MEMORY.value)
+    memory(FLAGS.memory)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

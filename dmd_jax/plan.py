@@ -1,14 +1,15 @@
-"""Plans a training run: what it needs on a TPU slice, from its compiler, on a machine without one.
+"""Plans a training run: what it needs on TPUs or GPUs, from their compiler, without any of them.
 
     python -m dmd_jax.plan --config=configs/dmd.py --topology=cpu:2
+    python -m dmd_jax.plan --config=configs/self_forcing.py:wan_t2v_1_3b --topology=h100:8x8
     python -m dmd_jax.plan --config=configs/self_forcing.py:wan_t2v_1_3b --topology=v5p:4x4x4 \
         --config.mesh.fsdp=16 --config.mesh.context=4 --config.batch_size=16 --json=plan.json
 
 Prints the memory of a device by role, whether the run fits, its FLOPs, the bytes that it moves, and
 an estimate of its time. The exit code is 0 if it fits, 1 if it does not and 2 after an error. For
-TPUs it needs `pip install 'dmd_jax[plan]'`. --search=8 compiles up to eight other meshes, with and
-without rematerialisation and in more parts, and plans the fastest that fits. docs/scale.md explains
-the table.
+TPUs it needs `pip install 'dmd_jax[plan]'`, for GPUs 'dmd_jax[cuda]'. --search=8 compiles up to
+eight other meshes, with and without rematerialisation and in more parts, and plans the fastest that
+fits. docs/scale.md explains the table.
 """
 
 import functools
@@ -41,13 +42,13 @@ FLAGS = flags.FLAGS
 def define_flags():
     config_flags.DEFINE_config_file("config", "configs/dmd.py", "The config program to plan.")
     flags.DEFINE_string(
-        "topology", None, f"The devices of one slice: {topologies.KNOWN}.", required=True
+        "topology", None, f"The devices to plan for: {topologies.KNOWN}.", required=True
     )
     flags.DEFINE_integer("slices", 1, "Slices of a TPU, joined by their hosts' network.")
     flags.DEFINE_integer(
         "search",
         0,
-        "Compile up to so many settings for a TPU, and plan the fastest that fits.",
+        "Compile up to so many settings, and plan the fastest that fits.",
         lower_bound=0,
     )
     flags.DEFINE_string("json", None, "A file for the plan as JSON.")
@@ -80,7 +81,9 @@ def main(argv):
 def searched(config, chip, devices):
     """The plan of the fastest settings that fit, or of the last ones if none do."""
     if chip is None:
-        raise ValueError("--search compares times, and those of a CPU are not known: name a TPU")
+        raise ValueError(
+            "--search compares times, and those of a CPU are not known: name a TPU or GPU"
+        )
     say = functools.partial(print, flush=True)
     best, result = search(config, chip, devices, FLAGS.search, say)
     say(f"{'the fastest that fits' if result.fits else 'nothing fits; the last'}:\n  {best.flags}")

@@ -11,7 +11,7 @@ writers, health             the log; symptoms of divergence
 preemption, profiling       signals; traces
 cost, flops                 FLOPs of a run, and of a traced function
 plan, search                what a run needs on devices that are not here, and which mesh is best
-topologies, hlo             such devices and their chips; bytes that a compiled program moves
+topologies, gpus, hlo       such devices and their chips; bytes that a compiled program moves
 
 Imports the rooms below.
 """

@@ -4,7 +4,7 @@
 
 XLA's own `cost_analysis` counts the body of a loop once. Here a body counts as often as it runs.
 These are estimates: caches are ignored, and a kernel such as attention counts as if it read its
-operands once. Imports numpy.
+operands once. It reads the programs of XLA's compilers for CPU, TPU and CUDA. Imports numpy.
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ class Traffic:
     Attributes:
         memory: read from and written to the device's memory.
         sent: {kind of collective: bytes sent to other devices}, by a ring.
-        between_slices: the part of `sent` in groups of devices of several slices.
+        network: the part of `sent` that leaves an island, see `Program`.
         unknown_loops: loops of unknown length; their bodies count once.
     """
 
     memory: float = 0.0
     sent: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    between_slices: float = 0.0
+    network: float = 0.0
     unknown_loops: int = 0
 
     def __add__(self, other):
@@ -55,14 +55,14 @@ class Traffic:
         return Traffic(
             self.memory + other.memory,
             sent,
-            self.between_slices + other.between_slices,
+            self.network + other.network,
             self.unknown_loops + other.unknown_loops,
         )
 
     def times(self, n):
         """The traffic of n such calls."""
         sent = {kind: n * size for kind, size in self.sent.items()}
-        return Traffic(n * self.memory, sent, n * self.between_slices, self.unknown_loops)
+        return Traffic(n * self.memory, sent, n * self.network, self.unknown_loops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,12 @@ class Program:
         text: of `jax.stages.Compiled.as_text`.
         trips: expected iterations of loops whose length is a traced value, by the name of the
             jitted function that the loop is in; "" for all others. See `flops.count`.
-        slices: the slice of each device, in the order of the mesh; None for one slice.
+        islands: the slice of a TPU, or the node of GPUs, of each device, in the order of the mesh:
+            only a network joins them. None for one island.
     """
 
-    def __init__(self, text, trips=MappingProxyType({}), slices: Sequence[int] | None = None):
-        self._trips, self._slices = trips, slices
+    def __init__(self, text, trips=MappingProxyType({}), islands: Sequence[int] | None = None):
+        self._trips, self._islands = trips, islands
         found = re.search(r"num_partitions=(\d+)", text)
         self._partitions = int(found[1]) if found else 1
         self._computations, self._entry = _parse(text)
@@ -199,8 +200,8 @@ class Program:
     def _collective(self, x, kind, around):
         """What a collective reads, writes and, as in a ring, sends."""
         operands = sum(_size(around[name].type) for name in x.operands if name in around)
-        group = self._group(x.attributes)
-        n = len(group)
+        groups = self._groups(x.attributes)
+        n = len(groups[0])
         sent = operands * {
             "all-gather": n - 1,
             "reduce-scatter": (n - 1) / n,
@@ -208,13 +209,32 @@ class Program:
             "all-to-all": (n - 1) / n,
             "ragged-all-to-all": (n - 1) / n,
         }.get(kind, 1)
-        memory = _bytes_of(x, around)
-        crosses = self._slices is not None and len({self._slices[i] for i in group}) > 1
-        return Traffic(memory, {kind: sent}, sent if crosses else 0.0)
+        network = max(self._leaving(kind, operands, sent, group) for group in groups)
+        return Traffic(_bytes_of(x, around), {kind: sent}, network)
+
+    def _leaving(self, kind, operands, sent, group):
+        """The part of `sent` that leaves the island of a device, as of the groups' busiest.
+
+        A ring leaves an island once. Its devices lay rings of equal shares, one over the network
+        card of each.
+        """
+        places = [0] * len(group) if self._islands is None else [self._islands[i] for i in group]
+        own = places.count(places[0])
+        if own == len(group):
+            return 0.0
+        if kind.endswith("all-to-all"):
+            return operands * (len(group) - own) / len(group)
+        return sent / own
+
+    def _groups(self, attributes):
+        """Groups of devices of a collective: all pairs, or the first group of all like it."""
+        if found := re.search(r"source_target_pairs=\{([\d,{}]+)\}", attributes):
+            return [[int(i), int(j)] for i, j in re.findall(r"(\d+),(\d+)", found[1])]
+        return [self._group(attributes)]
 
     def _group(self, attributes):
-        """The devices of the first group, or of the first pair, of a collective."""
-        if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
+        """The devices of the first group of a collective."""
+        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
             return [int(i) for i in found[1].split(",")]
         if found := re.search(
             r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
@@ -329,8 +349,8 @@ def _bytes_of(x, around):
         return result
     if x.opcode == "slice-start":  # what it reads, into the fast memory
         return _size(x.type) - sum(map(_size, operands))
-    if x.opcode.endswith("-start"):  # its result repeats the operands
-        return result
+    if x.opcode.endswith("-start") and x.opcode != "all-reduce-start":
+        return result  # which repeats the operands
     return result + sum(_size(kind, stored=True) for kind in operands)
 
 

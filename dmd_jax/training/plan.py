@@ -3,7 +3,7 @@
     chip, devices = topologies.load("v5p:4x4x4")
     print(plan(config, chip, devices).table())
 
-The compiler is the real one and the program is the run's own, so memory is the compiler's word.
+The compiler is the real one and the program is the run's own, so bytes are the compiler's word.
 Times are estimates from the numbers of the chip: no program is faster. Imports `run`, `loop`,
 `cost`, `hlo` and `configuration`.
 """
@@ -77,6 +77,7 @@ class Plan:
         cache: bytes of a causal rollout's keys and values if they split evenly, a part of the
             temporaries.
         steps: {whether the generator is updated: Step}.
+        caveat: what limits the plan's word, of the chip.
     """
 
     kind: str
@@ -88,10 +89,14 @@ class Plan:
     roles: dict[str, int]
     cache: int
     steps: dict[bool, Step]
+    caveat: str = ""
 
     @property
     def fits(self):
-        """Whether the compiler took all steps, and they leave room for what they do not read."""
+        """Whether the compiler took all steps, and they leave room for what they do not read.
+
+        The compilers of a CPU and of a GPU take everything.
+        """
         return all(not s.refusal and s.total <= self.available for s in self.steps.values())
 
     @property
@@ -139,8 +144,9 @@ class Plan:
             lines.append(_gib("    needed in all", step.total))
         if self.cache:
             lines.append(_gib("of them, keys and values of the rollout", self.cache))
-        lines.append(_gib("the device has", self.available))
+        lines.append(_gib("a program may use", self.available))
         lines.append("fits" if self.fits else f"DOES NOT FIT: {self._advice(kept)}")
+        lines += [self.caveat] if self.caveat else []
         return "\n".join(lines + self._work())
 
     def _advice(self, kept):
@@ -169,13 +175,13 @@ class Plan:
         row("bytes of memory, a device", [si(step.traffic.memory) for step in steps])
         for kind in sorted({kind for step in steps for kind in step.traffic.sent}):
             row(f"bytes sent, {kind}", [si(step.traffic.sent.get(kind, 0)) for step in steps])
-        if any(step.traffic.between_slices for step in steps):
-            row("bytes sent between slices", [si(step.traffic.between_slices) for step in steps])
+        if any(step.traffic.network for step in steps):
+            row("of them, over the network", [si(step.traffic.network) for step in steps])
         if loops := sum(step.traffic.unknown_loops for step in steps):
             lines.append(f"{loops} loops of unknown length: their bytes count once")
         if not self.fits or not all(step.seconds for step in steps):
             return lines
-        lines += ["", "estimate from the chip's peaks; a real run takes longer"]
+        lines += ["", "estimate from the peaks of the maker's data sheet; a real run takes longer"]
         for name in next(iter(steps)).seconds:
             row(f"seconds a step, {name}", [f"{step.seconds[name]:.3g}" for step in steps])
         least, most = self.least_seconds / 3600, self.most_seconds / 3600
@@ -242,6 +248,7 @@ def plan_run(run, chip):
         roles=roles,
         cache=0 if cache is None else tree_bytes(cache) // mesh.size,
         steps=steps,
+        caveat="" if chip is None else chip.caveat,
     )
 
 
@@ -289,9 +296,8 @@ def _measured(step, compiled, run, chip, resident):
     new = m.output_size_in_bytes - m.alias_size_in_bytes
     unread = max(0, resident - arguments)  # the teacher, in a step that trains only the fake score
     total = arguments + unread + temporaries + new
-    slices = [getattr(device, "slice_index", 0) for device in run.mesh.devices.flat]
     trips = getattr(run.method, "trips", {})
-    traffic = Program(compiled.as_text(), trips, slices).traffic()
+    traffic = Program(compiled.as_text(), trips, islands(run.mesh)).traffic()
     return dataclasses.replace(
         step,
         temporaries=temporaries,
@@ -301,16 +307,23 @@ def _measured(step, compiled, run, chip, resident):
     )
 
 
+def islands(mesh):
+    """The slice of a TPU, or the node of GPUs, that each device is in; links join those of one."""
+    devices = mesh.devices.flat
+    part = "process_index" if devices[0].platform == "gpu" else "slice_index"
+    return [getattr(device, part, 0) for device in devices]
+
+
 def roofline(device_flops, traffic, chip, run):
     """{what: the seconds that it takes one chip at its peak}."""
-    sent = sum(traffic.sent.values()) - traffic.between_slices
+    sent = sum(traffic.sent.values()) - traffic.network
     seconds = {
         "FLOPs": device_flops / peak_flops(chip, run.config),
         "memory": traffic.memory / chip.bandwidth,
         "links": sent / chip.links,
     }
-    if traffic.between_slices:
-        seconds["network"] = traffic.between_slices / chip.network
+    if traffic.network:
+        seconds["network"] = traffic.network / chip.network
     return seconds
 
 

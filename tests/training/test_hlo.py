@@ -146,12 +146,104 @@ def test_the_text_of_a_tpus_program_is_read():
     assert not found.unknown_loops
 
 
-def test_what_goes_between_slices_is_counted_apart():
+def test_what_goes_network_is_counted_apart():
     # Pairs along 'b' of the mesh, and of the reduce-scatter: devices i and i + 4.
     halves = traffic(TPU, {}, [0, 0, 0, 0, 1, 1, 1, 1])
-    assert halves.between_slices == 21 * (8 * 64 * 4 + 64 * 4 / 2)
+    assert halves.network == 21 * (8 * 64 * 4 + 64 * 4 / 2)
     pairs = traffic(TPU, {}, [0, 1, 0, 1, 0, 1, 0, 1])
-    assert pairs.between_slices == 64 * 4
+    assert pairs.network == 64 * 4
+
+
+# As the compiler for CUDA writes it: collectives in two halves, several arrays in one, products and
+# their epilogues in Triton's fusions, and cuDNN's attention with an empty workspace.
+CUDA = """HloModule jit_f, num_partitions=4
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add.1 = f32[] add(%a, %b)
+}
+
+%product (p0: bf16[64,32], p1: bf16[32,16]) -> bf16[64,16] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  %dot = f32[64,16]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}, backend_config={"sizes":["16"]}
+  ROOT %convert = bf16[64,16]{1,0} convert(%dot)
+}
+
+%limit (i: s32[]) -> pred[] {
+  %i = s32[] parameter(0)
+  %five = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %five), direction=LT
+}
+
+%condition (t.1: (s32[], bf16[64,32], bf16[8,16])) -> pred[] {
+  %t.1 = (s32[], bf16[64,32]{1,0}, bf16[8,16]{1,0}) parameter(0)
+  %count = s32[] get-tuple-element(%t.1), index=0
+  ROOT %loop_compare_fusion = pred[] fusion(%count), kind=kLoop, calls=%limit
+}
+
+%body (t: (s32[], bf16[64,32], bf16[8,16])) -> (s32[], bf16[64,32], bf16[8,16]) {
+  %t = (s32[], bf16[64,32]{1,0}, bf16[8,16]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%t), index=0
+  %x = bf16[64,32]{1,0} get-tuple-element(%t), index=1
+  %w = bf16[8,16]{1,0} get-tuple-element(%t), index=2
+  %all-gather-start = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) all-gather-start(%w), channel_id=1, replica_groups=mesh['axis_0'=4,'axis_1'=1] {'axis_0'}, dimensions={0}, use_global_device_ids=true
+  %all-gather-done = bf16[32,16]{1,0} all-gather-done(%all-gather-start)
+  %gemm_fusion = bf16[64,16]{1,0} fusion(%x, %all-gather-done), kind=kCustom, calls=%product, backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+  ROOT %out = (s32[], bf16[64,32]{1,0}, bf16[8,16]{1,0}) tuple(%i.1, %x, %w)
+}
+
+ENTRY %main (x.1: bf16[64,32], w.1: bf16[8,16], q: bf16[1,256,2,64]) -> f32[64] {
+  %x.1 = bf16[64,32]{1,0} parameter(0)
+  %w.1 = bf16[8,16]{1,0} parameter(1)
+  %q = bf16[1,256,2,64]{3,2,1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %tuple = (s32[], bf16[64,32]{1,0}, bf16[8,16]{1,0}) tuple(%zero, %x.1, %w.1)
+  %while = (s32[], bf16[64,32]{1,0}, bf16[8,16]{1,0}) while(%tuple), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"},"known_induction_variable":{"tuple_index":"0"}}
+  %attention = (bf16[1,2,256,64]{3,1,2,0}, f32[1,2,256]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", operand_layout_constraints={bf16[1,256,2,64]{3,2,1,0}}
+  %first = bf16[64,32]{1,0} get-tuple-element(%while), index=1
+  %all-to-all-start = ((bf16[64,32]{1,0}), bf16[64,32]{1,0}) all-to-all-start(%first), channel_id=2, replica_groups=[2,2]<=[4], dimensions={0}
+  %all-to-all-done = bf16[64,32]{1,0} all-to-all-done(%all-to-all-start)
+  %reduce-scatter-start = ((bf16[64,32]{1,0}, /*index=1*/bf16[8,16]{1,0}), (bf16[16,32]{1,0}, bf16[2,16]{1,0})) reduce-scatter-start(%all-to-all-done, /*index=1*/%w.1), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%sum
+  %reduce-scatter-done = (bf16[16,32]{1,0}, bf16[2,16]{1,0}) reduce-scatter-done(%reduce-scatter-start)
+  %norms = f32[64]{0} constant({...})
+  %all-reduce-start = f32[64]{0} all-reduce-start(%norms), channel_id=4, replica_groups={{0,2},{1,3}}, use_global_device_ids=true, to_apply=%sum
+  ROOT %all-reduce-done = f32[64]{0} all-reduce-done(%all-reduce-start)
+}
+"""  # noqa: E501
+
+
+def test_the_text_of_a_gpus_program_is_read():
+    found, x, w = traffic(CUDA), 2 * 64 * 32, 2 * 8 * 16  # bytes
+    assert found.sent == {
+        "all-gather": 5 * 3 * w,
+        "all-to-all": x / 2,
+        "reduce-scatter": (x + w) * 3 / 4,
+        "all-reduce": 64 * 4,
+    }
+    loop = 5 * ((w + 4 * w) + (x + 4 * w + 2 * 64 * 16))
+    attention = (3 + 1) * 2 * 256 * 2 * 64 + 4 * 256 * 2
+    assert found.memory == loop + attention + 2 * x + 5 / 4 * (x + w) + 2 * 64 * 4
+    assert not found.unknown_loops
+
+
+def test_a_ring_leaves_a_node_once_for_all_its_cards():
+    # Two nodes of two. Each card sends half of the ring's bytes over the network; the all-reduce is
+    # of one card of each node, and the all-to-all stays within.
+    found, x, w = traffic(CUDA, {}, [0, 0, 1, 1]), 2 * 64 * 32, 2 * 8 * 16
+    assert found.network == 5 * 3 * w / 2 + (x + w) * 3 / 4 / 2 + 64 * 4
+    apart = traffic(CUDA, {}, [0, 1, 2, 3])
+    assert apart.network == sum(apart.sent.values())
+
+
+def test_a_pair_that_leaves_its_node_is_found_behind_others():
+    text = TPU.replace("{{0,1},{1,0}}", "{{0,1},{1,2},{2,3},{3,0}}")
+    within = traffic(text, {}, [0] * 8)
+    assert within.network == 0
+    sent = within.sent["collective-permute"]
+    apart = traffic(text, {}, [0, 0, 1, 1, 1, 1, 1, 1])
+    assert apart.network == sent + apart.sent["reduce-scatter"] + apart.sent["all-gather"]
 
 
 def test_what_is_no_program_is_refused():

@@ -3,13 +3,16 @@
 import dataclasses
 import importlib.util
 import json
+import types
 
 import jax
+import numpy as np
 import programs
 import pytest
 
 from dmd_jax import plan as command
-from dmd_jax.training import loop, topologies
+from dmd_jax.training import gpus, loop, topologies
+from dmd_jax.training import plan as plans
 from dmd_jax.training.cost import cost
 from dmd_jax.training.hlo import Traffic
 from dmd_jax.training.plan import GIB, plan, plan_run, prepare, roofline
@@ -91,7 +94,7 @@ def test_the_roofline_is_bytes_and_flops_over_peaks(run):
     seconds = roofline(197e12, traffic, TPU, run)
     # The networks are float32, which takes six products of bfloat16.
     assert seconds == pytest.approx({"FLOPs": 6.0, "memory": 1.0, "links": 1.2})
-    apart = roofline(0, dataclasses.replace(traffic, between_slices=31e9), TPU, run)
+    apart = roofline(0, dataclasses.replace(traffic, network=31e9), TPU, run)
     assert apart["network"] == pytest.approx(10.0) and apart["links"] < 1.2
 
 
@@ -124,7 +127,10 @@ def test_the_command_says_whether_it_fits(call, planned, tmp_path, capsys, monke
     "topology, slices, words",
     [
         ("v5p-64", 1, "unknown topology 'v5p-64'; write one like v5e"),
-        ("h100:8", 1, "v6e:16x16"),
+        ("b9000:1x8", 1, r"h100:8x8, h200:2x4 \(nodes and the GPUs of each\)"),
+        ("h100:8", 1, "the nodes and the GPUs of each, h100:1x8"),
+        ("h100:0x8", 1, "the nodes and the GPUs of each"),
+        ("h100:1x8", 2, "2 slices of 'h100:1x8'"),
         ("cpu", 1, "unknown topology 'cpu'"),
         ("cpu:2x2", 1, "the number of devices"),
         ("cpu:2", 2, "2 slices of 'cpu:2'"),
@@ -143,6 +149,43 @@ def test_a_missing_compiler_is_refused_with_its_package(monkeypatch):
     monkeypatch.setattr(topologies.topologies, "get_topology_desc", missing)
     with pytest.raises(ImportError, match=r"pip install 'dmd_jax\[plan\]'"):
         topologies.load("v5e:2x2")
+
+
+def test_the_missing_wheels_for_cuda_are_named(monkeypatch):
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", missing)
+    with pytest.raises(ImportError, match=r"pip install 'dmd_jax\[cuda\]'"):
+        topologies.load("h100:1x8")
+
+
+@pytest.mark.parametrize("name", gpus.TARGETS)
+def test_of_a_gpus_memory_a_plan_has_what_jax_takes(name, planned, monkeypatch):
+    card = gpus.TARGETS[name]
+    asked = {}
+    found = types.SimpleNamespace(devices=["device"])
+    monkeypatch.setattr(
+        gpus.topologies, "get_topology_desc", lambda **kwargs: asked.update(kwargs) or found
+    )
+    assert topologies.load(f"{name}:2x4")[0].memory == 0.75 * card.memory
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    chip, devices = topologies.load(f"{name}:2x4")
+    assert chip.memory == 0.9 * card.memory and devices == ["device"]
+    assert asked["topology"] == "1x2x4" and str(card.memory) in asked["target_config"]
+    table = dataclasses.replace(planned, caveat=chip.caveat).table()
+    assert "JAX takes 90%" in table and "without cuDNN's workspace" in table
+
+
+@pytest.mark.parametrize("kind, islands", [("gpu", [0, 0, 1, 1]), ("tpu", [5, 6, 7, 8])])
+def test_networks_join_the_nodes_of_gpus_and_the_slices_of_tpus(kind, islands):
+    devices = np.array(
+        [
+            types.SimpleNamespace(platform=kind, process_index=i // 2, slice_index=5 + i)
+            for i in range(4)
+        ]
+    )
+    assert plans.islands(types.SimpleNamespace(devices=devices.reshape(2, 2))) == islands
 
 
 def test_the_command_refuses_with_one_sentence(call, capsys, monkeypatch):
@@ -172,3 +215,22 @@ def test_the_tpus_compiler_takes_a_run_and_refuses_one_that_is_too_large(config)
     refused = plan(config, chip, devices)
     assert not refused.fits and "RESOURCE_EXHAUSTED" in refused.steps[True].refusal
     assert "the compiler refuses" in refused.table()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs the compiler for GPUs: pip install 'dmd_jax[cuda]'",
+)
+@pytest.mark.slow
+def test_the_compiler_of_gpus_takes_a_run_on_several_nodes(config):
+    chip, devices = topologies.load("h100:2x2")
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({"mesh.fsdp": 4, "generator_every": 1})
+    result = plan(config, chip, devices)
+    assert result.fits and result.kind == gpus.TARGETS["h100"].name
+    step = result.steps[True]
+    assert 0 < step.total < GIB and step.traffic.sent["all-gather"] > 0
+    # Of every ring of four, half of what is sent goes over the network, from one of two cards.
+    gathered = step.traffic.sent["all-gather"] + step.traffic.sent["all-reduce"]
+    assert gathered / 2 <= step.traffic.network < sum(step.traffic.sent.values())
+    assert not step.traffic.unknown_loops and 0 < step.least_seconds < step.most_seconds
