@@ -19,7 +19,7 @@ from dmd_jax.data.images import Images, load
 from dmd_jax.data.prompts import Prompts
 
 SHARD = 16  # trajectories of videos per file: some 400 MB of Wan's
-IMAGE_SHARD = 1024
+IMAGE_SHARD = 256  # of 512 x 512 pixels some 800 MB
 
 
 def write(

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from dmd_jax.data import Images, Source
 from dmd_jax.quality.classifier import Classifier
@@ -24,9 +24,7 @@ class LogProbability:
 
     classifier: Classifier
 
-    def __call__(
-        self, x0: Float32[Array, "B H W C"], cond: Int[Array, " B"]
-    ) -> Float32[Array, " B"]:
+    def __call__(self, x0: Float[Array, "B H W C"], cond: Int[Array, " B"]) -> Float32[Array, " B"]:
         """x0 in [-1, 1]; what lies outside is seen as its nearest colour, as in a file."""
         logits, _ = self.classifier(jnp.clip(x0.astype(jnp.float32), -1.0, 1.0))
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), cond[:, None], axis=1)
