@@ -1,5 +1,6 @@
 """Roles beside one network's file: a discriminator's features, a reward, and experts."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -58,6 +59,18 @@ def test_features_of_a_role_that_is_not_there_are_refused(config):
         build(config, jax.devices()[:1])
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Bright:
+    """The reward of docs/methods.md."""
+
+    def load(self, source):
+        return self
+
+    def __call__(self, x0, cond):
+        return jnp.mean(x0, axis=(1, 2, 3))
+
+
 @pytest.fixture
 def rewarded(teacher, data_dir):
     return programs.config(teacher, data_dir, variant="reward", **{"evaluate.steps": (4,)})
@@ -70,6 +83,12 @@ def test_a_rewards_network_is_an_argument_of_the_step(rewarded):
     assert [x.shape for x in jax.tree.leaves(shape)] == [x.shape for x in jax.tree.leaves(loaded)]
     count = sum(x.size for x in jax.tree.leaves(loaded))
     assert f"reward      {count:>14,}    stored" in describe(run)
+
+
+def test_a_reward_without_a_network_is_its_own_class(rewarded):
+    rewarded.reward = complete(ConfigDict(dict(cls=Bright)))
+    run = build(rewarded, jax.devices()[:1])
+    assert run.load_frozen()["reward"] == run.frozen_shape()["reward"] == Bright()
 
 
 def test_a_reward_that_is_missing_or_does_not_fit_is_refused(rewarded):
