@@ -8,6 +8,8 @@ Variants and their commands:
     python -m dmd_jax.main --config=configs/dmd.py:any_step    a student for any number of steps
     python -m dmd_jax.main --config=configs/dmd.py:dmd2        a student for 4 steps, with a GAN
     python -m dmd_jax.main --config=configs/dmd.py:f_distill   the same, by Jensen-Shannon
+    python -m dmd_jax.main --config=configs/dmd.py:dmd1        a student for 1 step, from pairs too
+    python -m dmd_jax.main --config=configs/dmd.py:reward      a student for 4 steps, of high reward
     python -m dmd_jax.main --config=configs/dmd.py:decoupled   a student for 4 steps, decoupled
     python -m dmd_jax.main --config=configs/dmd.py:phased      the same, in phases of two experts
     python -m dmd_jax.main --config=configs/dmd.py:tdm         each call a phase, one network (TDM)
@@ -25,8 +27,12 @@ minutes on two CPU cores. Expect, as means of three seeds, an FD-MNIST64 of 0.51
 2 and 1.23 in 1 from the first, and 0.81 from `one_step`; the teacher has 0.36 in 50. `dmd2` takes
 16 TFLOP and had 0.36 in 4 steps with one seed; it and `f_distill` train on real digits too. `lora`
 trains adapters of rank 16 on the teacher's weights. What the others reach in half the work of the
-default, `benchmarks/methods.py` shows and docs/choosing.md tells; `lora` was run for some steps
-only. `consistency`, `scm`, `meanflow` and `rcm` learn from real digits too.
+default, `benchmarks/methods.py` shows and docs/choosing.md tells; `lora`, `dmd1` and `reward` were
+run for some steps only. `consistency`, `scm`, `meanflow` and `rcm` learn from real digits too;
+`reward` from a classifier, the one that also judges it; `dmd1` from pairs of a noise and what its
+teacher makes of it, which have to be made first:
+
+    python -m dmd_jax.ode_pairs --checkpoint=mnist_teacher --guidance=1.5 --num=5000 --out=pairs
 
 `wan_tiny` generates videos of moving digits from captions, after a few minutes on these cores. The
 student starts from its teacher and the fake score from a smaller network. Both are shipped and were
@@ -49,20 +55,23 @@ the new class has then keep their defaults; to set them, write the section in a 
 import ml_collections
 from ml_collections import config_dict
 
-from dmd_jax.data import MovingDigits, Prompts
+from dmd_jax.data import ImagePairs, MovingDigits, Prompts
 from dmd_jax.methods.consistency import Consistency
 from dmd_jax.methods.decoupled_dmd import DecoupledDMD
 from dmd_jax.methods.dmd import DMD
+from dmd_jax.methods.dmd1 import DMD1
 from dmd_jax.methods.dmd2 import DMD2
 from dmd_jax.methods.f_distill import FDistill
 from dmd_jax.methods.mean_flow import MeanFlow
 from dmd_jax.methods.phased_dmd import PhasedDMD
 from dmd_jax.methods.rcm import RCM
+from dmd_jax.methods.reward_dmd import RewardDMD
 from dmd_jax.methods.scm import SCM
 from dmd_jax.methods.sid import SiD
 from dmd_jax.models.discriminator import DiscriminatorConfig
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, T2V_A14B
 from dmd_jax.quality.evaluation import Evaluation
+from dmd_jax.quality.rewards import LabelProbability
 from dmd_jax.training.adapters import LoRA
 from dmd_jax.training.checkpoints import Checkpoints
 from dmd_jax.training.configuration import complete, unknown
@@ -141,6 +150,18 @@ def _any_step(config):
     config.evaluate.steps = (8, 4, 3, 2, 1)
 
 
+def _dmd1(config):
+    _one_step(config)
+    config.method.update(cls=DMD1, regression_weight=0.25)
+    config.data = dict(
+        cls=ImagePairs,
+        pairs="pairs",
+        name="mnist5k",
+        split="train",
+        data_dir=config_dict.placeholder(str),
+    )
+
+
 def _sid(config):
     config.method.cls = SiD
     _larger_batches(config)
@@ -161,6 +182,12 @@ def _dmd2(config):
 def _f_distill(config):
     _dmd2(config)
     config.method.cls = FDistill
+
+
+def _reward(config):
+    config.method.update(cls=RewardDMD, strides=(1,), beta=0.0, reward_weight=0.05)
+    config.reward = dict(cls=LabelProbability)
+    config.evaluate.steps = (4,)
 
 
 def _decoupled(config):
@@ -312,9 +339,11 @@ VARIANTS = {
     "": _four_steps,
     "one_step": _one_step,
     "any_step": _any_step,
+    "dmd1": _dmd1,
     "sid": _sid,
     "dmd2": _dmd2,
     "f_distill": _f_distill,
+    "reward": _reward,
     "decoupled": _decoupled,
     "phased": _phased,
     "tdm": _tdm,

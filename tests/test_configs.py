@@ -6,11 +6,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import programs
 import pytest
 from ml_collections import ConfigDict
 
-from dmd_jax.data import MovingDigits, Prompts
+from dmd_jax.data import ImagePairs, MovingDigits, Prompts, trajectories
 from dmd_jax.methods.causal_pretrain import TeacherForcing
 from dmd_jax.training.configuration import complete, defaults, differences, flatten
 from dmd_jax.training.run import build, describe
@@ -31,13 +32,23 @@ def short_config(name, variant, teacher, data_dir):
         config.data.embeddings, config.data.latents = (
             f"{data_dir}/moving_{part}" for part in ("embeddings", "latents")
         )
-    elif "cls" not in config.data:
+    elif config.data.get("cls") in (None, ImagePairs):
         config.data.data_dir = data_dir
+        if "pairs" in config.data:
+            config.data.pairs = one_pair(f"{data_dir}/pairs")
         if "teacher" in config:
             config.teacher.weights = str(teacher)
         if "discriminator" in config:
             config.discriminator.model.blocks = (0,)  # of the tiny teacher's one layer
     return config
+
+
+def one_pair(path):
+    """Writes a folder of one pair of a noise and an image."""
+    shape = (28, 28, 1)
+    pair = np.zeros((2, *shape))
+    trajectories.write(path, [(0, 0)], lambda _: pair, shape, levels=[1.0], source={})
+    return path
 
 
 def batch_shape(run):
@@ -49,6 +60,8 @@ def batch_shape(run):
     batch = {"cond": condition, "uncond": condition}
     if run.method.uses_data:
         batch["data"] = jax.ShapeDtypeStruct((size, *run.source.sample_shape), jnp.float32)
+    if isinstance(run.source, ImagePairs):
+        batch["trajectory"] = {time: batch["data"] for time in (1.0, 0.0)}
     return batch
 
 

@@ -6,6 +6,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from toys import weights as random_weights
 
@@ -203,6 +204,35 @@ def test_a_teacher_of_other_blocks_or_another_context_is_refused(
     weights.save(path, weights.denoiser(teacher), **notes)
     output = program(checkpoint=path)
     assert output.startswith("error: ") and complaint in output, output
+
+
+def test_pairs_of_images_are_noises_and_the_ends_that_the_sampler_reaches(
+    call, tmp_path, capsys, monkeypatch
+):
+    """For the classes in turn, on eight devices."""
+    path, out = programs.save_tiny(tmp_path / "teacher.safetensors"), tmp_path / "pairs"
+    monkeypatch.setattr(trajectories, "IMAGE_SHARD", 8)
+    flags = [f"--checkpoint={path}", f"--out={out}", "--guidance=2", "--steps=4", "--batch=8"]
+    assert call(ode_pairs, *flags, "--num=13") is None
+    output = capsys.readouterr().out
+    assert "image 8 of 13" in output and "13 trajectories, [2, 28, 28, 1] each" in output
+    store = trajectories.Trajectories(out)
+    np.testing.assert_array_equal(store.prompt, np.arange(13) % 10)
+    noise = randomness.normal(jax.random.key(0), jnp.arange(13), (28, 28, 1))
+    labels = jnp.arange(13) % 10
+    ends = ManyStep(4, guidance=2.0)(
+        weights.denoiser(path), noise, labels, jnp.full(13, 10), None, None
+    )
+    np.testing.assert_allclose(store.rows(range(13))[:, 0], noise, rtol=2**-10, atol=1e-6)
+    np.testing.assert_allclose(store.rows(range(13))[:, 1], ends, rtol=2e-3, atol=2e-3)
+    assert "has latents with source = " in call(ode_pairs, *flags, "--num=14")
+
+
+def test_a_teacher_of_images_takes_no_videos(program, tmp_path):
+    path = programs.save_tiny(tmp_path / "teacher.safetensors")
+    output = program(checkpoint=path, frames_per_block=None)
+    assert "--embeddings: " in output and "makes images, of classes" in output
+    assert "name the folder of the captions' embeddings" in program(embeddings=None)
 
 
 CHANNELS_FIRST = (4, 2, 2, 2)  # F C H W

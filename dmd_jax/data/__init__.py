@@ -4,6 +4,7 @@
     source = Prompts(embeddings, shape)          prompts, embedded by `python -m dmd_jax.embed`
     source = Prompts(embeddings, shape, latents)  and videos, encoded by `python -m dmd_jax.encode`
     source = OdePairs(embeddings, shape, pairs)   a teacher's ODE along them, by `dmd_jax.ode_pairs`
+    source = ImagePairs(pairs, "mnist5k")        the same of a teacher of images
     batches = Batches(source, 64, seed=0)        batches[step], or batches.iterate(start_step)
     images, labels = arrays(source)              a whole split of images, for metrics
 
@@ -19,11 +20,12 @@ from dmd_jax.data.moving_digits import MovingDigits
 from dmd_jax.data.pixels import to_float, to_uint8
 from dmd_jax.data.prompts import Prompts
 from dmd_jax.data.source import Source
-from dmd_jax.data.trajectories import OdePairs
+from dmd_jax.data.trajectories import ImagePairs, OdePairs
 
 __all__ = [
     "Batches",
     "BouncingDigits",
+    "ImagePairs",
     "Images",
     "MovingDigits",
     "OdePairs",

@@ -3,7 +3,7 @@
     latents.json        shape, count (null until `write` is done), latents per shard, source
     00000.prompts.npy   int32 [n]: for each latent of a shard, the row of its text embedding
     00000.npy           float16 [n, F, H, W, C], memory-mapped by the reader; of trajectories
-                        (`data.trajectories`), [n, T, F, H, W, C]
+                        (`data.trajectories`), [n, T, F, H, W, C], or [n, T, H, W, C] of images
 
 A file gets its name when it is complete, and a shard's latents are written last: `write` resumes
 after the complete shards. This file imports only numpy.

@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.diffusion.schedule import check_step_times, check_times, shift_time
+from dmd_jax.diffusion.schedule import Samples, check_step_times, check_times, shift_time
 from dmd_jax.losses.distribution_matching import denoising_loss
 from dmd_jax.methods import Batch, Nets, Observed, OneKey, Scalar
 from dmd_jax.models.attention import Causal
@@ -76,31 +78,44 @@ class CausalODE:
         Raises:
             ValueError: the batch has no trajectories, or those of other times.
         """
-        levels, points = self._points(batch)
-        number = randomness.per_sample(
-            lambda k: jax.random.randint(k, (), 0, len(levels)), key, batch["index"]
-        )
-        x_t = points[number, jnp.arange(points.shape[1])]
+        x_t, t = trajectory_points(batch, self.times, self.shift, key)
         student = TeacherForced(generator, self.causal)
-        x0 = student(x_t, levels[number], After(batch["cond"], batch["data"]))
+        x0 = student(x_t, t, After(batch["cond"], batch["data"]))
         return denoising_loss(x0, batch["trajectory"][0.0]), ({}, None)
 
-    def _points(self, batch):
-        """(times of the levels [T], the points there [T, B, *sample_shape])."""
-        if "trajectory" not in batch:
-            raise ValueError(
-                "CausalODE learns from trajectories: make them with `python -m dmd_jax.ode_pairs`, "
-                "and read them by config.data = dict(cls=OdePairs, ...)"
-            )
-        wanted = [float(shift_time(t, self.shift)) for t in self.times]
-        stored = sorted((t for t in batch["trajectory"] if t), reverse=True)
-        if len(stored) != len(wanted) or not all(map(_near, stored, wanted)):
-            raise ValueError(
-                f"the trajectories have points at the times {_rounded(stored)}, but times="
-                f"{self.times} with shift={self.shift} are {_rounded(wanted)}: give the method the "
-                "times and the shift with which `python -m dmd_jax.ode_pairs` was called"
-            )
-        return jnp.float32(stored), jnp.stack([batch["trajectory"][t] for t in stored])
+
+def trajectory_points(
+    batch: Batch, times: Sequence[float], shift: float, key: OneKey
+) -> tuple[Samples, Float32[Array, " B"]]:
+    """One point of each trajectory of a batch, drawn among the student's times: (x_t, t).
+
+    Args:
+        batch: of `data.OdePairs` or `data.ImagePairs`.
+        times: of the student's calls, before the shift.
+        shift: of these calls.
+        key: of the draw.
+
+    Raises:
+        ValueError: the batch has no trajectories, or those of other times.
+    """
+    if "trajectory" not in batch:
+        raise ValueError(
+            "this method learns from trajectories: make them with `python -m dmd_jax.ode_pairs`, "
+            "and read them by config.data = dict(cls=OdePairs, ...), or ImagePairs"
+        )
+    wanted = [float(shift_time(t, shift)) for t in times]
+    stored = sorted((t for t in batch["trajectory"] if t), reverse=True)
+    if len(stored) != len(wanted) or not all(map(_near, stored, wanted)):
+        raise ValueError(
+            f"the trajectories have points at the times {_rounded(stored)}, but times="
+            f"{times} with shift={shift} are {_rounded(wanted)}: give the method the "
+            "times and the shift with which `python -m dmd_jax.ode_pairs` was called"
+        )
+    levels, points = jnp.float32(stored), jnp.stack([batch["trajectory"][t] for t in stored])
+    number = randomness.per_sample(
+        lambda k: jax.random.randint(k, (), 0, len(levels)), key, batch["index"]
+    )
+    return points[number, jnp.arange(points.shape[1])], levels[number]
 
 
 def _near(a, b):

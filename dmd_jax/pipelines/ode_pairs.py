@@ -1,6 +1,7 @@
-"""Trajectories for `methods.causal_ode`: solved by a causal teacher, or converted.
+"""Trajectories of a teacher's ODE: for `methods.causal_ode` and, of images, for `methods.dmd1`.
 
-Both functions write folders that `data.OdePairs` reads. Imports `sampling` and the rooms below.
+All functions write folders: of videos for `data.OdePairs`, of images for `data.ImagePairs`. Imports
+`sampling` and the rooms below.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from dmd_jax.data.latents import Latents
 from dmd_jax.devices import randomness, sharding
 from dmd_jax.devices.disk import check_writable, local_path
 from dmd_jax.devices.paths import named_leaves
-from dmd_jax.diffusion.denoiser import guided
+from dmd_jax.diffusion.denoiser import Denoiser, guided
 from dmd_jax.diffusion.schedule import (
     check_step_times,
     check_steps,
@@ -33,6 +34,7 @@ from dmd_jax.rollouts.ode import check_kept, trajectory
 from dmd_jax.rollouts.teacher_forcing import After, TeacherForced, check_video
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
+IMAGES = 250  # in one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Solution:
     """How a teacher's ODE is solved.
 
     Attributes:
-        causal: blocks, window and sink of the teacher.
+        causal: blocks, window and sink of the teacher; None for a teacher of images.
         times: the stored points before the shift; among the times of the steps.
         shift: time shift of the steps.
         steps: Euler steps.
@@ -51,7 +53,7 @@ class Solution:
         ValueError: a number is out of range, or a stored point lies between two steps.
     """
 
-    causal: Causal = Causal()
+    causal: Causal | None = Causal()
     times: tuple[float, ...] = TIMES
     shift: float = 5.0
     steps: int = 48
@@ -68,6 +70,10 @@ class Solution:
     def levels(self):
         """The times of the stored points, after the shift."""
         return [float(shift_time(t, self.shift)) for t in self.times]
+
+
+# From noise to the end in one call of the student.
+OF_IMAGES = Solution(causal=None, times=(1.0,), shift=1.0, steps=50, guidance=1.0)
 
 
 def solve(
@@ -107,28 +113,91 @@ def solve(
     check_writable(out)
     teacher = load_denoiser(checkpoint, dtype=dtype)
     source.require_fit(f"the teacher at {checkpoint}", teacher.net.config)
-    batch, start = sharding.even_batch(batch), time.time()
+    work = _Work(teacher, how, real.shape, real.prompt.tolist(), source.examples, batch, progress)
+    return work.write(out, videos=real.source)
 
-    @functools.lru_cache(maxsize=1)
-    def solved(first):
-        index = np.arange(first, first + batch) % len(source)  # one shape, one compilation
-        examples = source.examples(index)
-        points = _solve(teacher, jax.random.key(how.seed), index, examples, how)
-        points = np.asarray(sharding.replicate(points))
-        done = min(first + batch, len(source))
-        progress(f"video {done} of {len(source)}, {time.time() - start:.1f} s")
-        return points
 
-    def row(number):
-        return solved(number - number % batch)[number % batch]
+def solve_images(
+    checkpoint: str | PathLike,
+    out: str | PathLike,
+    how: Solution = OF_IMAGES,
+    *,
+    num: int = 10_000,
+    batch: int = IMAGES,
+    dtype: str = "float32",
+    progress: Callable[[str], None] = lambda line: None,
+) -> trajectories.Trajectories:
+    """Solves a teacher's ODE from noises, for all classes in turn (DMD, Yin et al. 2023).
 
-    made_by = dataclasses.asdict(how) | {
-        "teacher": weights.digest(named_leaves(teacher.net).items()),
-        "videos": real.source,
-    }
-    numbered = enumerate(real.prompt.tolist())
-    trajectories.write(out, numbered, row, real.shape, levels=how.levels, source=made_by)
-    return trajectories.Trajectories(out)
+    On the current mesh (`jax.set_mesh`) or the first device. For the other arguments and errors,
+    see `solve`.
+
+    Args:
+        checkpoint: a teacher of images of a class.
+        num: trajectories.
+    """
+    check_writable(out := local_path(out))
+    teacher = load_denoiser(checkpoint, dtype=dtype)
+    classes, shape = teacher.net.config.num_classes, teacher.net.config.sample_shape
+
+    def conditions(index):
+        labels = np.int32(index % classes)
+        return {"cond": labels, "uncond": np.full_like(labels, classes)}
+
+    labels = conditions(np.arange(num))["cond"].tolist()
+    work = _Work(teacher, how, shape, labels, conditions, batch, progress)
+    return work.write(out, num=num)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Work:
+    """The trajectories of one call, solved in batches and written as rows.
+
+    Attributes:
+        teacher: the Denoiser.
+        how: which ODE.
+        shape: of one sample.
+        conditions: for each trajectory, the row of its prompt or its label.
+        examples: int [n] -> {"cond", "uncond" and, of videos, "data"} of these trajectories.
+        batch: trajectories in one call, before it is made even for the devices.
+        progress: as for `solve`.
+    """
+
+    teacher: Denoiser
+    how: Solution
+    shape: tuple[int, ...]
+    conditions: list[int]
+    examples: Callable[[np.ndarray], dict]
+    batch: int
+    progress: Callable[[str], None]
+
+    def write(self, out, **source):
+        """Solves what is missing in the folder, and opens it."""
+        count, batch, start = len(self.conditions), sharding.even_batch(self.batch), time.time()
+        root, what = jax.random.key(self.how.seed), "image" if self.how.causal is None else "video"
+
+        @functools.lru_cache(maxsize=1)
+        def solved(first):
+            index = np.arange(first, first + batch) % count  # one shape, one compilation
+            points = _solve(self.teacher, root, index, self.examples(index), self.how, self.shape)
+            points = np.asarray(sharding.replicate(points))
+            done = min(first + batch, count)
+            self.progress(f"{what} {done} of {count}, {time.time() - start:.1f} s")
+            return points
+
+        def row(number):
+            return solved(number - number % batch)[number % batch]
+
+        digest = weights.digest(named_leaves(self.teacher.net).items())
+        trajectories.write(
+            out,
+            enumerate(self.conditions),
+            row,
+            self.shape,
+            levels=self.how.levels,
+            source=dataclasses.asdict(self.how) | {"teacher": digest} | source,
+        )
+        return trajectories.Trajectories(out)
 
 
 def _require_trained(checkpoint, causal):
@@ -146,27 +215,30 @@ def _require_trained(checkpoint, causal):
         )
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def _solve(teacher, root, index, examples, how):
-    """float32 [B, points + 2, F, H, W, C]: the stored points, the end, the real video."""
+@functools.partial(jax.jit, static_argnames=("how", "shape"))
+def _solve(teacher, root, index, examples, how, shape):
+    """float32 [B, T, *shape]: the stored points, the end and, of videos, the real one."""
     index, examples = sharding.shard_batch((index, examples))
-    video = examples["data"]
-    cond, uncond = After(examples["cond"], video), After(examples["uncond"], video)
-    forced = TeacherForced(teacher, how.causal)
+    network, cond, uncond = teacher, examples["cond"], examples["uncond"]
+    if how.causal is not None:
+        network = TeacherForced(teacher, how.causal)
+        cond, uncond = (After(each, examples["data"]) for each in (cond, uncond))
 
     def denoiser(x_t, t, cond):
-        return guided(forced, x_t, t, cond, uncond, how.guidance)
+        return guided(network, x_t, t, cond, uncond, how.guidance)
 
     points = trajectory(
         denoiser,
-        randomness.normal(root, index, video.shape[1:]),
+        randomness.normal(root, index, shape),
         cond,
         times=step_times(how.steps),
         kept=how.times,
         schedule=teacher.schedule,
         shift=how.shift,
     )
-    return jnp.concatenate([points, video[:, None]], axis=1)
+    if how.causal is None:
+        return points
+    return jnp.concatenate([points, examples["data"][:, None]], axis=1)
 
 
 def convert(

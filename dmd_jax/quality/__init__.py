@@ -7,6 +7,7 @@ evaluation        settings (`config.evaluate`), and the rows of a table
 evaluator         judges one run: previews during training, report.md at the end
 report            tables and figures as files
 metric_network    trains the classifier
+rewards           numbers that a run is trained to raise (`config.reward`)
 
 Imports the rooms below.
 """

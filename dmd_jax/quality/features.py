@@ -102,20 +102,7 @@ def load_features(path: str | Path = SHIPPED) -> Features:
     path = weights.find(path)
     header, tensors = _read(path)
     if header:
-        try:
-            name, config = str(header["name"]), ClassifierConfig(**header["model"])
-            classes = tuple(header["classes"]) if "classes" in header else None
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its header is of no metric network: {error!r}") from None
-        return Features(
-            name,
-            fingerprint(tensors),
-            config.features,
-            functools.partial(extract, _classifier(path, config, tensors)),
-            (config.channels,),
-            header.get("data"),
-            classes,
-        )
+        return _of_classifier(path, header, tensors)[0]
     if "Mixed_5b.branch1x1.conv.weight" in tensors:
         look = _inception_extract(path, tensors)
         return Features("FID", fingerprint(tensors), INCEPTION_DIM, look, channels=(1, 3))
@@ -123,6 +110,42 @@ def load_features(path: str | Path = SHIPPED) -> Features:
         f"{path} holds neither a metric network (of python -m dmd_jax.metric_network) nor "
         "the weights of Inception"
     )
+
+
+def load_classifier(path: str | Path, images: Images) -> Classifier:
+    """The classifier that `metric_network.py` trained, for images that it fits.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_features`; or the file holds no classifier, or one
+            of other images or classes.
+    """
+    path = weights.find(path)
+    header, tensors = _read(path)
+    if not header:
+        raise ValueError(f"{path} holds no classifier of python -m dmd_jax.metric_network")
+    features, classifier = _of_classifier(path, header, tensors)
+    features.require_fit(images)
+    return classifier
+
+
+def _of_classifier(path, header, tensors) -> tuple[Features, Classifier]:
+    """(its features, the network) of a file of `save_classifier`."""
+    try:
+        name, config = str(header["name"]), ClassifierConfig(**header["model"])
+        classes = tuple(header["classes"]) if "classes" in header else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its header is of no metric network: {error!r}") from None
+    classifier = _classifier(path, config, tensors)
+    features = Features(
+        name,
+        fingerprint(tensors),
+        config.features,
+        functools.partial(extract, classifier),
+        (config.channels,),
+        header.get("data"),
+        classes,
+    )
+    return features, classifier
 
 
 def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:

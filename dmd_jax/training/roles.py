@@ -182,6 +182,29 @@ def load_vae(config, mesh):
     return weights.load(config.vae.weights, part="vae", shardings=places)
 
 
+def reward(config, source):
+    """The callable of `config.reward`, a class with `load(source)` such as `LabelProbability`.
+
+    Raises:
+        ValueError: there is no such section, or the reward does not fit the data.
+    """
+    if "reward" not in config:
+        raise ValueError(
+            f"{config.method.cls.__name__} needs a reward: set config.reward = "
+            "dict(cls=LabelProbability), or a class of your own (docs/methods.md)"
+        )
+    spec = construct(config.reward, "config.reward")
+    try:
+        return spec.load(source)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"config.reward: {error}") from error
+
+
+def load_reward(config, source, mesh):
+    """`reward`, whole on every device."""
+    return jax.device_put(reward(config, source), jax.sharding.NamedSharding(mesh, jax.P()))
+
+
 def abstract_discriminator(config, scores):
     """The abstract heads of `config.discriminator`, for the features that the method names.
 

@@ -47,7 +47,7 @@ class Run:
         frozen: {role: Denoiser}, not trained, in their compute dtype: the method's, and the bases
             of adapters.
         bind: what is trained and what is frozen become the networks that the method sees.
-        vae: the autoencoder, for a method that needs one; None for others.
+        others: frozen trees that are no Denoisers, of methods that need them: "vae", "reward".
         tx: the optimizer of all trainable roles.
         ema: the generator's averages.
         source: the training data.
@@ -61,7 +61,7 @@ class Run:
     nets: dict[str, Denoiser]
     frozen: dict[str, Denoiser]
     bind: adapters.Bind
-    vae: Any
+    others: dict[str, Any]
     tx: Any
     ema: EMA
     source: data.Source
@@ -128,8 +128,7 @@ class Run:
 
     def frozen_shape(self):
         """The frozen nets, as jax.ShapeDtypeStructs with shardings."""
-        placed = roles.placed(self.frozen, self.frozen, self.mesh)
-        return placed if self.vae is None else placed | {"vae": self.vae}
+        return roles.placed(self.frozen, self.frozen, self.mesh) | self.others
 
     def load_frozen(self):
         """The frozen nets, loaded and placed."""
@@ -138,8 +137,10 @@ class Run:
         for name, to in shape.items():  # cast one by one: files may hold float32
             net = roles.load(self.config, adapters.config_role(name), to)
             loaded[name] = jax.tree.map(lambda x, to: x.astype(to.dtype), net, to)
-        if self.vae is not None:
+        if "vae" in self.others:
             loaded["vae"] = roles.load_vae(self.config, self.mesh)
+        if "reward" in self.others:
+            loaded["reward"] = roles.load_reward(self.config, self.source, self.mesh)
         return loaded
 
     def batches(self, step):
@@ -188,7 +189,7 @@ def build(config, devices=None, *, files=True):
         nets=nets,
         frozen=frozen,
         bind=bind,
-        vae=roles.abstract_vae(config, files=files) if needs_vae(method) else None,
+        others=_others(config, method, source, files),
         tx=_optimizer(config, nets),
         ema=construct(config.ema, "config.ema"),
         source=source,
@@ -218,9 +219,14 @@ def _check_networks(method, nets):
             )
 
 
-def needs_vae(method):
-    """Whether a method calls an autoencoder."""
-    return getattr(method, "needs_vae", False)
+def _others(config, method, source, files):
+    """The abstract autoencoder and reward, where the method calls them."""
+    others = {}
+    if getattr(method, "needs_vae", False):
+        others["vae"] = roles.abstract_vae(config, files=files)
+    if getattr(method, "needs_reward", False):
+        others["reward"] = jax.eval_shape(lambda: roles.reward(config, source))
+    return others
 
 
 def _check_entries(config):
@@ -230,7 +236,7 @@ def _check_entries(config):
     kind = config.method.cls
     roles = (*kind.trainable, *kind.frozen)
     for name in config:
-        if name not in (*KEYS, *roles, "vae"):
+        if name not in (*KEYS, *roles, "vae", "reward"):
             raise ValueError(unknown(f"config.{name}", name, (*KEYS, *roles)))
     needed = [*KEYS, *roles, *(f"{role}.weights" for role in roles)]
     needed += [f"{role}.optimizer" for role in kind.trainable]
@@ -337,7 +343,8 @@ def _evaluator(config, method, source):
         teachers = [
             _teacher_sampler(method, steps, spec.teacher_guidance) for steps in spec.teacher_steps
         ]
-        evaluator = Evaluator(spec, source, own, teachers, config.batch_size)
+        judged = getattr(source, "images", source)  # of pairs, the images that they are like
+        evaluator = Evaluator(spec, judged, own, teachers, config.batch_size)
         evaluator.check()
     except ValueError as error:
         raise ValueError(f"config.evaluate: {error}") from error
@@ -365,9 +372,9 @@ def describe(run):
         size = count * jnp.dtype(dtype).itemsize / 2**20
         base = f", adapter of {run.bind.bases[role]}" if role in run.bind.bases else ""
         lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB{base}")
-    if run.vae is not None:
-        count = sum(x.size for x in jax.tree.leaves(run.vae))
-        lines.append(f"{'vae':<12}{count:>14,}{'stored':>10}{mebibytes(run.vae):>10.1f} MiB")
+    for name, tree in run.others.items():
+        count = sum(x.size for x in jax.tree.leaves(tree))
+        lines.append(f"{name:<12}{count:>14,}{'stored':>10}{mebibytes(tree):>10.1f} MiB")
     lines += [
         f"{'average':<36}{mebibytes((state.ema, state.more_ema)):>10.1f} MiB",
         f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",

@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from dmd_jax.data import Batches, OdePairs, Prompts, embeddings, latents, trajectories
+from dmd_jax.data import (
+    Batches,
+    ImagePairs,
+    OdePairs,
+    Prompts,
+    embeddings,
+    latents,
+    trajectories,
+)
 
 SHAPE, LEVELS = (2, 4, 4, 3), (1.0, 0.9375, 0.625)
 
@@ -90,3 +98,49 @@ def test_what_is_foreign_or_truncated_is_told(texts, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"00001.npy is damaged"):
         OdePairs(texts, SHAPE, str(pairs)).open()
+
+
+DIGIT = (28, 28, 1)
+
+
+def write_images(path, count=12, shape=DIGIT, labels=10, levels=(1.0, 0.5)):
+    """Point i of trajectory n is n + i / 8; the labels take turns."""
+
+    def solve(number):
+        points = number + np.arange(len(levels) + 1) / 8
+        return np.broadcast_to(points[:, None, None, None], (len(points), *shape))
+
+    numbered = ((i, i % labels) for i in range(count))
+    trajectories.write(path, numbered, solve, shape, levels=levels, source={})
+    return str(path)
+
+
+def test_a_batch_of_images_has_the_points_by_their_times_and_labels(tmp_path, data_dir):
+    source = ImagePairs(write_images(tmp_path / "pairs"), data_dir=data_dir)
+    source.open()
+    assert len(source) == 12 and source.sample_shape == DIGIT and len(source.images) == 4000
+    batch = source.examples([11, 4])
+    assert set(batch) == {"trajectory", "cond", "uncond"}
+    assert set(batch["trajectory"]) == {1.0, 0.5, 0.0}
+    for i, time in enumerate((1.0, 0.5, 0.0)):
+        points = batch["trajectory"][time]
+        assert points.shape == (2, *DIGIT) and points.dtype == np.float32
+        np.testing.assert_array_equal(points[:, 3, 4, 0], np.array([11, 4]) + i / 8)
+    np.testing.assert_array_equal(batch["cond"], [1, 4])
+    np.testing.assert_array_equal(batch["uncond"], [10, 10])
+    first = Batches(source, 6, seed=0)[0]
+    assert first["cond"].dtype == np.int32 and first["trajectory"][0.0].shape == (6, *DIGIT)
+
+
+def test_pairs_of_other_images_are_refused(tmp_path, data_dir):
+    def opened(name, **changes):
+        ImagePairs(write_images(tmp_path / name, **changes), data_dir=data_dir).open()
+
+    with pytest.raises(
+        ValueError, match=r"trajectories of \(8, 8, 1\), but the images of 'mnist5k'"
+    ):
+        opened("small", shape=(8, 8, 1))
+    with pytest.raises(ValueError, match="has the label 10, but 'mnist5k' has 10 classes"):
+        opened("more", labels=11)
+    with pytest.raises(FileNotFoundError, match=r"python -m dmd_jax.ode_pairs --out="):
+        ImagePairs(str(tmp_path / "nowhere"), data_dir=data_dir).open()

@@ -1,5 +1,6 @@
-"""Roles of more than one network's file: a discriminator's features, and experts."""
+"""Roles beside one network's file: a discriminator's features, a reward, and experts."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -56,6 +57,48 @@ def test_features_of_a_role_that_is_not_there_are_refused(config):
     config.method.features = "teachers"
     with pytest.raises(ValueError, match=r"config\.method\.features='teachers'.*'teacher'"):
         build(config, jax.devices()[:1])
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Bright:
+    """The reward of docs/methods.md."""
+
+    def load(self, source):
+        return self
+
+    def __call__(self, x0, cond):
+        return jnp.mean(x0, axis=(1, 2, 3))
+
+
+@pytest.fixture
+def rewarded(teacher, data_dir):
+    return programs.config(teacher, data_dir, variant="reward", **{"evaluate.steps": (4,)})
+
+
+def test_a_rewards_network_is_an_argument_of_the_step(rewarded):
+    run = build(rewarded, jax.devices()[:1])
+    shape, loaded = run.frozen_shape()["reward"], run.load_frozen()["reward"]
+    assert jax.tree.structure(shape) == jax.tree.structure(loaded)
+    assert [x.shape for x in jax.tree.leaves(shape)] == [x.shape for x in jax.tree.leaves(loaded)]
+    count = sum(x.size for x in jax.tree.leaves(loaded))
+    assert f"reward      {count:>14,}    stored" in describe(run)
+
+
+def test_a_reward_without_a_network_is_its_own_class(rewarded):
+    rewarded.reward = complete(ConfigDict(dict(cls=Bright)))
+    run = build(rewarded, jax.devices()[:1])
+    assert run.load_frozen()["reward"] == run.frozen_shape()["reward"] == Bright()
+
+
+def test_a_reward_that_is_missing_or_does_not_fit_is_refused(rewarded):
+    rewarded.reward.network = "mnist_teacher"
+    with pytest.raises(ValueError, match=r"config\.reward: .* holds no classifier"):
+        build(rewarded, jax.devices()[:1])
+    with rewarded.unlocked():
+        del rewarded.reward
+    with pytest.raises(ValueError, match=r"RewardDMD needs a reward: set config\.reward"):
+        build(rewarded, jax.devices()[:1])
 
 
 @pytest.fixture
