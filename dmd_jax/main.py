@@ -25,7 +25,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import dmd_jax
-from dmd_jax.devices import cores
+from dmd_jax.devices import compilation, cores
 from dmd_jax.devices.disk import first_line
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.training import checkpoint, health, loop, profiling
@@ -67,7 +67,7 @@ def define_flags():
     )
     flags.DEFINE_string(
         "compilation_cache",
-        os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/dmd_jax"),
+        compilation.DIRECTORY,
         "Directory for compiled programs; '' for none.",
     )
     flags.DEFINE_bool("version", False, "Print the version, exit.")
@@ -148,10 +148,7 @@ def main(argv):
     logging.getLogger("dmd_jax").setLevel(logging.INFO)
     if len(argv) > 1:
         refuse(f"unknown argument {argv[1]!r}; options start with --")
-    if FLAGS.compilation_cache:
-        jax.config.update(
-            "jax_compilation_cache_dir", str(Path(FLAGS.compilation_cache).expanduser())
-        )
+    compilation.store_programs(FLAGS.compilation_cache)
     config = FLAGS.config
     expand_home(config)
     use_float32_products(*compute_dtypes(config))

@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
 
@@ -24,6 +25,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from dmd_jax.devices import compilation
 from dmd_jax.devices.disk import check_file, first_line, local_path, write_text
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.training import topologies
@@ -52,6 +54,11 @@ def define_flags():
         lower_bound=0,
     )
     flags.DEFINE_string("json", None, "A file for the plan as JSON.")
+    flags.DEFINE_string(
+        "compilation_cache",
+        compilation.DIRECTORY,
+        "Directory for compiled programs, where a run looks for its steps; '' for none.",
+    )
 
 
 def main(argv):
@@ -67,6 +74,7 @@ def main(argv):
         if FLAGS.json:
             check_file(local_path(FLAGS.json))
         chip, devices = topologies.load(FLAGS.topology, FLAGS.slices)
+        store_programs(devices[0].platform)
         result = searched(config, chip, devices) if FLAGS.search else plan(config, chip, devices)
     except (ValueError, OSError, ImportError) as error:
         refuse(error)
@@ -76,6 +84,14 @@ def main(argv):
     if FLAGS.json:
         write_text(local_path(FLAGS.json), json.dumps(result.json(), indent=2) + "\n")
     sys.exit(0 if result.fits else 1)
+
+
+def store_programs(platform):
+    """Stores the compiled steps for runs: docs/scale.md, "Compiled before the run"."""
+    if platform in ("cpu", "tpu"):  # a GPU's programs are tuned on the GPU
+        compilation.store_programs(FLAGS.compilation_cache)
+    # The compiler of a TPU that is not here cannot load what it has stored, and compiles it again.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
 
 
 def searched(config, chip, devices):

@@ -23,6 +23,21 @@ def test_the_parts_of_a_train_step_are_timed(teacher, data_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_gradient_of_a_teacher_in_int8_is_compared(teacher, data_dir, tmp_path):
+    overrides = programs.flags(tmp_path, programs.short(teacher, data_dir))
+    config = [flag for flag in overrides if not flag.startswith("--workdir")]
+    result = programs.python("benchmarks/int8.py", *config)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith(("flo", "bfl"))]
+    assert [row[:2] for row in rows] == [
+        ["float32", "int8"],
+        ["bfloat16", "bfloat16"],
+        ["bfloat16", "int8"],
+    ]
+    assert all(float(error) > 0.0 for row in rows for error in row[2:])
+
+
+@pytest.mark.slow
 def test_mistakes_are_refused_in_a_sentence_or_accepted():
     """A few of those that benchmarks/faults.py makes; its kills and damages take minutes."""
     script = "benchmarks/faults.py", "--kills=0", "--nodamage", "--inputs=40", "--seed=1"

@@ -133,20 +133,20 @@ def gather(layer, rules):
     return jax.tree_util.tree_map_with_path(whole, layer)
 
 
-# Names of the parts of an adapted kernel: in a network (`models.layers.LowRank`), or in an adapter.
-_FACTOR = re.compile(r"/(?:kernel/value/(base|A|B)|(A|B)/kernel)$")
+# Names of the parts of a kernel: of an `Int8` or a `LowRank` of models/layers, or in an adapter.
+_PART = re.compile(r"/(?:kernel/value/(values|scales|base|A|B)|(A|B)/kernel)$")
 
 
 def _find(rules, name, used=None):
     """The spec of the first rule that matches `name`; None if none does.
 
-    The factors of an adapter follow their kernel: A [in, rank] is split as its input axis, B
-    [rank, out] as its output axis.
+    The parts of a kernel follow it: A [in, rank] is split as its input axis, B [rank, out] and
+    scales [1, out] as its output axis.
     """
-    if factor := _FACTOR.search(name):
-        spec = _find(rules, name[: factor.start()] + "/kernel", used)
-        which = factor[1] or factor[2]
-        if not spec or which == "base":
+    if part := _PART.search(name):
+        spec = _find(rules, name[: part.start()] + "/kernel", used)
+        which = part[1] or part[2]
+        if not spec or which in ("values", "base"):
             return spec
         return P(spec[-2], None) if which == "A" else P(None, spec[-1])
     for pattern, spec in rules:

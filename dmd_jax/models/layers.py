@@ -1,6 +1,6 @@
 """Layers that several network families share: linear, time embedding, stacks of layers.
 
-Imports jax and flax.
+Imports jax, flax and `devices.paths`.
 """
 
 import dataclasses
@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from dmd_jax.devices.paths import path_name
 
 
 @jax.tree_util.register_dataclass
@@ -28,9 +30,35 @@ class LowRank:
     B: Any
     scale: float = dataclasses.field(metadata={"static": True})
 
+    @property
+    def plain(self):
+        """W."""
+        return self.base
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """In place of a kernel W [..., in, out]: whole multiples of one scale for each output channel.
+
+    They are the nearest to W: |W - values scales| <= scales / 2.
+
+    Attributes:
+        values: int8 [..., in, out], -127 ... 127.
+        scales: float32 [..., 1, out], the largest |W| of a channel over 127.
+    """
+
+    values: Any
+    scales: Any
+
+    @property
+    def plain(self):
+        """The rounded W, float32."""
+        return self.values * self.scales
+
 
 class Linear(nnx.Linear):
-    """nnx.Linear, whose kernel may be a `LowRank`: x W + scale (x A) B.
+    """nnx.Linear, whose kernel may be an `Int8` or a `LowRank`: x W + scale (x A) B.
 
     The sum W + scale A B is never formed. In bfloat16 it would drop every change that is smaller
     than half a unit in the last place of W, and its gradient would be a whole matrix.
@@ -38,19 +66,55 @@ class Linear(nnx.Linear):
 
     def __call__(self, x):
         kernel = self.kernel.get_value()
-        if not isinstance(kernel, LowRank):
+        if not _is_special(kernel):
             return super().__call__(x)
-        plain = jax.tree.map(_base, self, is_leaf=_is_low_rank)
-        x_, A, B = self.promote_dtype((x, kernel.A, kernel.B), dtype=self.dtype)
-        return nnx.Linear.__call__(plain, x) + kernel.scale * ((x_ @ A) @ B)
+        plain = jax.tree.map(_plain, self, is_leaf=_is_special)
+        out = nnx.Linear.__call__(plain, x)
+        if isinstance(kernel, Int8):
+            return out
+        x, A, B = self.promote_dtype((x, kernel.A, kernel.B), dtype=self.dtype)
+        return out + kernel.scale * ((x @ A) @ B)
 
 
-def _is_low_rank(x):
-    return isinstance(x, LowRank)
+def _is_special(x):
+    return isinstance(x, LowRank | Int8)
 
 
-def _base(x):
-    return x.base if _is_low_rank(x) else x
+def _plain(x):
+    return x.plain if _is_special(x) else x
+
+
+def in_int8(net):
+    """The shapes of a network with `Int8` in place of the kernels of its stacked layers.
+
+    What is not stacked (embeddings, modulation, head) is as it was: a small part of the weights.
+
+    Args:
+        net: a network, or its jax.ShapeDtypeStructs.
+
+    Raises:
+        ValueError: no layer of the network is a stacked `Linear`.
+    """
+    found = []
+
+    def rounded(layer):
+        if not isinstance(layer, Linear) or layer.kernel.ndim < 3:
+            return layer
+        found.append(layer)
+        *stack, _, out = layer.kernel.shape
+        scales = jax.ShapeDtypeStruct((*stack, 1, out), jnp.float32)
+        kernel = Int8(jax.ShapeDtypeStruct(layer.kernel.shape, jnp.int8), scales)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: kernel if path_name(path) == "kernel" else x, layer
+        )
+
+    result = jax.tree.map(rounded, net, is_leaf=lambda x: isinstance(x, Linear))
+    if not found:
+        raise ValueError(
+            "int8 is for layers that are `models.layers.Linear` and stacked by `stack`, and this "
+            "network has none (docs/training.md)"
+        )
+    return result
 
 
 def linear(inputs, outputs, *, dtype=jnp.float32, rngs, zero=False, bias=True):

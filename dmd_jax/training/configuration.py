@@ -49,6 +49,9 @@ def complete(config, where="config"):
     if "cls" in config:
         _complete_section(config)
         config["cls"] = _Class(config, where)
+    if "compute" in config and "weights_dtype" not in config.compute:  # of a role; see `roles`
+        with config.compute.unlocked():
+            config.compute.weights_dtype = config_dict.placeholder(str)
     return config.lock()
 
 

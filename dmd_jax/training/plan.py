@@ -281,12 +281,15 @@ def _device_bytes(x):
 
 
 def _inputs(run):
-    """(batch, key) of a step, as jax.ShapeDtypeStructs."""
-    split = jax.sharding.NamedSharding(run.mesh, jax.P(sharding.BATCH))
+    """(batch, key) of a step, as jax.ShapeDtypeStructs, placed as in a run: the same program."""
+    split, whole = (
+        jax.sharding.NamedSharding(run.mesh, spec) for spec in (jax.P(sharding.BATCH), jax.P())
+    )
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch_shape(run)
     )
-    return batch, jax.eval_shape(lambda: loop.root_key(run.config))
+    key = jax.eval_shape(lambda: loop.root_key(run.config))
+    return batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
 
 
 def _measured(step, compiled, run, chip, resident):

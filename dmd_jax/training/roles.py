@@ -1,9 +1,10 @@
 """The networks of a run by role ("generator", "fake_score", "teacher"): resolved, loaded, placed.
 
 A role is a section of the config: `weights` (a file, a name, "teacher" or "random"), `compute`
-(dtype, remat), if the file does not state them, `model`, `schedule` and `prediction`, and
-`experts` where it is several networks. A network is abstract, with jax.ShapeDtypeStruct in place of
-arrays, until `load`. Imports weights, models, diffusion and the configuration.
+(dtype, remat, weights_dtype), if the file does not state them, `model`, `schedule` and
+`prediction`, and `experts` where it is several networks. A network is abstract, with
+jax.ShapeDtypeStruct in place of arrays, until `load`. Imports weights, models, diffusion and the
+configuration.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.diffusion.denoiser import Denoiser, Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
+from dmd_jax.models import layers
 from dmd_jax.models.experts import Experts, combine
 from dmd_jax.models.wan_vae import SHARDING_RULES as VAE_RULES
 from dmd_jax.models.wan_vae import WanVAE
@@ -115,8 +117,14 @@ def abstract(config, role, *, source, files):
         files: False for a dry run: if `model` is stated, the file is not opened.
 
     Raises:
-        ValueError: the file cannot be used, its network is not `model`, or entries are missing.
+        ValueError: the file cannot be used, its network is not `model`, entries are missing, or
+            the role is trained and its weights are to be int8.
     """
+    if in_int8(config, role) and role in config.method.cls.trainable:
+        raise ValueError(
+            f"config.{role}.compute.weights_dtype='int8', but the {role} is trained, and eight "
+            "bits lose small updates: only networks that are not trained can be int8. Remove it"
+        )
     several = experts(config, role)
     if several is None:
         return _one(config, role, "transformer", source=source, files=files)
@@ -265,7 +273,24 @@ def _model(config, role, source):
 def _compute(config, role):
     """Fields of the network's config: how it computes, and what the method needs of a generator."""
     needed = getattr(config.method.cls, "network_fields", {}) if role == "generator" else {}
-    return dict(config[role].get("compute", {})) | needed
+    stated = dict(config[role].get("compute", {}))
+    stated.pop("weights_dtype", None)
+    return stated | needed
+
+
+def in_int8(config, role):
+    """Whether `compute.weights_dtype` of a role says that its weights are kept in int8.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    dtype = config[role].get("compute", {}).get("weights_dtype")
+    if dtype not in (None, "int8"):
+        raise ValueError(
+            f"config.{role}.compute.weights_dtype={dtype!r}: use 'int8', or None for the compute "
+            "dtype"
+        )
+    return dtype == "int8"
 
 
 def _require_same(role, path, stored, stated):
@@ -289,6 +314,26 @@ def in_compute_dtype(denoiser):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), denoiser)
 
 
+def frozen(config, role, denoiser):
+    """An abstract network that is not trained, in the dtypes in which the devices keep it.
+
+    Args:
+        config: the config of the run.
+        role: name of the role.
+        denoiser: from `abstract`.
+
+    Raises:
+        ValueError: it is to be int8, and has no layers for which that is possible.
+    """
+    result = in_compute_dtype(denoiser)
+    if not in_int8(config, role):
+        return result
+    try:
+        return dataclasses.replace(result, net=layers.in_int8(result.net))
+    except ValueError as error:
+        raise ValueError(f"config.{role}.compute.weights_dtype='int8': {error}") from error
+
+
 def load(config, role, abstract):
     """A role's Denoiser with arrays, placed as `abstract` says.
 
@@ -304,15 +349,16 @@ def load(config, role, abstract):
         net = weights.build(abstract.net.config, seed=seed(config, role))
         return dataclasses.replace(abstract, net=net)
     places = jax.tree.map(lambda x: x.sharding, abstract)
+    how = _compute(config, role) | {"int8": in_int8(config, role)}
     several = experts(config, role)
     if several is None:
-        return weights.denoiser(path, shardings=places, **_compute(config, role))
+        return weights.denoiser(path, shardings=places, **how)
     nets = [
         weights.denoiser(
             path,
             part=part,
             shardings=dataclasses.replace(places, net=net),
-            **_compute(config, role),
+            **how,
         )
         for part, net in zip(several.sources, places.net.nets, strict=True)
     ]

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.experts import Experts
+from dmd_jax.models.layers import Int8
 from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import adapters, optimizer, roles
@@ -44,8 +46,8 @@ class Run:
         config: the ConfigDict from which the run was built.
         method: a dataclass of `methods/`.
         nets: {role: Denoiser}, trainable, as the method sees them.
-        frozen: {role: Denoiser}, not trained, in their compute dtype: the method's, and the bases
-            of adapters.
+        frozen: {role: Denoiser}, not trained, in their compute dtype or int8: the method's, and
+            the bases of adapters.
         bind: what is trained and what is frozen become the networks that the method sees.
         others: frozen trees that are no Denoisers, of methods that need them: "vae", "reward".
         tx: the optimizer of all trainable roles.
@@ -175,7 +177,7 @@ def build(config, devices=None, *, files=True):
     source, kind = _source(config, files), config.method.cls
     # The teacher first: other roles may use its file, and a wrong path is then the teacher's error.
     abstract = partial(roles.abstract, config, source=source, files=files)
-    frozen = {role: roles.in_compute_dtype(abstract(role)) for role in kind.frozen}
+    frozen = {role: roles.frozen(config, role, abstract(role)) for role in kind.frozen}
     nets = {role: abstract(role) for role in kind.trainable if role != roles.DISCRIMINATOR}
     _check_fit(frozen | nets, source)
     if roles.DISCRIMINATOR in kind.trainable:
@@ -367,9 +369,11 @@ def describe(run):
 
     lines = [f"{'role':<12}{'parameters':>14}{'dtype':>10}{'weights':>14}"]
     for role, tree in (run.bind.trainable | run.frozen).items():
-        count = sum(x.size for x in jax.tree.leaves(tree))
-        dtype = tree.net.config.dtype if role in run.frozen else "float32"
-        size = count * jnp.dtype(dtype).itemsize / 2**20
+        count, dtype = _parameters(tree), "float32"
+        size = count * 4 / 2**20
+        if role in run.frozen:
+            int8 = roles.in_int8(run.config, adapters.config_role(role))
+            dtype, size = "int8" if int8 else tree.net.config.dtype, mebibytes(tree)
         base = f", adapter of {run.bind.bases[role]}" if role in run.bind.bases else ""
         lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB{base}")
     for name, tree in run.others.items():
@@ -384,6 +388,12 @@ def describe(run):
         *(f"{name}: {text}" for name, text in cost(run).lines().items()),
     ]
     return "\n".join(lines)
+
+
+def _parameters(tree):
+    """How many weights a tree has; the scales of an `Int8` are none."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Int8))
+    return sum(math.prod((x.values if isinstance(x, Int8) else x).shape) for x in leaves)
 
 
 def _cache_lines(run):

@@ -14,6 +14,7 @@ from flax import nnx
 from dmd_jax.devices.disk import local_path
 from dmd_jax.diffusion.denoiser import Denoiser, Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
+from dmd_jax.models.layers import in_int8
 from dmd_jax.weights import files, foreign, ours, parts
 from dmd_jax.weights.families import shapes
 from dmd_jax.weights.table import Row, differing, fill, their_shapes
@@ -35,7 +36,12 @@ def abstract(path: str | PathLike, *, part: str = "transformer", **overrides: An
 
 
 def denoiser(
-    path: str | PathLike, *, part: str = "transformer", shardings: Any = None, **overrides: Any
+    path: str | PathLike,
+    *,
+    part: str = "transformer",
+    shardings: Any = None,
+    int8: bool = False,
+    **overrides: Any,
 ) -> Denoiser:
     """The Denoiser at `path`.
 
@@ -44,6 +50,8 @@ def denoiser(
             another program: a file, a folder, or a name on the Hugging Face hub (`parts.locate`).
         part: of Wan 2.2's pair, "transformer" for high noise or "transformer_2" for low.
         shardings: a tree like `abstract(path)` of jax.sharding.Sharding; None for one device.
+        int8: whether kernels of the layers are rounded to eight bits (`models.layers.in_int8`),
+            shard by shard; `shardings` are then of such a tree.
         **overrides: fields of the network's config that say how it runs (dtype, remat, unroll).
             `spans=True` makes a DiT of one without spans, whose output is the same at first.
 
@@ -55,7 +63,8 @@ def denoiser(
     """
     source = _source(path, part, overrides)
     result = _denoiser(source.module)
-    return dataclasses.replace(result, net=_filled(source, result.net, shardings))
+    net = in_int8(result.net) if int8 else result.net
+    return dataclasses.replace(result, net=_filled(source, net, shardings))
 
 
 def load(

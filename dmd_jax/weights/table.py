@@ -1,7 +1,8 @@
 """Rows that map tensors of other programs to our weights, and the filling of a network by them.
 
 The table of a family is a list of `Row`s, one for each tensor of a file. The same rows serve both
-directions, because einops patterns can be reversed. Imports `devices.paths`.
+directions, because einops patterns can be reversed. Imports `devices.paths` and
+`models.layers`.
 """
 
 import math
@@ -15,9 +16,11 @@ import numpy as np
 from einops import rearrange
 
 from dmd_jax.devices.paths import named_leaves, path_name
+from dmd_jax.models.layers import Int8
 
 ALIGNMENT = 64  # bytes; XLA uses host memory without a copy at such addresses
 STRIP = 32  # rows of a matrix that are copied at once
+LARGEST = 2**20  # numbers that are copied at once, unless one row has more
 
 
 class Row(NamedTuple):
@@ -97,38 +100,72 @@ def fill(net, rows, read):
 
     Returns:
         The network, with the dtypes and shardings of `net`; a weight without a sharding goes to the
-        default device. Values are rounded at most once.
+        default device. Values are rounded at most once. For an `Int8`, the tensors are read twice:
+        the scales of their channels come first.
 
     Raises:
         ValueError: a tensor has numbers that are infinite or NaN; it is named.
     """
     by_name = {row.ours: row for row in rows}
 
+    def placed(leaf, part):
+        if leaf.sharding is None:  # not committed: a jitted function may move it to a mesh
+            return jax.device_put(part((slice(None),) * len(leaf.shape)))
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
     with ThreadPoolExecutor() as threads:
 
         def weight(path, leaf):
-            part = partial(_part, by_name[path_name(path)], leaf, read, threads)
-            if leaf.sharding is None:  # not committed: a jitted function may move it to a mesh
-                return jax.device_put(part((slice(None),) * len(leaf.shape)))
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+            row = by_name[path_name(path)]
+            if not isinstance(leaf, Int8):
+                return placed(leaf, partial(_part, row, leaf, None, read, threads))
+            scales = _scales(row, leaf.scales, read, threads)
+            values = partial(_part, row, leaf.values, scales, read, threads)
+            return Int8(placed(leaf.values, values), placed(leaf.scales, scales.__getitem__))
 
-        return jax.tree_util.tree_map_with_path(weight, net)
+        return jax.tree_util.tree_map_with_path(weight, net, is_leaf=lambda x: isinstance(x, Int8))
 
 
-def _part(row, leaf, read, threads, index):
+def _part(row, leaf, scales, read, threads, index):
     """The part `index` (a slice for each axis) of a weight, its layers stacked in one buffer."""
     ranges = [range(size)[where] for size, where in zip(leaf.shape, index, strict=True)]
     part = _aligned([len(axis) for axis in ranges], leaf.dtype)
+    if scales is not None:
+        scales = np.broadcast_to(scales, leaf.shape)[index]  # takes no memory
     if "{}" in row.theirs:
 
         def layer(i):
             name = row.theirs.format(ranges[0][i])
-            _copy(name, row.to_ours(read(name))[index[1:]], part[i, ...])
+            own = None if scales is None else scales[i]
+            _copy(name, row.to_ours(read(name))[index[1:]], part[i, ...], own)
 
         list(threads.map(layer, range(len(part))))
     else:
-        _copy(row.theirs, row.to_ours(read(row.theirs))[index], part)
+        _copy(row.theirs, row.to_ours(read(row.theirs))[index], part, scales)
     return part
+
+
+def _scales(row, leaf, read, threads):
+    """The scales of an `Int8`: the largest |number| of each channel over 127, 1 if all are zero."""
+    if "{}" in row.theirs:
+        names = map(row.theirs.format, range(leaf.shape[0]))
+        largest = np.stack(list(threads.map(lambda name: _largest(row, name, read), names)))
+    else:
+        largest = _largest(row, row.theirs, read)
+    return np.where(largest > 0, largest / np.float32(127), np.float32(1))
+
+
+def _largest(row, name, read):
+    """float32 [..., 1, out]: the largest |number| of each channel of kernels [..., in, out]."""
+    tensor = row.to_ours(read(name))
+    largest = np.zeros((*tensor.shape[:-2], 1, tensor.shape[-1]), np.float32)
+    for at in _strips(tensor):
+        channels = (*at[:-2], slice(None), at[-1])
+        found = np.abs(tensor[at].astype(np.float32)).max(-2, keepdims=True)
+        largest[channels] = np.maximum(largest[channels], found)
+    if not _is_finite(largest):
+        raise _not_finite(name)
+    return largest
 
 
 def _aligned(shape, dtype):
@@ -139,17 +176,33 @@ def _aligned(shape, dtype):
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _copy(name, tensor, part):
-    """Copies in the order of the file, by strips that fit the cache while they are transposed."""
+def _copy(name, tensor, part, scales=None):
+    """Copies a tensor to a part of a weight; with `scales` [..., in, out], what `Int8` holds."""
     tensor, part = np.atleast_1d(tensor, part)
-    first = np.argmax(tensor.strides)
-    tensor, part = np.moveaxis(tensor, first, 0), np.moveaxis(part, first, 0)
-    for i in range(0, len(part), STRIP):
+    for at in _strips(tensor):
+        strip = tensor[at]
+        if scales is not None:
+            strip = np.rint(strip.astype(np.float32) / scales[at])
         # Rounded before it is transposed: numpy does both at once number by number, slowly.
-        strip = tensor[i : i + STRIP].astype(part.dtype, copy=False)
+        strip = strip.astype(part.dtype, copy=False)
         if not _is_finite(strip):
-            raise ValueError(f"{name} has numbers that are infinite or NaN")
-        part[i : i + STRIP] = strip
+            raise _not_finite(name)
+        part[at] = strip
+
+
+def _strips(tensor):
+    """Indices of parts in the order of the file that fit the cache while they are transposed."""
+    first = np.argmax(tensor.strides)
+    rows = tensor.shape[first]
+    step = max(1, min(STRIP, LARGEST * rows // max(1, tensor.size)))
+    for i in range(0, rows, step):
+        at = [slice(None)] * tensor.ndim
+        at[first] = slice(i, i + step)
+        yield tuple(at)
+
+
+def _not_finite(name):
+    return ValueError(f"{name} has numbers that are infinite or NaN")
 
 
 def _is_finite(array):
