@@ -221,7 +221,7 @@ def _identity(run):
     """The content of config.json: the flat config, and checksums of the frozen weights."""
     # The file at a path may be replaced later.
     digests = {n: partial(roles.fingerprint, run.config, config_role(n)) for n in run.frozen}
-    if run.vae is not None:
+    if "vae" in run.others:
         digests["vae"] = partial(weights.fingerprint, run.config.vae.weights, ("vae",))
     found = {_digest_key(name): from_first(digest) for name, digest in digests.items()}
     return flatten(run.config) | found

@@ -82,7 +82,7 @@ def write_vae(folder):
 def test_the_autoencoders_file_belongs_to_the_identity_of_a_run(tmp_path):
     write_vae(tmp_path)
     config = ConfigDict({"vae": {"weights": str(tmp_path)}})
-    run = types.SimpleNamespace(config=config, frozen={}, vae="loaded")
+    run = types.SimpleNamespace(config=config, frozen={}, others={"vae": "loaded"})
     before = loop._identity(run)
     assert before.keys() == {"vae.weights", "vae.sha256"} and loop._identity(run) == before
     [file] = (tmp_path / "vae").glob("*.safetensors")
