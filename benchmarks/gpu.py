@@ -32,6 +32,7 @@ JAX's wheels for CUDA are installed, the programs of real size are compiled for 
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import itertools
 import os
@@ -223,7 +224,7 @@ def step_on(devices, folder):
     config.update_from_flattened_dict({"batch_size": 8, "data.data_dir": folder} | roles)
     use_float32_products("float32")
     run = build(config, devices)
-    with jax.set_mesh(run.mesh):
+    with jax.default_device(devices[0]), jax.set_mesh(run.mesh):
         (state, frozen), batch = run.start(), next(run.batches(0))
         key = loop.root_key(config)
         step = loop.lower(run, batch, key, True).compile()
@@ -268,6 +269,7 @@ def updates(machine, named):
     for who in ("PyTorch, eager", "ours"):
         if who == "ours":
             del programs
+            gc.collect()
             torch.cuda.empty_cache()
             programs = wan.ours(size.config, state, x, text)
         for name in named:

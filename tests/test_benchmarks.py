@@ -2,12 +2,17 @@
 
 import json
 
+
+import re
+
 import jax
 import numpy as np
 import programs
 import pytest
 
 from dmd_jax.diffusion.denoiser import Denoiser
+
+BOTH = ("ours", "PyTorch, eager")
 
 
 @pytest.mark.slow
@@ -44,6 +49,21 @@ def test_mistakes_are_refused_in_a_sentence_or_accepted():
     result = programs.python(*script)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "nothing is wrong" in result.stdout and "refused: " in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_the_benchmark_of_a_gpu_runs_without_one_and_times_nothing():
+    """At toy size; the other parts take longer."""
+    parts = "attention,forward,critic,stream"
+    result = programs.python("benchmarks/gpu.py", "--rounds=1", f"--only={parts}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "DRY RUN: there is no GPU" in result.stdout and "nothing is wrong" in result.stdout
+    assert len(re.findall(r"^attention, .* at most", result.stdout, re.MULTILINE)) == 14
+    ran = re.findall(r"^(\w+) +(ours|PyTorch, eager) +runs$", result.stdout, re.MULTILINE)
+    both = [(name, who) for name in ("forward", "critic") for who in BOTH]
+    assert sorted(ran) == sorted([*both, ("stream", "ours")])
+    assert " ms" not in result.stdout
 
 
 def test_without_a_clone_the_comparison_with_self_forcing_says_how_to_get_one(tmp_path):
