@@ -1,8 +1,6 @@
 """Benchmarks still run. What they measure is nothing for a test."""
 
 import json
-
-
 import re
 
 import jax
