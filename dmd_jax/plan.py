@@ -88,7 +88,9 @@ def main(argv):
 
 def store_programs(platform):
     """Stores the compiled steps for runs: docs/scale.md, "Compiled before the run"."""
-    if platform in ("cpu", "tpu"):  # a GPU's programs are tuned on the GPU
+    if platform == "gpu":  # a run tunes its programs on the card, and must not find untuned ones
+        jax.config.update("jax_compilation_cache_dir", None)
+    else:
         compilation.store_programs(FLAGS.compilation_cache)
     # The compiler of a TPU that is not here cannot load what it has stored, and compiles it again.
     warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
