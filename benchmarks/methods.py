@@ -19,8 +19,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
+from dmd_jax.quality.report import COLOURS, INK, RULE, STYLE
 from dmd_jax.training.cost import cost
 from dmd_jax.training.run import build
 
@@ -112,17 +115,24 @@ def _speed(metrics):
     return float(np.median(speeds)) if speeds else np.nan
 
 
-def quality_table(rows):
-    """Markdown: means over the seeds, of distances with the lowest and the highest."""
+def quality_table(rows, steps):
+    """Markdown of students in so many steps, the nearest to the data first, below the teacher.
+
+    Means over the seeds; of distances, with the lowest and the highest.
+    """
     lines = [
         "| | steps | seeds | " + " | ".join(heading for heading, _ in MEASURES.values()) + " |",
         "| --- | ---: | ---: |" + " ---: |" * len(MEASURES),
     ]
-    for (name, steps), seeds in rows.items():
+    known = [key for key in rows if key[0] not in METHODS]
+    students = [key for key in rows if key[0] in METHODS and key[1] == steps]
+    students.sort(key=lambda key: np.mean([row["fd"] for row in rows[key]]))
+    for key in known + students:
+        name, number = key
         heading = METHODS[name][0] if name in METHODS else name
-        cells = [_cell([row[key] for row in seeds], key) for key in MEASURES]
-        count = len(seeds) if name in METHODS else ""
-        lines.append(f"| {heading} | {steps or ''} | {count} | {' | '.join(cells)} |")
+        cells = [_cell([row[measure] for row in rows[key]], measure) for measure in MEASURES]
+        count = len(rows[key]) if name in METHODS else ""
+        lines.append(f"| {heading} | {number or ''} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -151,31 +161,28 @@ def work_table(works, rows):
 
 
 def figure(rows):
-    """Distance against steps, a line a method; the teacher's as a dashed line."""
-    drawing = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = drawing.subplots()
-    for number, name in enumerate(METHODS):
-        points = {k[1]: [row["fd"] for row in seeds] for k, seeds in rows.items() if k[0] == name}
-        if points:
-            means = [np.mean(values) for values in points.values()]
-            colour = f"C{number % 10}"
-            axes.plot(list(points), means, "o-" if number < 10 else "s--", color=colour)
-            for steps, values in points.items():
-                axes.plot([steps] * len(values), values, "_", color=colour)
-            axes.annotate(
-                METHODS[name][0],
-                (max(points), means[0]),
-                (6, 0),
-                fontsize=7,
-                textcoords="offset points",
-                va="center",
-                color=colour,
-            )
-    if ("teacher", 50) in rows:
-        axes.axhline(rows["teacher", 50][0]["fd"], color="gray", linestyle="--", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="steps of the student", ylabel="FD-MNIST64")
-    axes.set_xticks([1, 2, 4], ["1", "2", "4"], minor=False)
-    axes.set_xlim(0.9, 9)
+    """Distances: a line for each method, a colour for each number of steps, a dot for each seed."""
+    names = [name for name in METHODS if any(key[0] == name for key in rows)]
+    with rc_context(STYLE):
+        drawing = Figure(figsize=(7.2, 0.6 + 0.3 * len(names)), layout="constrained")
+        axes = drawing.subplots()
+        for steps, colour in zip((4, 2, 1), COLOURS[1:], strict=False):
+            points = [
+                (row["fd"], place)
+                for place, name in enumerate(names)
+                for row in rows.get((name, steps), ())
+            ]
+            label = f"{steps} step{'s' if steps > 1 else ''}"
+            axes.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.8, label=label)
+        if ("teacher", 50) in rows:
+            line = rows["teacher", 50][0]["fd"]
+            axes.axvline(line, color=INK, linestyle="--", linewidth=1, label="teacher, 50 steps")
+        axes.set_yticks(range(len(names)), [METHODS[name][0] for name in names])
+        axes.invert_yaxis()
+        axes.grid(axis="y", color=RULE)
+        axes.set(xscale="log", xlabel="FD-MNIST64")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.legend(frameon=False, fontsize=8)
     return drawing
 
 
@@ -194,7 +201,8 @@ def main():
         for name, numbers in works.items():
             train(name, seed, numbers["steps"], options.out, more)
     rows = results(options.out)
-    text = f"{quality_table(rows)}\n\n{work_table(works, rows)}\n"
+    tables = [quality_table(rows, steps) for steps in (4, 2, 1)]
+    text = "\n\n".join([*tables, work_table(works, rows)]) + "\n"
     (options.out / "methods.md").write_text(text)
     figure(rows).savefig(options.out / "methods.png", dpi=130)
     print(text)

@@ -108,11 +108,11 @@ def test_the_table_of_methods_is_of_the_reports_in_its_folder(tmp_path):
         numbers = dict.fromkeys(methods.MEASURES, 0.9)
         rows = [
             {"name": "teacher", "steps": 50, **numbers},
-            {"name": "student", "steps": 4, **numbers, "fd": fd},
+            *({"name": "student", "steps": n, **numbers, "fd": fd} for n in (4, 2, 1)),
         ]
         (folder / "report.json").write_text(json.dumps(rows))
     rows = methods.results(tmp_path)
-    assert "| DMD | 4 | 2 | 0.60 (0.50 to 0.70) | 0.900 |" in methods.quality_table(rows)
+    assert "| DMD | 4 | 2 | 0.60 (0.50 to 0.70) | 0.900 |" in methods.quality_table(rows, 4)
     works = {"dmd": dict(steps=600, networks=3, passes=9.9, data=False)}
     assert "| DMD | 3 | no | 9.9 | 600 | 5.0 |" in methods.work_table(works, rows)
     methods.figure(rows).savefig(tmp_path / "methods.png")
