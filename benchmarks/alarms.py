@@ -4,23 +4,25 @@ r"""Runs that fail on purpose: what the metrics of health show, and how long bef
     python benchmarks/alarms.py --out=runs/alarms --only=healthy,rate
 
 Each run is configs/dmd.py with one mistake; none is stopped. The table says at which step the
-monitor with its default thresholds would have stopped the run (docs/training.md), at which step the
+alarms ring and the monitor would have stopped the run (docs/training.md#alarms), at which step the
 samples have become bad (twice the distance of the healthy run at that step, from there to the end),
-and which metrics left the range of the healthy run first, and when. Runs that have ended are not
-run again.
+and which metrics left those of the healthy run first, when, and how far (in brackets: healthy).
+Runs that have ended are not run again.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+from dmd_jax.training.alarms import Alarms
 from dmd_jax.training.health import Diverged, Monitor, Thresholds
 
 EVERY = 25  # steps between records
 JUDGED = 50  # steps between judgements
-RATIO = 2.0  # a metric has left the range of a healthy run where it is beyond it by this factor
+RATIO = 2.0  # a metric has left that of the healthy run where it differs by this factor
 
 # name: (what is wrong, variant, flags, the healthy run to compare with)
 RUNS = {
@@ -83,6 +85,16 @@ def stopped(metrics):
     return None
 
 
+def rung(metrics):
+    """{what an alarm says first: the step at which it rings}."""
+    alarms, found = Alarms(), {}
+    for step, record in metrics.items():
+        numbers = {key: value for key, value in record.items() if value is not None}
+        for line in alarms.update(step, numbers):
+            found.setdefault(line.split(": ")[1].split(" is ")[0], step)
+    return found
+
+
 def spoiled(distances, healthy):
     """The first step from which the distance stays above twice the healthy one; None if none is."""
     bad = [step for step in distances if step in healthy]
@@ -91,28 +103,39 @@ def spoiled(distances, healthy):
 
 
 def first_signs(metrics, healthy):
-    """[(step, metric, value, healthy range)] at which metrics leave the healthy range for good."""
-    signs = []
+    """[(step, metric, value, healthy value)]: where metrics leave those of the healthy run.
+
+    A sign is a metric that is beyond the healthy one of the same step by the factor `RATIO` in
+    `Thresholds.patience` records in a row. The strongest of a step comes first.
+    """
+    signs, patience = [], Thresholds().patience
     for key in next(iter(healthy.values())):
         if key == "step" or "learning_rate" in key or "per_second" in key:
             continue
-        usual = [record[key] for record in healthy.values() if record.get(key) is not None]
-        found = {s: record[key] for s, record in metrics.items() if record.get(key) is not None}
-        if not usual or not found or min(usual) <= 0:
-            continue
-        low, high = min(usual) / RATIO, max(usual) * RATIO
-        fine = [step for step, value in found.items() if low <= value <= high]
-        bad = [step for step in found if not fine or step > fine[-1]]
-        if bad:
-            signs.append((bad[0], key, found[bad[0]], f"{min(usual):.2g} to {max(usual):.2g}"))
-    return sorted(signs)
+        pairs = {
+            step: (record[key], healthy[step][key])
+            for step, record in metrics.items()
+            if step in healthy and record.get(key) and healthy[step].get(key)
+        }
+        # The distance of both in factors; another sign is the farthest.
+        far = {
+            step: abs(math.log(a / b)) if a * b > 0 else math.inf for step, (a, b) in pairs.items()
+        }
+        steps = list(pairs)
+        for place in range(len(steps) - patience + 1):
+            if all(far[step] > math.log(RATIO) for step in steps[place : place + patience]):
+                first = steps[place]
+                signs.append((first, -far[first], key, *pairs[first]))
+                break
+    return [(step, key, a, b) for step, _, key, a, b in sorted(signs)]
 
 
 def table(folder, names):
     """Markdown of the runs that are there."""
     lines = [
-        "| wrong | monitor stops at | samples are bad from | first signs (step: metric) | FD |",
-        "| --- | --- | ---: | --- | ---: |",
+        "| wrong | alarms (step: what) | monitor stops at | samples are bad from "
+        "| first signs (step: metric) | FD |",
+        "| --- | --- | --- | ---: | --- | ---: |",
     ]
     for name in names:
         what, _, _, partner = RUNS[name]
@@ -120,11 +143,12 @@ def table(folder, names):
         usual, good = records(folder, partner)
         stop = stopped(metrics)
         signs = "; ".join(
-            f"{step}: `{key}` {value:.2g} ({usually})"
-            for step, key, value, usually in first_signs(metrics, usual)[:4]
+            f"{step}: `{key}` {value:.2g} ({usual_value:.2g})"
+            for step, key, value, usual_value in first_signs(metrics, usual)[:4]
         )
         lines.append(
-            f"| {what} | {f'{stop[0]}, {stop[1]}' if stop else 'never'} "
+            f"| {what} | {'; '.join(f'{step}: {line}' for line, step in rung(metrics).items())} "
+            f"| {f'{stop[0]}, {stop[1]}' if stop else 'never'} "
             f"| {spoiled(distances, good) or 'never'} | {signs or 'none'} "
             f"| {[*distances.values()][-1]:.2f} |"
         )

@@ -118,17 +118,16 @@ def test_the_table_of_methods_is_of_the_reports_in_its_folder(tmp_path):
     methods.figure(rows).savefig(tmp_path / "methods.png")
 
 
-def test_first_signs_are_metrics_that_leave_the_healthy_range_for_good():
+def test_first_signs_are_metrics_that_differ_from_the_healthy_run_in_three_records():
     alarms = programs.load_module("benchmarks/alarms.py")
-    healthy = {step: {"step": step, "gap": 1.0, "spread": 0.5} for step in (25, 50, 75, 100)}
-    failing = {
-        25: {"step": 25, "gap": 5.0, "spread": 0.5},  # for once
-        50: {"step": 50, "gap": 1.0, "spread": 0.5},
-        75: {"step": 75, "gap": 3.0, "spread": 0.5},
-        100: {"step": 100, "gap": 4.0, "spread": 0.1},
-    }
-    signs = alarms.first_signs(failing, healthy)
-    assert [sign[:3] for sign in signs] == [(75, "gap", 3.0), (100, "spread", 0.1)]
+    healthy = {step: {"step": step, "gap": 1.0, "spread": 0.5} for step in range(25, 176, 25)}
+    failing = dict(healthy)
+    failing[25] = {"step": 25, "gap": 5.0, "spread": 0.5}  # for once
+    for step in (75, 100, 125):
+        failing[step] = {"step": step, "gap": 3.0, "spread": 0.4}
+    for step in (150, 175):  # two records are not enough
+        failing[step] = {"step": step, "gap": 1.0, "spread": 0.1}
+    assert alarms.first_signs(failing, healthy) == [(75, "gap", 3.0, 1.0)]
     assert alarms.first_signs(healthy, healthy) == []
     assert (
         alarms.spoiled(

@@ -7,7 +7,7 @@ step                        `train_step`, pure: gradients, one update, averages
 optimizer                   AdamW, Muon and your own, one for each role
 checkpoints, checkpoint     the checkpoints of a run; the format of one
 configuration               defaults, checks and differences of configs
-writers, health             the log; symptoms of divergence
+writers, health, alarms     the log; symptoms of divergence; warnings before it
 preemption, profiling       signals; traces
 cost, flops                 FLOPs of a run, and of a traced function
 plan, search                what a run needs on devices that are not here, and which mesh is best

@@ -118,6 +118,7 @@ class Thresholds:
             fraction never exceeds 1.
         collapse: fraction of the diversity at the start.
         worsening: factor over the best distance that was judged (`worsening`).
+        largest_update, least_gap, largest_gap, contrast: of `alarms`, which warn and stop nothing.
     """
 
     patience: int = 3
@@ -125,6 +126,10 @@ class Thresholds:
     saturation: float = 0.6
     collapse: float = 0.25
     worsening: float = 2.0
+    largest_update: float = 0.01
+    least_gap: float = 0.01
+    largest_gap: float = 0.3
+    contrast: float = 1.3
 
 
 def worsening(distances: Mapping[int, float | None], thresholds: Thresholds) -> tuple[str, int]:

@@ -25,6 +25,7 @@ from dmd_jax.devices.processes import from_first, together
 from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health, roles
 from dmd_jax.training.adapters import config_role
+from dmd_jax.training.alarms import Alarms
 from dmd_jax.training.checkpoints import Checkpointer
 from dmd_jax.training.configuration import defaults, differences, flatten
 from dmd_jax.training.cost import cost
@@ -267,16 +268,19 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
     root = root_key(config)
     window = health.Window(run.log.every, extra.get("window"))
     monitor = health.Monitor(run.health, extra.get("monitor"))
+    alarms = Alarms(run.health, extra.get("alarms"))
     progress = Progress(config.steps, config.batch_size, frames_per_sample=_frames(run.source))
 
     def write(record):
         checkpoints.check()
         if record is not None:
             writer.scalars(record[0], record[1] | progress.report(*record))
+            for warning in alarms.update(*record):
+                log.warning(warning)
             monitor.update(*record)
 
     def save(done):
-        extra = {"window": window.state, "monitor": monitor.state}
+        extra = {"window": window.state, "monitor": monitor.state, "alarms": alarms.state}
         checkpoints.save(done, state, extra)
 
     for done, batch in enumerate(run.batches(first), first + 1):
