@@ -4,7 +4,7 @@ r"""Runs that fail on purpose: what the metrics of health show, and how long bef
     python benchmarks/alarms.py --out=runs/alarms --only=healthy,rate
 
 Each run is configs/dmd.py with one mistake; none is stopped. The table says at which step the
-monitor with its default thresholds would have stopped the run (docs/training.md), at which step the
+monitor with its default thresholds would have stopped the run (docs/resume.md), at which step the
 samples have become bad (twice the distance of the healthy run at that step, from there to the end),
 and which metrics left the range of the healthy run first, and when. Runs that have ended are not
 run again.
@@ -12,6 +12,7 @@ run again.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,9 @@ def records(folder, name):
     metrics, distances = {}, {}
     for line in (folder / name / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if "quality/fd" in record:
-            distances[record["step"]] = record["quality/fd"]
+        if "quality/fd" in record:  # None where it was not finite
+            fd = record["quality/fd"]
+            distances[record["step"]] = math.inf if fd is None else fd
         if "generator/loss" in record:
             metrics[record["step"]] = record
     return metrics, distances
