@@ -8,7 +8,7 @@ import numpy as np
 import programs
 import pytest
 from jax.experimental import multihost_utils
-from tiny_runs import final, start
+from tiny_runs import final, records, start
 
 from dmd_jax import weights
 from dmd_jax.quality import features
@@ -148,6 +148,7 @@ def test_a_run_that_is_past_its_best_stops_and_leaves_the_best(build, no_report,
     for _ in range(2):  # started again, it takes no step
         with pytest.raises(health.Diverged, match=r"step 8, worsening samples: judged distances 2"):
             start(build(**OFTEN), tmp_path / "run")
+    assert max(record["step"] for record in records(tmp_path / "run")) == 8
     assert weights.notes(tmp_path / "run" / "best.safetensors")["step"] == 4
 
 
