@@ -66,8 +66,9 @@ def records(folder, name):
     metrics, distances = {}, {}
     for line in (folder / name / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if "quality/fd" in record:
-            distances[record["step"]] = record["quality/fd"]
+        if "quality/fd" in record:  # None where it was not finite
+            fd = record["quality/fd"]
+            distances[record["step"]] = math.inf if fd is None else fd
         if "generator/loss" in record:
             metrics[record["step"]] = record
     return metrics, distances

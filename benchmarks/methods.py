@@ -172,6 +172,8 @@ def figure(rows):
                 for place, name in enumerate(names)
                 for row in rows.get((name, steps), ())
             ]
+            if not points:  # of methods that fix their steps
+                continue
             label = f"{steps} step{'s' if steps > 1 else ''}"
             axes.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.8, label=label)
         if ("teacher", 50) in rows:

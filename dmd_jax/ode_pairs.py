@@ -117,7 +117,9 @@ def of_images(progress):
     """Solves the ODE of a teacher of images, as the flags say."""
     for name in ("embeddings", "latents"):
         if FLAGS[name].value is not None:
-            raise ValueError(f"--{name}: {FLAGS.checkpoint} makes images, of classes")
+            raise ValueError(
+                f"--{name}: {FLAGS.checkpoint} makes images of a class, not videos: leave it out"
+            )
     how = dataclasses.replace(ode_pairs.OF_IMAGES, seed=FLAGS.seed, **given(*SOLVED))
     with mesh():
         return ode_pairs.solve_images(

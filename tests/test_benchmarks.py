@@ -116,6 +116,8 @@ def test_the_table_of_methods_is_of_the_reports_in_its_folder(tmp_path):
     works = {"dmd": dict(steps=600, networks=3, passes=9.9, data=False)}
     assert "| DMD | 3 | no | 9.9 | 600 | 5.0 |" in methods.work_table(works, rows)
     methods.figure(rows).savefig(tmp_path / "methods.png")
+    [axes] = methods.figure({("phased", 4): [{"fd": 0.5}]}).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["4 steps"]
 
 
 def test_first_signs_are_metrics_that_differ_from_the_healthy_run_in_three_records():
@@ -136,3 +138,12 @@ def test_first_signs_are_metrics_that_differ_from_the_healthy_run_in_three_recor
         == 100
     )
     assert alarms.spoiled({50: 3.0, 100: 0.9}, {50: 0.5, 100: 0.5}) is None
+
+
+def test_a_distance_that_is_not_finite_is_bad(tmp_path):
+    alarms = programs.load_module("benchmarks/alarms.py")
+    (tmp_path / "rate").mkdir()
+    lines = '{"step": 50, "quality/fd": 0.6}\n{"step": 100, "quality/fd": null}\n'
+    (tmp_path / "rate" / "metrics.jsonl").write_text(lines)
+    _, distances = alarms.records(tmp_path, "rate")
+    assert alarms.spoiled(distances, {50: 0.5, 100: 0.5}) == 100

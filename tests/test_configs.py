@@ -11,7 +11,8 @@ import programs
 import pytest
 from ml_collections import ConfigDict
 
-from dmd_jax.data import ImagePairs, MovingDigits, Prompts, trajectories
+from dmd_jax.data import ImagePairs, MovingDigits, OdePairs, Prompts, trajectories
+from dmd_jax.methods.causal_ode import CausalODE
 from dmd_jax.methods.causal_pretrain import TeacherForcing
 from dmd_jax.training.configuration import complete, defaults, differences, flatten
 from dmd_jax.training.run import build, describe
@@ -105,14 +106,16 @@ def test_config_says_the_command_that_runs_it(name, variant):
     assert (f"{command}:{variant}" if variant else command) in module.__doc__
 
 
-def test_a_dry_run_counts_the_work_of_a_method_that_learns_from_videos_without_them():
+@pytest.mark.parametrize("source, method", [(Prompts, TeacherForcing), (OdePairs, CausalODE)])
+def test_a_dry_run_counts_the_work_of_a_method_that_learns_from_videos_without_them(source, method):
     config = programs.load_config("configs/pretrain.py", "wan_small")
-    data = dict(cls=Prompts, embeddings="no", latents="no", sample_shape=(6, 4, 4, 4))
+    data = dict(cls=source, embeddings="no", latents="no", sample_shape=(6, 4, 4, 4))
     with config.unlocked():
         config.data = complete(ConfigDict(data))
-        config.method = complete(ConfigDict(dict(cls=TeacherForcing)))
+        config.method = complete(ConfigDict(dict(cls=method)))
         for name in ("in_channels", "out_channels", "text_dim"):
             config.generator.model[name] = 4
+    config.evaluate.guidance = 1.0  # a student has none
     output = describe(build(config, jax.devices()[:1], files=False))
     assert "with the generator's update" in output
 

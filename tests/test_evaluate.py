@@ -54,6 +54,15 @@ def test_stored_rows_of_the_same_teacher_and_metric_are_used_again(judge, file, 
     assert len(judge.recorded) == len(SAMPLERS)
 
 
+def test_the_rows_of_a_teacher_in_int8_are_its_own(judge, file, tmp_path):
+    for int8 in (False, True, False, True):
+        teacher = weights.denoiser(file, int8=int8)
+        evaluation.teacher_rows(
+            file, SAMPLERS, judge, 10, denoiser=teacher, store=tmp_path / "kept.json"
+        )
+    assert len(judge.recorded) == 2 * len(SAMPLERS)
+
+
 def test_rows_beside_the_teacher_are_found_and_those_of_a_run_are_not_written_there(judge, file):
     store_path = file.with_suffix(".rows.json")
     evaluation.teacher_rows(file, SAMPLERS, judge, 10)

@@ -231,7 +231,7 @@ def test_pairs_of_images_are_noises_and_the_ends_that_the_sampler_reaches(
 def test_a_teacher_of_images_takes_no_videos(program, tmp_path):
     path = programs.save_tiny(tmp_path / "teacher.safetensors")
     output = program(checkpoint=path, frames_per_block=None)
-    assert "--embeddings: " in output and "makes images, of classes" in output
+    assert "--embeddings: " in output and "makes images of a class, not videos" in output
     assert "name the folder of the captions' embeddings" in program(embeddings=None)
 
 

@@ -229,8 +229,10 @@ def teacher_rows(
     with path.open("rb") as file:
         file_digest = hashlib.file_digest(file, "sha256").hexdigest()
     common = f"{file_digest} {judge.fingerprint} {num} {SEED}"
-    if denoiser is not None and (dtype := denoiser.net.config.dtype) != "float32":
-        common += f" {dtype}"
+    if denoiser is not None:
+        kept = {str(x.dtype) for x in jax.tree.leaves(denoiser)} & {"int8"}
+        dtypes = {denoiser.net.config.dtype, *kept} - {"float32"}
+        common += "".join(f" {dtype}" for dtype in sorted(dtypes))
     keys = {sampler: f"{_plain(sampler)} {digest(common)}" for sampler in ways}
     found = _stored_rows(store) | _stored_rows(path.with_suffix(".rows.json"))
     table = {} if recompute else found

@@ -343,8 +343,7 @@ def require_blocks(name, frames, sampler):
 
 
 def fewer(times, steps):
-    """The times of `steps` calls of a student: every n-th of `times` where that is possible, else
-    evenly spaced ones."""
+    """The times of `steps` calls of a student: every n-th of `times`, or evenly spaced ones."""
     check_steps(steps)
     if len(times) % steps:
         return step_times(steps)

@@ -258,13 +258,16 @@ class Checkpointer:
     def restore_best(self, abstract: Any) -> tuple[Any, int, dict[str, Any]] | None:
         """(tree, step, extra) of the last best, or None; raises as `restore_latest`."""
         self.wait()
-        bests = self._bests()
+        return self._best.restore(self.bests(), abstract, "go on without a best network")
+
+    def bests(self) -> list[int]:
+        """Steps of the bests on disk, the last one first; a kill may have left two."""
+        found = self._bests()
         # Of one judge, the last is the lowest; of several, only the last judge counts.
-        order = sorted(bests, key=lambda step: (-bests[step].get("turn", 0), bests[step]["metric"]))
-        return self._best.restore(order, abstract, "go on without a best network")
+        return sorted(found, key=lambda step: (-found[step].get("turn", 0), found[step]["metric"]))
 
     def _bests(self) -> dict[int, dict[str, Any]]:
-        """`extra` by step; {"metric": infinity} where damaged. A kill may have left two."""
+        """`extra` by step; {"metric": infinity} where damaged."""
         bests = {}
         for step in self._best.steps():
             try:

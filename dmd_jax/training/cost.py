@@ -12,6 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from dmd_jax.data import ImagePairs, OdePairs
+from dmd_jax.diffusion.schedule import shift_time
 from dmd_jax.training import flops
 
 TEXT_TOKENS = 512  # assumed length of a prompt if its embeddings are missing, as in a dry run
@@ -78,19 +80,34 @@ def cost(run) -> Cost:
 def batch_shape(run):
     """A global batch of the run, as jax.ShapeDtypeStructs.
 
-    Missing prompts (in a dry run) count as TEXT_TOKENS long; latents may be missing too.
+    Missing prompts (in a dry run) count as TEXT_TOKENS long; latents and trajectories may be
+    missing too.
     """
     size, source = run.config.batch_size, run.source
     try:
         rows = (source.examples if run.method.uses_data else source.conditions)([0])
     except FileNotFoundError:
-        width = run.nets["generator"].net.config.text_dim
-        rows = dict.fromkeys(
-            ("cond", "uncond"), jax.ShapeDtypeStruct((1, TEXT_TOKENS, width), jnp.bfloat16)
-        )
-        if run.method.uses_data:
-            rows["data"] = jax.ShapeDtypeStruct((1, *source.sample_shape), jnp.float32)
+        rows = _missing_row(run)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), rows)
+
+
+def _missing_row(run):
+    """A row of a batch whose files are missing, as jax.ShapeDtypeStructs."""
+    source, model = run.source, run.nets["generator"].net.config
+    sample = jax.ShapeDtypeStruct((1, *source.sample_shape), jnp.float32)
+    cond = jax.ShapeDtypeStruct((1,), jnp.int32)  # of pairs of images: a class
+    if hasattr(model, "text_dim"):
+        cond = jax.ShapeDtypeStruct((1, TEXT_TOKENS, model.text_dim), jnp.bfloat16)
+    row = {"cond": cond, "uncond": cond}
+    if not run.method.uses_data:
+        return row
+    if not isinstance(source, ImagePairs):
+        row["data"] = sample
+    if isinstance(source, ImagePairs | OdePairs):  # at the times that the method will ask for
+        times = getattr(run.method, "times", ())
+        times = [float(shift_time(t, run.method.shift)) for t in times]
+        row["trajectory"] = dict.fromkeys((*times, 0.0), sample)
+    return row
 
 
 def si(value: float) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 Record = tuple[int, dict[str, float]]
+SHOWN = 10  # judged distances in a message, which all processes of a job must be able to send
 
 
 class Window:
@@ -117,8 +118,12 @@ class Thresholds:
         saturation: fraction of |x| > 1.05. Set it to 1.0 for latents, which are not bounded: a
             fraction never exceeds 1.
         collapse: fraction of the diversity at the start.
-        worsening: factor over the best distance that was judged (`worsening`).
+        worsening: factor over the best distance that was judged (`worsening`), 1 or more; 1e9
+            stops no run.
         largest_update, least_gap, largest_gap, contrast: of `alarms`, which warn and stop nothing.
+
+    Raises:
+        ValueError: `patience` or `worsening` is below 1.
     """
 
     patience: int = 3
@@ -130,6 +135,13 @@ class Thresholds:
     least_gap: float = 0.01
     largest_gap: float = 0.3
     contrast: float = 1.3
+
+    def __post_init__(self):
+        if self.patience < 1 or self.worsening < 1.0:
+            raise ValueError(
+                f"patience={self.patience} and worsening={self.worsening} must be 1 or more; large "
+                "numbers stop no run"
+            )
 
 
 def worsening(distances: Mapping[int, float | None], thresholds: Thresholds) -> tuple[str, int]:
@@ -151,6 +163,7 @@ def worsening(distances: Mapping[int, float | None], thresholds: Thresholds) -> 
     limit = thresholds.worsening * known[best]
     if any(step in known and known[step] <= limit for step in last):
         return "", 0
+    last = last[-SHOWN:]
     found = ", ".join(f"{known[step]:.3g}" if step in known else "NaN" for step in last)
     return (
         f"The run has diverged at step {last[-1]}, worsening samples: judged distances {found}; "

@@ -224,6 +224,8 @@ def _identity(run):
     digests = {n: partial(roles.fingerprint, run.config, config_role(n)) for n in run.frozen}
     if "vae" in run.others:
         digests["vae"] = partial(weights.fingerprint, run.config.vae.weights, ("vae",))
+    if "reward" in run.others:
+        digests["reward"] = partial(roles.reward_digest, run.config, run.source)
     found = {_digest_key(name): from_first(digest) for name, digest in digests.items()}
     return flatten(run.config) | found
 
@@ -265,6 +267,7 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
     config, first = run.config, int(state.step)
     if first == config.steps:
         return state
+    _stop_if_worse(run, checkpoints, writer)  # its last step may have been judged after a signal
     root = root_key(config)
     window = health.Window(run.log.every, extra.get("window"))
     monitor = health.Monitor(run.health, extra.get("monitor"))
@@ -303,7 +306,8 @@ def _loop(run, steps, state, frozen, extra, checkpoints, writer, profiler, preem
         stopped = last and not end  # a signal leaves little time: the next start judges this step
         if done % config.evaluate.every == 0 and not stopped:  # saved: a failure loses no step
             _judge(run, state.ema, frozen, done, checkpoints, writer)
-            _stop_if_worse(run, writer)
+            if not end:
+                _stop_if_worse(run, checkpoints, writer)
         if last:
             break
     checkpoints.wait()
@@ -323,15 +327,18 @@ def _lacks_judgement(run, step, writer):
     return not from_first(lambda: "yes" if step in writer.history(DISTANCE) else "")
 
 
-def _stop_if_worse(run, writer):
+def _stop_if_worse(run, checkpoints, writer):
     """Raises Diverged where the samples have got worse for good (`health.worsening`)."""
+    # Distances before the last best may be another judge's: config.evaluate may change in a run.
+    best = next(iter(checkpoints.bests()), 0)
 
     def verdict():
-        return json.dumps(health.worsening(writer.history(DISTANCE), run.health))
+        judged = {step: fd for step, fd in writer.history(DISTANCE).items() if step >= best}
+        return json.dumps(health.worsening(judged, run.health))
 
-    message, best = json.loads(from_first(verdict))
+    message, well_until = json.loads(from_first(verdict))
     if message:
-        raise health.Diverged(message, best)
+        raise health.Diverged(message, well_until)
 
 
 def _judge(run, average, frozen, step, checkpoints, writer):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dmd_jax import weights
 from dmd_jax.devices import sharding
+from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import Denoiser, Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.models import layers
@@ -77,12 +78,8 @@ def stated(model, weights, **more):
 
 def experts(config, role):
     """The `ByNoise` of a role; None for one network."""
-    spec = config[role]
-    return (
-        construct(spec.experts, f"config.{role}.experts")
-        if spec.get("experts") is not None
-        else None
-    )
+    spec = config[role].get("experts")
+    return None if spec is None else construct(spec, f"config.{role}.experts")
 
 
 def weights_path(config, role):
@@ -206,6 +203,11 @@ def reward(config, source):
         return spec.load(source)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"config.reward: {error}") from error
+
+
+def reward_digest(config, source):
+    """The `weights.digest` of a reward's arrays."""
+    return weights.digest(named_leaves(reward(config, source)).items())
 
 
 def load_reward(config, source, mesh):

@@ -130,7 +130,9 @@ class Run:
 
     def frozen_shape(self):
         """The frozen nets, as jax.ShapeDtypeStructs with shardings."""
-        return roles.placed(self.frozen, self.frozen, self.mesh) | self.others
+        whole = jax.sharding.NamedSharding(self.mesh, jax.P())
+        others = roles.with_shardings(self.others, jax.tree.map(lambda _: whole, self.others))
+        return roles.placed(self.frozen, self.frozen, self.mesh) | others
 
     def load_frozen(self):
         """The frozen nets, loaded and placed."""
@@ -237,9 +239,10 @@ def _check_entries(config):
         raise ValueError("config.method names no class; write config.method = dict(cls=DMD, ...)")
     kind = config.method.cls
     roles = (*kind.trainable, *kind.frozen)
+    known = (*KEYS, *roles, "vae", "reward")
     for name in config:
-        if name not in (*KEYS, *roles, "vae", "reward"):
-            raise ValueError(unknown(f"config.{name}", name, (*KEYS, *roles)))
+        if name not in known:
+            raise ValueError(unknown(f"config.{name}", name, known))
     needed = [*KEYS, *roles, *(f"{role}.weights" for role in roles)]
     needed += [f"{role}.optimizer" for role in kind.trainable]
     if "cls" not in config.get("data", {}):

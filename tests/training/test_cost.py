@@ -1,9 +1,11 @@
 """What a run costs: passes of its step, in FLOPs."""
 
 import jax
+import numpy as np
 import programs
 import pytest
 
+from dmd_jax.data import trajectories
 from dmd_jax.training.cost import Cost, batch_shape, cost, si
 from dmd_jax.training.run import build, describe
 
@@ -39,6 +41,17 @@ def test_a_run_costs_its_steps_of_both_kinds(run):
 def test_the_batch_of_a_cost_is_the_batch_of_training(run):
     wanted = jax.tree.map(lambda x: (x.shape, x.dtype), next(run.batches(0)))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch_shape(run)) == wanted
+
+
+def test_pairs_that_are_not_made_yet_count_as_those_that_will_be(teacher, data_dir, tmp_path):
+    def dry_run(pairs):
+        values = {"evaluate.steps": (1,), "data.pairs": str(tmp_path / pairs)}
+        config = programs.config(teacher, data_dir, variant="dmd1", **values)
+        return build(config, jax.devices()[:1], files=False)
+
+    shape, pair = (28, 28, 1), np.zeros((2, 28, 28, 1))
+    trajectories.write(tmp_path / "made", [(0, 0)], lambda _: pair, shape, levels=[1.0], source={})
+    assert batch_shape(dry_run("no such folder")) == batch_shape(dry_run("made"))
 
 
 def test_the_description_of_a_run_says_its_work(run):

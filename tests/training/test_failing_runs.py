@@ -8,7 +8,7 @@ import numpy as np
 import programs
 import pytest
 from jax.experimental import multihost_utils
-from tiny_runs import final, start
+from tiny_runs import final, records, start
 
 from dmd_jax import weights
 from dmd_jax.quality import features
@@ -124,17 +124,45 @@ def test_images_are_not_judged_where_the_data_are_no_images(data_dir):
         resolve(config, jax.devices()[:1], files=False)
 
 
-def test_a_run_that_is_past_its_best_stops_and_leaves_the_best(
-    build, no_report, tmp_path, monkeypatch
-):
-    judged = iter([2.0, 1.0, 2.5, 3.0])
+OFTEN = {"evaluate.every": 2, "health.patience": 2}
 
-    def preview(*_):
-        picture = np.zeros((8, 8, 1), np.uint8)
-        return picture, SimpleNamespace(numbers={"fd": next(judged)}, judge="a judge")
 
-    monkeypatch.setattr(Evaluator, "preview", preview)
-    often = {"evaluate.every": 2, "health.patience": 2, "steps": 20}
-    with pytest.raises(health.Diverged, match=r"step 8, worsening samples: judged distances 2\.5"):
-        start(build(**often), tmp_path / "run")
+@pytest.fixture
+def judge(monkeypatch):
+    """Makes these the judged distances, and letters the names of their judges."""
+
+    def call(distances, judges="aaaaaa"):
+        left = zip(distances, judges, strict=False)
+
+        def preview(*_):
+            fd, name = next(left)
+            return np.zeros((8, 8, 1), np.uint8), SimpleNamespace(numbers={"fd": fd}, judge=name)
+
+        monkeypatch.setattr(Evaluator, "preview", preview)
+
+    return call
+
+
+def test_a_run_that_is_past_its_best_stops_and_leaves_the_best(build, no_report, tmp_path, judge):
+    judge([2.0, 1.0, 2.5, 3.0])
+    for _ in range(2):  # started again, it takes no step
+        with pytest.raises(health.Diverged, match=r"step 8, worsening samples: judged distances 2"):
+            start(build(**OFTEN), tmp_path / "run")
+    assert max(record["step"] for record in records(tmp_path / "run")) == 8
     assert weights.notes(tmp_path / "run" / "best.safetensors")["step"] == 4
+
+
+def test_distances_of_another_judge_are_not_compared(build, no_report, tmp_path, judge):
+    """As where `config.evaluate` has changed within a run."""
+    judge([1.0, 1.1, 2.5, 3.0, 2.6, 2.7], "aabbbb")
+    start(build(**OFTEN), tmp_path / "run")
+    assert weights.notes(tmp_path / "run" / "best.safetensors")["step"] == 6
+
+
+def test_a_run_that_has_taken_all_its_steps_is_finished_even_past_its_best(
+    build, no_report, tmp_path, judge
+):
+    judge([1.0, 2.5, 3.0])
+    start(build(**OFTEN | {"evaluate.every": 4}), tmp_path / "run")
+    assert weights.notes(tmp_path / "run" / "best.safetensors")["step"] == 4
+    assert weights.notes(tmp_path / "run" / "generator.safetensors")["step"] == 12

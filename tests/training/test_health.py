@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmd_jax.devices.processes import LONGEST
 from dmd_jax.training.health import Diverged, Monitor, Thresholds, Window, worsening
 
 
@@ -258,3 +259,9 @@ def test_samples_that_have_got_worse_for_good_end_a_run():
     assert "the best was 0.5, at step 300" in message and "best.safetensors" in message
     assert worsening(lost | {900: 1.3}, Thresholds(worsening=3.0)) == ("", 0)
     assert worsening({}, Thresholds()) == ("", 0)
+    many = {0: 0.1} | dict.fromkeys(range(1, 1001), 1.0)
+    message, _ = worsening(many, Thresholds(patience=1000))
+    assert len(message) < LONGEST  # or one process could not send it to the others
+    for wrong in ({"patience": 0}, {"worsening": 0.5}):
+        with pytest.raises(ValueError, match="must be 1 or more; large numbers stop no run"):
+            Thresholds(**wrong)

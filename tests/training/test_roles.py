@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import programs
 import pytest
 import toys
@@ -14,7 +15,7 @@ from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.models.wan import Wan, WanConfig
 from dmd_jax.rollouts.samplers import sampler_for
-from dmd_jax.training import roles
+from dmd_jax.training import loop, roles
 from dmd_jax.training.adapters import LoRA
 from dmd_jax.training.configuration import complete
 from dmd_jax.training.roles import ByNoise
@@ -77,10 +78,11 @@ def rewarded(teacher, data_dir):
 
 
 def test_a_rewards_network_is_an_argument_of_the_step(rewarded):
-    run = build(rewarded, jax.devices()[:1])
+    run = build(rewarded, jax.devices()[:2])
     shape, loaded = run.frozen_shape()["reward"], run.load_frozen()["reward"]
     assert jax.tree.structure(shape) == jax.tree.structure(loaded)
-    assert [x.shape for x in jax.tree.leaves(shape)] == [x.shape for x in jax.tree.leaves(loaded)]
+    shape, loaded = jax.tree.leaves(shape), jax.tree.leaves(loaded)
+    assert [(x.shape, x.sharding) for x in shape] == [(x.shape, x.sharding) for x in loaded]
     count = sum(x.size for x in jax.tree.leaves(loaded))
     assert f"reward      {count:>14,}    stored" in describe(run)
 
@@ -89,6 +91,29 @@ def test_a_reward_without_a_network_is_its_own_class(rewarded):
     rewarded.reward = complete(ConfigDict(dict(cls=Bright)))
     run = build(rewarded, jax.devices()[:1])
     assert run.load_frozen()["reward"] == run.frozen_shape()["reward"] == Bright()
+
+
+def tinted(tint, x0, cond):
+    return jnp.mean(tint * x0, axis=(1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tinted:
+    """A reward with an array, from a file."""
+
+    file: str
+
+    def load(self, source):
+        return jax.tree_util.Partial(tinted, jnp.load(self.file))
+
+
+def test_the_arrays_of_a_reward_belong_to_the_identity_of_a_run(rewarded, tmp_path):
+    file, found = tmp_path / "tint.npy", []
+    rewarded.reward = complete(ConfigDict(dict(cls=Tinted, file=str(file))))
+    for tint in (1.0, 1.0, 2.0):
+        np.save(file, np.full(3, tint))
+        found.append(loop._identity(build(rewarded, jax.devices()[:1]))["reward.sha256"])
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_reward_that_is_missing_or_does_not_fit_is_refused(rewarded):
@@ -123,6 +148,20 @@ def test_experts_start_as_copies_of_one_file_and_the_student_is_one_file(phased,
     with phased.unlocked():
         del phased.fake_score.experts
     assert build(phased, jax.devices()[:1]).nets["fake_score"].net.boundaries == (500.0,)
+
+
+def test_experts_of_a_teacher_are_kept_in_int8_as_one_network_is(phased):
+    with phased.unlocked():
+        phased.teacher.experts = complete(ConfigDict(dict(cls=ByNoise, boundaries=(0.5,))))
+        phased.teacher.compute.weights_dtype = "int8"
+    run = build(phased, jax.devices()[:1])
+    teacher = run.load_frozen()["teacher"]
+    wanted = run.frozen_shape()["teacher"]
+    kept = [[(x.shape, x.dtype) for x in jax.tree.leaves(net)] for net in (teacher, wanted)]
+    assert kept[0] == kept[1]
+    alone = weights.denoiser(phased.teacher.weights, int8=True)
+    for net in teacher.net.nets:
+        toys.assert_same(jax.tree.leaves(net), jax.tree.leaves(alone.net))
 
 
 def test_each_expert_of_a_pair_starts_from_its_part(tmp_path):
