@@ -9,6 +9,7 @@ import programs
 import pytest
 
 from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.training.run import build
 
 BOTH = ("ours", "PyTorch, eager")
 
@@ -38,6 +39,21 @@ def test_the_gradient_of_a_teacher_in_int8_is_compared(teacher, data_dir, tmp_pa
         ["bfloat16", "int8"],
     ]
     assert all(float(error) > 0.0 for row in rows for error in row[2:])
+
+
+@pytest.mark.slow
+def test_trajectories_of_bouncing_digits_are_written_and_trained_on(tmp_path):
+    script = "benchmarks/ode_start.py", f"--out={tmp_path}", "--num=8", "--steps=4"
+    result = programs.python(*script)
+    assert result.returncode == 0, result.stderr
+    config = programs.load_module("benchmarks/ode_start.py").get_config(tmp_path)
+    config.batch_size = 8
+    batch = next(build(config).batches(0))
+    assert {0.0, 1.0} < set(batch["trajectory"])
+    # Each block goes on after the real ones: its end is nearer to its own video than to the next.
+    ends, videos = np.float32(batch["trajectory"][0.0])[:, 3:], np.float32(batch["data"])[:, 3:]
+    own, other = (np.std(ends - x, axis=(1, 2, 3, 4)) for x in (videos, np.roll(videos, 1, 0)))
+    assert np.all(own < other), (own, other)
 
 
 @pytest.mark.slow
