@@ -232,7 +232,7 @@ LEAVING = """
         ("return", 0, ""),
         ("raise main.Stopped('saved')", 75, ""),
         ("raise ValueError('no')", 1, "error: no"),
-        ("raise KeyboardInterrupt", 130, ""),
+        ("raise KeyboardInterrupt", 130, "goes on from its last checkpoint"),
         ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug"),
     ],
 )
