@@ -64,6 +64,15 @@ def test_the_benchmark_of_a_gpu_runs_without_one_and_times_nothing():
     assert " ms" not in result.stdout
 
 
+def test_programs_beside_pytorch_say_that_it_is_missing_before_anything_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(programs.ROOT / "benchmarks"))
+    wan = programs.load_module("benchmarks/wan.py")
+    monkeypatch.setattr(wan.importlib.util, "find_spec", lambda name: None)
+    wan.require_pytorch([])
+    with pytest.raises(SystemExit, match="error: forward, critic: pip install torch diffusers, or"):
+        wan.require_pytorch(["forward", "critic"])
+
+
 def test_without_a_clone_the_comparison_with_self_forcing_says_how_to_get_one(tmp_path):
     script = "benchmarks/self_forcing_parity.py", f"--self_forcing={tmp_path}"
     result = programs.python(*script)
