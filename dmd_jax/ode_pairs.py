@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import sys
 
+import absl.logging
 import jax
 from absl import app, flags
 
@@ -84,6 +85,8 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    if not FLAGS["verbosity"].present:
+        absl.logging.set_verbosity(absl.logging.WARNING)
     use_float32_products(FLAGS.dtype)
     try:
         result = make(functools.partial(print, flush=True))
