@@ -39,7 +39,7 @@ SOLVED = ("times", "shift", "steps", "guidance")  # flags whose defaults depend 
 def _listed(name):
     """The two defaults of a flag of `SOLVED`, in words."""
     videos, images = (getattr(how, name) for how in (ode_pairs.Solution(), ode_pairs.OF_IMAGES))
-    return f"{videos} of videos, {images} of images."
+    return f"{videos} for videos, {images} for images."
 
 
 def define_flags():
@@ -75,7 +75,7 @@ def define_flags():
     flags.DEFINE_integer(
         "batch",
         None,
-        f"Trajectories in one call. Default: 1 video, {ode_pairs.IMAGES} images",
+        f"Trajectories in one call. Default: 1 video, {ode_pairs.IMAGES} images.",
         lower_bound=1,
     )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In which the teacher computes.")

@@ -41,7 +41,7 @@ ALARMS = (
         "generator/weight_norm",
         "largest_update",
         False,
-        "each step changes the generator by much: lower its learning rate",
+        "each step changes too much of the generator: lower its learning rate",
     ),
     Alarm(
         "gap/0",
