@@ -248,7 +248,7 @@ class DMD:
     def predictions(
         self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Float[Array, " B *data"], Float[Array, " B *data"], Float32[Array, " B"]]:
-        """What both scores say of given samples with noise of random times: (real, fake, t)."""
+        """Both scores' x0 for given samples, noised to random times: (real, fake, t)."""
         schedule = nets["teacher"].schedule
         x_t, t, _ = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
         return *self.scores(nets, x_t, t, rollout.cond, batch["uncond"]), t
