@@ -329,9 +329,9 @@ def _require_guidance(config, source):
     made, wanted = getattr(source, "guidance", None), config.method.get("guidance")
     if None not in (made, wanted) and made != wanted:
         raise ValueError(
-            f"config.data: {config.data.pairs} was made with guidance={made}, but config.method."
-            f"guidance={wanted}: both losses must aim at one teacher. Change the second, or make "
-            f"the pairs with `python -m dmd_jax.ode_pairs --guidance={wanted} --out=...`"
+            f"config.data: its pairs were made with guidance={made}, but config.method.guidance="
+            f"{wanted}: both losses must aim at one teacher. Change the second, or make pairs with "
+            f"`python -m dmd_jax.ode_pairs --guidance={wanted} --out=...`"
         )
 
 
