@@ -1,7 +1,7 @@
 r"""Runs that fail on purpose: what the metrics of health show, and how long before the samples do.
 
     python benchmarks/alarms.py --out=runs/alarms
-    python benchmarks/alarms.py --out=runs/alarms --only=healthy,rate
+    python benchmarks/alarms.py --out=runs/alarms --only=rate    and the healthy run beside it
 
 Each run is configs/dmd.py with one mistake; none is stopped. The table says at which step the
 alarms ring and the monitor would have stopped the run (docs/training.md#alarms), at which step the
@@ -165,6 +165,7 @@ def main():
     names = options.only.split(",")
     if unknown := set(names) - set(RUNS):
         parser.error(f"--only: no {sorted(unknown)} among {sorted(RUNS)}")
+    names = [*dict.fromkeys(each for name in names for each in (RUNS[name][3], name))]
     for name in names:
         train(name, options.steps, options.out, more)
     print(table(options.out, names))

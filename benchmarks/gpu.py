@@ -416,11 +416,13 @@ def find_machine():
 def main(_):
     if unknown := set(FLAGS.only) - set(PARTS):
         sys.exit(f"error: --only has no {sorted(unknown)}; there are {', '.join(PARTS)}")
+    named = [name for name in wan.PASSES if name in FLAGS.only]
+    wan.require_pytorch(named)
     machine, wrong = find_machine(), []
     for name, part in PARTS.items():
         if name in FLAGS.only and part is not None and (name != "compile" or not machine.gpu):
             wrong += part(machine) or []
-    if named := [name for name in wan.PASSES if name in FLAGS.only]:
+    if named:
         wrong += updates(machine, named)
     print("\n".join(wrong) or "nothing is wrong")
     sys.exit(bool(wrong))

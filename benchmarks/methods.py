@@ -182,9 +182,9 @@ def figure(rows):
         axes.set_yticks(range(len(names)), [METHODS[name][0] for name in names])
         axes.invert_yaxis()
         axes.grid(axis="y", color=RULE)
-        axes.set(xscale="log", xlabel="FD-MNIST64")
+        axes.set(xscale="log", xlabel="FD-MNIST64 (lower is better)")
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return drawing
 
 

@@ -11,7 +11,9 @@ arithmetic (two per weight of a layer and token, plus attention; a backward pass
 ones), the matmul peak is measured in the same process.
 """
 
+import importlib.util
 import statistics
+import sys
 import time
 
 import jax
@@ -223,7 +225,14 @@ def seconds(call):
     return time.perf_counter() - start
 
 
+def require_pytorch(named):
+    """Ends the process where PyTorch, beside which these programs are timed, is missing."""
+    if named and not all(map(importlib.util.find_spec, ("torch", "diffusers"))):
+        sys.exit(f"error: {', '.join(named)}: pip install torch diffusers, or leave them out")
+
+
 def main(_):
+    require_pytorch(FLAGS.only or PASSES)
     import torch
 
     torch.set_num_threads(FLAGS.threads)

@@ -13,6 +13,7 @@ interruption resumes.
 import functools
 import sys
 
+import absl.logging
 from absl import app, flags
 
 from dmd_jax.devices.precision import use_float32_products
@@ -46,6 +47,8 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    if not FLAGS["verbosity"].present:
+        absl.logging.set_verbosity(absl.logging.WARNING)
     use_float32_products("float32")  # the VAE
     try:
         result = encode_videos(

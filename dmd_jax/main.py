@@ -168,6 +168,9 @@ def main(argv):
     except Stopped as stop:
         print(stop, flush=True)
         sys.exit(STOPPED)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        print("interrupted; the same command goes on from its last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def start():
@@ -198,12 +201,11 @@ def leave(end):
     A normal exit would destroy objects that the compiler's thread still uses.
 
     Args:
-        end: SystemExit, KeyboardInterrupt, or an error that nobody caught.
+        end: SystemExit, or an error that nobody caught.
     """
-    interrupted, crashed = isinstance(end, KeyboardInterrupt), isinstance(end, Exception)
-    if crashed:
+    if crashed := isinstance(end, Exception):
         traceback.print_exception(end)
-    code = 128 + signal.SIGINT if interrupted else 1 if crashed else end.code
+    code = 1 if crashed else end.code
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1

@@ -9,6 +9,7 @@ accuracy in the card. `--data` names another data set.
 import shlex
 import sys
 
+import absl.logging
 from absl import app, flags
 
 from dmd_jax.data import load
@@ -39,6 +40,8 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    if not FLAGS["verbosity"].present:
+        absl.logging.set_verbosity(absl.logging.WARNING)
     use_float32_products("float32")
     try:  # what would otherwise fail after the training
         out = local_path(FLAGS.out)

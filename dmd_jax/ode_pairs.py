@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import sys
 
+import absl.logging
 import jax
 from absl import app, flags
 
@@ -38,7 +39,7 @@ SOLVED = ("times", "shift", "steps", "guidance")  # flags whose defaults depend 
 def _listed(name):
     """The two defaults of a flag of `SOLVED`, in words."""
     videos, images = (getattr(how, name) for how in (ode_pairs.Solution(), ode_pairs.OF_IMAGES))
-    return f"{videos} of videos, {images} of images."
+    return f"{videos} for videos, {images} for images."
 
 
 def define_flags():
@@ -74,7 +75,7 @@ def define_flags():
     flags.DEFINE_integer(
         "batch",
         None,
-        f"Trajectories in one call. Default: 1 video, {ode_pairs.IMAGES} images",
+        f"Trajectories in one call. Default: 1 video, {ode_pairs.IMAGES} images.",
         lower_bound=1,
     )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In which the teacher computes.")
@@ -84,6 +85,8 @@ def define_flags():
 def main(argv):
     if argv[1:]:
         sys.exit(f"error: unknown argument {argv[1]!r}; options start with --")
+    if not FLAGS["verbosity"].present:
+        absl.logging.set_verbosity(absl.logging.WARNING)
     use_float32_products(FLAGS.dtype)
     try:
         result = make(functools.partial(print, flush=True))

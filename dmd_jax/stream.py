@@ -17,6 +17,7 @@ from absl import app, flags
 from dmd_jax.devices.precision import use_float32_products
 from dmd_jax.pipelines import server, video
 from dmd_jax.pipelines.player import Player
+from dmd_jax.pipelines.sampling import video_config
 from dmd_jax.pipelines.streaming import block_sampler, parse_causal
 from dmd_jax.pipelines.video_stream import load_stream_model
 
@@ -65,7 +66,8 @@ def stream():
     """Serves the page until it is interrupted."""
     video.require_rate(FLAGS.fps)
     how = dict(steps=FLAGS.steps, shift=FLAGS.shift, causal=parse_causal(FLAGS.causal))
-    block_sampler(FLAGS.checkpoint, **how)  # refuses before anything is loaded
+    video_config(FLAGS.checkpoint)  # both refuse before anything is loaded
+    block_sampler(FLAGS.checkpoint, **how)
     load = functools.partial(
         load_stream_model,
         FLAGS.checkpoint,

@@ -80,6 +80,40 @@ def test_the_benchmark_of_a_gpu_runs_without_one_and_times_nothing():
     assert " ms" not in result.stdout
 
 
+def test_a_run_that_fails_on_purpose_is_compared_with_the_healthy_one(
+    monkeypatch, tmp_path, capsys
+):
+    alarms, ran = programs.load_module("benchmarks/alarms.py"), []
+
+    def train(name, steps, folder, more):
+        ran.append(name)
+        (folder / name).mkdir()
+        records = []
+        for step in range(25, steps + 1, 25):
+            losses = {"generator/loss": 1.0, "critic/tracking": 0.9, "generator/weight_norm": 10.0}
+            update = 0.02 if name == "healthy" else 0.5
+            records.append({"step": step, **losses, "generator/update_norm": update})
+            records.append({"step": step, "quality/fd": 9.0 if name != "healthy" else 2.0})
+        (folder / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    monkeypatch.setattr(alarms, "train", train)
+    monkeypatch.setattr("sys.argv", ["alarms.py", f"--out={tmp_path}", "--only=rate"])
+    alarms.main()
+    assert ran == ["healthy", "rate"]
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert "75: generator/update_norm over generator/weight_norm" in row
+    assert "| never | 25 | 25: `generator/update_norm` 0.5 (0.02) | 9.00 |" in row
+
+
+def test_programs_beside_pytorch_say_that_it_is_missing_before_anything_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(programs.ROOT / "benchmarks"))
+    wan = programs.load_module("benchmarks/wan.py")
+    monkeypatch.setattr(wan.importlib.util, "find_spec", lambda name: None)
+    wan.require_pytorch([])
+    with pytest.raises(SystemExit, match="error: forward, critic: pip install torch diffusers, or"):
+        wan.require_pytorch(["forward", "critic"])
+
+
 def test_without_a_clone_the_comparison_with_self_forcing_says_how_to_get_one(tmp_path):
     script = "benchmarks/self_forcing_parity.py", f"--self_forcing={tmp_path}"
     result = programs.python(*script)

@@ -232,7 +232,7 @@ LEAVING = """
         ("return", 0, ""),
         ("raise main.Stopped('saved')", 75, ""),
         ("raise ValueError('no')", 1, "error: no"),
-        ("raise KeyboardInterrupt", 130, ""),
+        ("raise KeyboardInterrupt", 130, "goes on from its last checkpoint"),
         ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug"),
     ],
 )
@@ -258,6 +258,11 @@ def test_the_end_waits_for_no_compilation(how, code, message):
             "config.method.cls is DMD, and 'Pretrain' cannot take its place",
         ),
         ("steps", "many", "config.steps=many"),
+        (
+            "fake_score.optimizer",
+            "Muon",
+            "set its entries, as in --config.fake_score.optimizer.cls=Muon",
+        ),
         ("steps", 0, "config.steps is 0; it must be 1 or more"),
         ("log.every", 0, "config.log: every=0 must be 1 or more"),
         ("checkpoint.every", 0, "config.checkpoint: every=0 must be 1 or more"),

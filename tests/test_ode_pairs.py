@@ -225,7 +225,8 @@ def test_pairs_of_images_are_noises_and_the_ends_that_the_sampler_reaches(
     )
     np.testing.assert_allclose(store.rows(range(13))[:, 0], noise, rtol=2**-10, atol=1e-6)
     np.testing.assert_allclose(store.rows(range(13))[:, 1], ends, rtol=2e-3, atol=2e-3)
-    assert "has latents with source = " in call(ode_pairs, *flags, "--num=14")
+    other = call(ode_pairs, *flags, "--num=14")
+    assert "has latents with source = {'num': 13}, not {'num': 14}" in other
 
 
 def test_a_teacher_of_images_takes_no_videos(program, tmp_path):

@@ -111,6 +111,8 @@ def test_a_page_plays_takes_a_prompt_and_gives_the_video(student, tmp_path):
 def test_a_student_that_does_not_stream_is_refused(call):
     output = call(stream, "--checkpoint=moving_digits_teacher")
     assert output.startswith("error: ") and "does not say which frames are a block" in output
+    images = call(stream, "--checkpoint=mnist_teacher")
+    assert "mnist_teacher is a network of images" in images
 
 
 def test_a_missing_library_is_named(call, student, monkeypatch):

@@ -55,8 +55,9 @@ def write(
         found = _read_manifest(path)
         for key, value in wanted.items():
             if key != "count" and found[key] != value:
+                there, here = _differing(found[key], value)
                 raise ValueError(
-                    f"{path} has latents with {key} = {found[key]}, not {value}. "
+                    f"{path} has latents with {key} = {there}, not {here}. "
                     "Name another folder, or delete this one."
                 )
         if found["count"] is not None:
@@ -97,13 +98,13 @@ class Latents:
         ValueError: they are incomplete, damaged, or not latents.
     """
 
-    command = "dmd_jax.encode"  # that writes such a folder
+    what, command = "latents", "dmd_jax.encode"  # of such a folder, and what writes it
 
     def __init__(self, path: str | PathLike):
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise FileNotFoundError(
-                f"{path} has no {MANIFEST}: there are no latents. Make them with "
+                f"{path} has no {MANIFEST}: there are no {self.what}. Make them with "
                 f"`python -m {self.command} --out={path} ...`, or name the folder that has them."
             )
         manifest = _read_manifest(path)
@@ -202,6 +203,14 @@ def _save_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 def _latents(path: Path, number: int) -> Path:
     return path / f"{number:05d}.npy"
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Both values; of dicts, the entries in which they differ."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    keys = [k for k in one | other if one.get(k) != other.get(k)]
+    return {k: one[k] for k in keys if k in one}, {k: other[k] for k in keys if k in other}
 
 
 def _prompts(path: Path, number: int) -> Path:

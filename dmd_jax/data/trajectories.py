@@ -63,7 +63,7 @@ class Trajectories(latents.Latents):
             the real one.
     """
 
-    command = "dmd_jax.ode_pairs"
+    what, command = "trajectories", "dmd_jax.ode_pairs"
 
     def __init__(self, path: str | PathLike):
         super().__init__(path)
@@ -149,6 +149,11 @@ class ImagePairs:
     @functools.cached_property
     def _stored(self) -> Trajectories:
         return Trajectories(Path(self.pairs).expanduser())
+
+    @property
+    def guidance(self) -> float | None:
+        """That of the teacher on its way to the ends; None where the folder does not say."""
+        return self._stored.source.get("guidance")
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

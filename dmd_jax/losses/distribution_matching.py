@@ -25,6 +25,12 @@ def finite_samples(x: Samples) -> Bool[Array, " B"]:
     return jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
 
 
+def keep(x: Samples, samples: Bool[Array, " B"], mask: Mask | None = None) -> Samples:
+    """x in those samples, of them what the mask keeps; 0 elsewhere, whatever is there."""
+    where = expand(samples, x)
+    return jnp.where(where if mask is None else where & expand(mask, x), x, 0.0)
+
+
 def square_norms(x: Samples) -> Float[Array, " B"]:
     """The sum of the squares of each sample's elements."""
     return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))

@@ -27,4 +27,5 @@ def reward_weights(
 
 def effective_share(weights: Real[Array, " B"]) -> Float32[Array, ""]:
     """The share of a batch that its weights leave: (sum w)^2 / (B sum w^2), from 1 / B to 1."""
+    weights = weights / jnp.max(weights)  # squares of large ones would overflow
     return jnp.square(jnp.sum(weights)) / (len(weights) * jnp.sum(jnp.square(weights)))

@@ -242,10 +242,16 @@ class DMD:
         self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
         """The generator's loss on given samples, and what `metrics` needs of its parts."""
+        real, fake, t = self.predictions(rollout, nets, batch, time_key, eps_key)
+        return self.distance(rollout, real, fake), self.observe(rollout, real, fake, t)
+
+    def predictions(
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
+    ) -> tuple[Float[Array, " B *data"], Float[Array, " B *data"], Float32[Array, " B"]]:
+        """Both scores' x0 for given samples, noised to random times: (real, fake, t)."""
         schedule = nets["teacher"].schedule
         x_t, t, _ = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
-        real, fake = self.scores(nets, x_t, t, rollout.cond, batch["uncond"])
-        return self.distance(rollout, real, fake), self.observe(rollout, real, fake, t)
+        return *self.scores(nets, x_t, t, rollout.cond, batch["uncond"]), t
 
     def distance(
         self, rollout: Rollout, real: Samples, fake: Samples, weight: Real[ArrayLike, "..."] = 1.0

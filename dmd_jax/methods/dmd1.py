@@ -15,7 +15,7 @@ from dmd_jax.rollouts.backward_simulation import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class DMD1(DMD):
-    """The first DMD (Yin et al. 2023, arXiv 2311.18828): its two losses, equation 9.
+    """The first DMD (Yin et al. 2023, arXiv 2311.18828): `DMD` and the regression of equation 9.
 
     From the noise of a stored pair, the student's one call should give the end of the teacher's
     ODE. Distribution matching alone may leave out a mode; the pairs name all of them. The pairs are
@@ -62,7 +62,8 @@ class DMD1(DMD):
             ValueError: the batch has no trajectories, or those of other times.
         """
         matching, (observed, rollout) = super().generator_loss(generator, nets, batch, key)
-        x_t, t = trajectory_points(batch, self.times, self.shift, jax.random.fold_in(key, 1))
+        # 0 to 2 are the keys of DMD's rollout, times and noise.
+        x_t, t = trajectory_points(batch, self.times, self.shift, jax.random.fold_in(key, 3))
         x0, end = generator(x_t, t, batch["cond"]), batch["trajectory"][0.0]
         regression = jnp.mean(self.regression_distance(x0, end))
         observed["end_error"] = jax.lax.stop_gradient(SquaredError()(x0, end))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, PyTree
 
 from dmd_jax.devices import randomness
-from dmd_jax.diffusion.schedule import Samples, expand
+from dmd_jax.diffusion.schedule import Samples
 from dmd_jax.losses.adversarial import (
     discriminator_loss,
     equal_norms,
@@ -16,7 +16,12 @@ from dmd_jax.losses.adversarial import (
     generator_adversarial_loss,
     gradient_penalty,
 )
-from dmd_jax.losses.distribution_matching import finite_samples, square_norms, with_gradient
+from dmd_jax.losses.distribution_matching import (
+    finite_samples,
+    keep,
+    square_norms,
+    with_gradient,
+)
 from dmd_jax.methods import Batch, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.rollouts.backward_simulation import Rollout, constant
@@ -93,9 +98,8 @@ class DMD2(DMD):
     def compare(
         self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
-        schedule, x0 = nets["teacher"].schedule, jax.lax.stop_gradient(rollout.x0)
-        x_t, t, _ = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
-        real, fake = self.scores(nets, x_t, t, rollout.cond, batch["uncond"])
+        real, fake, t = self.predictions(rollout, nets, batch, time_key, eps_key)
+        x0 = jax.lax.stop_gradient(rollout.x0)
         # Gradients at the samples are computed here, explicitly: there they have norms, and there a
         # sample in which one is not finite can be left out (see `SiD.compare`).
         gan, logits, push = self._adversarial(rollout, nets, batch, time_key, eps_key)
@@ -131,14 +135,8 @@ class DMD2(DMD):
             return generator_adversarial_loss(logits, paired), logits
 
         (gan, logits), push = jax.value_and_grad(loss, has_aux=True)(x0)
-        return gan, logits, self._usable(push, rollout)
-
-    def _usable(self, grad, rollout):
-        """A gradient that is zero where it is not finite in a sample, and outside the mask."""
-        usable = expand(finite_samples(grad), grad)
-        if rollout.mask is not None:
-            usable = usable & expand(rollout.mask, grad)
-        return jnp.where(usable, grad.astype(jnp.float32), 0.0)
+        push = keep(push.astype(jnp.float32), finite_samples(push), rollout.mask)
+        return gan, logits, push
 
     def _noisy_data(self, batch, schedule, t, key):
         """The real samples of a batch at times t, with noise from `key`."""

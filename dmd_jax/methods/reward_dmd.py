@@ -5,8 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dmd_jax.diffusion.schedule import expand
-from dmd_jax.losses.distribution_matching import finite_samples, square_norms, with_gradient
+from dmd_jax.losses.distribution_matching import (
+    finite_samples,
+    keep,
+    square_norms,
+    with_gradient,
+)
 from dmd_jax.losses.reward import effective_share, reward_weights
 from dmd_jax.methods import Batch, Metrics, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd import DMD
@@ -50,9 +54,8 @@ class RewardDMD(DMD):
     def compare(
         self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
-        schedule, x0 = nets["teacher"].schedule, jax.lax.stop_gradient(rollout.x0)
-        x_t, t, _ = self.diffuse(rollout, schedule, batch["index"], time_key, eps_key)
-        real, fake = self.scores(nets, x_t, t, rollout.cond, batch["uncond"])
+        real, fake, t = self.predictions(rollout, nets, batch, time_key, eps_key)
+        x0 = jax.lax.stop_gradient(rollout.x0)
         # Gradients at the samples are computed here, explicitly: there a sample in which one is not
         # finite can be left out (see `DMD2.compare`).
         reward, push = self._rewarded(rollout, nets)
@@ -64,10 +67,7 @@ class RewardDMD(DMD):
             return self.distance(rollout._replace(x0=x0), real, fake, weights)
 
         loss, pull = jax.value_and_grad(matching)(x0)
-        kept = expand(usable, push)
-        if rollout.mask is not None:
-            kept = kept & expand(rollout.mask, push)
-        push = jnp.where(kept, push.astype(jnp.float32), 0.0)
+        push = keep(push.astype(jnp.float32), usable, rollout.mask)
         loss = loss - self.reward_weight * jnp.mean(jnp.where(usable, reward, 0.0))
         observed = self.observe(rollout, real, fake, t)
         observed["usable"] = observed["usable"] & usable

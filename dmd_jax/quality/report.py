@@ -169,7 +169,7 @@ def gallery(
         for place, (name, mosaic) in enumerate(grids.items(), 1):
             axes = drawing.add_subplot(1, len(grids), place)
             axes.set_axis_off()
-            axes.set_title(name, size=9)
+            axes.set_title(name.replace(", ", "\n"), size=9)  # columns may be narrow
             axes.imshow(mosaic, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         drawing.tight_layout()
         drawing.savefig(path)

@@ -41,7 +41,7 @@ ALARMS = (
         "generator/weight_norm",
         "largest_update",
         False,
-        "each step changes the generator by much: lower its learning rate",
+        "each step changes too much of the generator: lower its learning rate",
     ),
     Alarm(
         "gap/0",
@@ -70,10 +70,11 @@ ALARMS = (
 
 
 class Alarms:
-    """Reads the records of a run and says, once for each time, what is out of its limits.
+    """Reads the records of a run and warns of what is beyond its limit.
 
-    An alarm rings when its quotient is beyond the limit in `Thresholds.patience` records in a row.
-    Only runs with a fake score are heard: their student starts as a good model and learns slowly.
+    An alarm rings when its quotient is beyond the limit in `Thresholds.patience` records in a row,
+    and again only after a record within the limit. Runs without a fake score have no alarms: the
+    limits are of students that start as a good model and learn slowly.
 
     Args:
         thresholds: the limits.

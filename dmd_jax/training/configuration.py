@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pkgutil
+import re
 import sys
 import traceback
 import types
@@ -177,6 +178,8 @@ def flag_error(error, of_flags):
         if line := _program_line(cause):
             return f"in the config: {type(cause).__name__}: {_text(cause)} ({line})"
         cause = cause.__context__
+    if found := re.match(r"flag (--\S+?)=(.*): Failed to parse .* as a ConfigDict", str(error)):
+        return f"{found[1]} is a section: set its entries, as in {found[1]}.cls={found[2]}"
     if of_flags:
         return f"{error} (--help lists the flags)"
     text = str(_text(error))

@@ -190,9 +190,9 @@ class Monitor:
     - collapsing: `samples/diversity` below `collapse` times its median over the first 5 records.
 
     A healthy run of the embedded digits stays far from all of them: no update skipped, critic loss
-    0.1 to 0.3, saturation from 0.07 to 0.25. The gap between teacher and fake score per noise band,
-    the tracking of the critic and the contrast are logged only: no threshold of them is known to
-    hold for all data sets.
+    0.1 to 0.3, saturation from 0.07 to 0.25. The gap between teacher and fake score per noise band
+    and the contrast stop no run, because no threshold of them is known to hold for all data sets:
+    `alarms` warns of them. The tracking of the critic is logged only.
 
     Args:
         thresholds: the limits of the symptoms.

@@ -140,7 +140,7 @@ class Plan:
             if step.refusal:
                 lines.append(f"the compiler refuses the step {NAMES[kind]}: {step.refusal}")
                 continue
-            lines.append(_gib(f"temporaries, step {NAMES[kind]}", step.temporaries))
+            lines.append(_gib(f"temporaries {NAMES[kind]}", step.temporaries))
             lines.append(_gib("    needed in all", step.total))
         if self.cache:
             lines.append(_gib("of them, keys and values of the rollout", self.cache))

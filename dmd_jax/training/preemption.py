@@ -65,10 +65,12 @@ class Preemption:
 
     def _handle(self, number: int, frame: Any) -> None:
         self._asked = True
+        what = "saving, then leaving"
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])
+            what += "; a second Ctrl-C leaves at once, without saving"
         # Not print or logging: the signal may have interrupted one of them.
-        os.write(2, f"\n{signal.Signals(number).name}: saving, then leaving.\n".encode())
+        os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():

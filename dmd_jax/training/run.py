@@ -314,6 +314,7 @@ def _source(config, files):
         source = construct(config.data, "config.data")
         if files:
             source.open()
+            _require_guidance(config, source)
         return source
     try:
         return data.load(
@@ -321,6 +322,17 @@ def _source(config, files):
         )
     except ValueError as error:
         raise ValueError(f"config.data: {error}") from error
+
+
+def _require_guidance(config, source):
+    """Refuses pairs whose ends are of another guidance than the method's: of another target."""
+    made, wanted = getattr(source, "guidance", None), config.method.get("guidance")
+    if None not in (made, wanted) and made != wanted:
+        raise ValueError(
+            f"config.data: its pairs were made with guidance={made}, but config.method.guidance="
+            f"{wanted}: both losses must aim at one teacher. Change the second, or make pairs with "
+            f"`python -m dmd_jax.ode_pairs --guidance={wanted} --out=...`"
+        )
 
 
 def _check_fit(nets, source):

@@ -121,7 +121,8 @@ def _cpu(topology, sides):
 
 def _usable(chip):
     """A GPU with the part of its memory that JAX takes, as much as in a run."""
-    share = float(os.environ.get("XLA_CLIENT_MEM_FRACTION") or 0.75)
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # now, and formerly
+    share = float(next(filter(None, map(os.environ.get, names)), 0.75))
     caveat = (
         f"Of {chip.memory / 2**30:.2f} GiB, JAX takes {share:.0%} (XLA_CLIENT_MEM_FRACTION). The "
         "compiler of a GPU refuses\nnothing: whether a step fits is our sum of the bytes that it "

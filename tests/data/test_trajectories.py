@@ -142,5 +142,6 @@ def test_pairs_of_other_images_are_refused(tmp_path, data_dir):
         opened("small", shape=(8, 8, 1))
     with pytest.raises(ValueError, match="has the label 10, but 'mnist5k' has 10 classes"):
         opened("more", labels=11)
-    with pytest.raises(FileNotFoundError, match=r"python -m dmd_jax.ode_pairs --out="):
+    made = r"there are no trajectories. Make them with `python -m dmd_jax.ode_pairs --out="
+    with pytest.raises(FileNotFoundError, match=made):
         ImagePairs(str(tmp_path / "nowhere"), data_dir=data_dir).open()

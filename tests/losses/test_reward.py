@@ -29,6 +29,7 @@ def test_the_share_of_equal_weights_is_one_and_that_of_a_single_one_its_part():
     np.testing.assert_allclose(effective_share(jnp.full(8, 0.3)), 1.0, rtol=1e-6)
     assert effective_share(jnp.float32([0, 0, 5.0, 0])) == 0.25
     np.testing.assert_allclose(effective_share(jnp.float32([1, 3])), 16 / 20, rtol=1e-6)
+    np.testing.assert_allclose(effective_share(jnp.float32([1e30, 3e30])), 16 / 20, rtol=1e-6)
 
 
 def test_weights_of_samples_turn_their_mean_into_that_of_the_tilted_gaussian():

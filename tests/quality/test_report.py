@@ -1,5 +1,7 @@
 """The table, the grid and the figure, read back."""
 
+import itertools
+
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -145,3 +147,20 @@ def test_gallery_shows_every_sampler_in_a_column_of_its_own(tmp_path):
     # Letters have greys of their own.
     assert np.mean(left == 60) > 0.1 > 0.01 > np.mean(left == 200)
     assert np.mean(right == 200) > 0.1 > 0.01 > np.mean(right == 60)
+
+
+def test_titles_of_many_samplers_do_not_overlap(tmp_path, monkeypatch):
+    drawn = []
+
+    class Kept(report.Figure):
+        def __init__(self, **how):
+            super().__init__(**how)
+            drawn.append(self)
+
+    monkeypatch.setattr(report, "Figure", Kept)
+    names = [f"teacher, {n} steps" for n in (50, 16, 8, 4)]
+    names += [f"student, {n} steps" for n in (4, 2, 1)]
+    images = {name: np.zeros((4, 8, 8, 1), np.uint8) for name in names}
+    report.gallery(tmp_path / "a.png", images, 2, title="Samples of seven samplers")
+    boxes = [axes.title.get_window_extent() for axes in drawn[0].axes]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))

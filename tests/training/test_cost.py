@@ -54,6 +54,20 @@ def test_pairs_that_are_not_made_yet_count_as_those_that_will_be(teacher, data_d
     assert batch_shape(dry_run("no such folder")) == batch_shape(dry_run("made"))
 
 
+def test_pairs_of_another_guidance_than_the_methods_are_refused(teacher, data_dir, tmp_path):
+    def run(guidance):
+        made, pair = tmp_path / str(guidance), np.zeros((2, 28, 28, 1))
+        how = dict(levels=[1.0], source={"guidance": guidance})
+        trajectories.write(made, [(0, 0)], lambda _: pair, (28, 28, 1), **how)
+        values = {"evaluate.steps": (1,), "data.pairs": str(made), "method.guidance": 1.5}
+        config = programs.config(teacher, data_dir, variant="dmd1", **values)
+        return build(config, jax.devices()[:1])
+
+    assert run(1.5).source.guidance == 1.5
+    with pytest.raises(ValueError, match=r"made with guidance=1.0, but config.method.guidance=1.5"):
+        run(1.0)
+
+
 def test_the_description_of_a_run_says_its_work(run):
     assert describe(run).splitlines()[-3:] == [
         f"{name}: {text}" for name, text in cost(run).lines().items()

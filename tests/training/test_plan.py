@@ -169,6 +169,9 @@ def test_of_a_gpus_memory_a_plan_has_what_jax_takes(name, planned, monkeypatch):
         gpus.topologies, "get_topology_desc", lambda **kwargs: asked.update(kwargs) or found
     )
     assert topologies.load(f"{name}:2x4")[0].memory == 0.75 * card.memory
+    with monkeypatch.context() as earlier:
+        earlier.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.8")
+        assert topologies.load(f"{name}:2x4")[0].memory == 0.8 * card.memory
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     chip, devices = topologies.load(f"{name}:2x4")
     assert chip.memory == 0.9 * card.memory and devices == ["device"]
