@@ -95,26 +95,49 @@ def in_int8(net):
     Raises:
         ValueError: no layer of the network is a stacked `Linear`.
     """
+
+    def rounded(kernel):
+        *stack, _, out = kernel.shape
+        scales = jax.ShapeDtypeStruct((*stack, 1, out), jnp.float32)
+        return Int8(jax.ShapeDtypeStruct(kernel.shape, jnp.int8), scales)
+
+    return map_kernels(rounded, net)
+
+
+def map_kernels(change, net):
+    """A network with `change(kernel)` in place of the kernels of its stacked layers.
+
+    Args:
+        change: of an array or an `Int8` [depth, in, out].
+        net: a network, or its jax.ShapeDtypeStructs.
+
+    Raises:
+        ValueError: no layer of the network is a stacked `Linear`.
+    """
     found = []
 
-    def rounded(layer):
-        if not isinstance(layer, Linear) or layer.kernel.ndim < 3:
-            return layer
-        found.append(layer)
-        *stack, _, out = layer.kernel.shape
-        scales = jax.ShapeDtypeStruct((*stack, 1, out), jnp.float32)
-        kernel = Int8(jax.ShapeDtypeStruct(layer.kernel.shape, jnp.int8), scales)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: kernel if path_name(path) == "kernel" else x, layer
-        )
+    def changed(path, x):
+        if path_name(path) != "kernel" or len(_shape(x)) < 3:
+            return x
+        found.append(x)
+        return change(x)
 
-    result = jax.tree.map(rounded, net, is_leaf=lambda x: isinstance(x, Linear))
+    def layer(x):
+        if not isinstance(x, Linear):
+            return x
+        return jax.tree_util.tree_map_with_path(changed, x, is_leaf=_is_special)
+
+    result = jax.tree.map(layer, net, is_leaf=lambda x: isinstance(x, Linear))
     if not found:
         raise ValueError(
-            "int8 is for layers that are `models.layers.Linear` and stacked by `stack`, and this "
+            "this is for layers that are `models.layers.Linear` and stacked by `stack`, and this "
             "network has none (docs/training.md)"
         )
     return result
+
+
+def _shape(kernel):
+    return (kernel.values if isinstance(kernel, Int8) else kernel).shape
 
 
 def linear(inputs, outputs, *, dtype=jnp.float32, rngs, zero=False, bias=True):

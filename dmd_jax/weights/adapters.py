@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dmd_jax.devices import host_memory
 from dmd_jax.devices.paths import named_leaves, path_name
 from dmd_jax.models.layers import LowRank
 
@@ -88,7 +89,7 @@ def merge(net: nnx.Module, adapter: Adapter, scale: float) -> nnx.Module:
     """The network with float32 weights W + scale A B: what is exported."""
 
     def weight(path, base):
-        name, base = path_name(path), base.astype(jnp.float32)
+        name, base = path_name(path), host_memory.to_device(base).astype(jnp.float32)
         A, B = (adapter.get(factor(name, which)) for which in "AB")
         return base if A is None else base + scale * jnp.matmul(A, B, precision="highest")
 
