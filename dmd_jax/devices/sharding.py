@@ -140,7 +140,7 @@ def gather(layer, rules):
 
 
 # Names of the parts of a kernel: of an `Int8` or a `LowRank` of models/layers, or in an adapter.
-_PART = re.compile(r"/(?:kernel/value/(values|scales|base|A|B)|(A|B)/kernel)$")
+_PART = re.compile(r"/(?:kernel/value/(?:base/)?(values|scales|base|A|B)|(A|B)/kernel)$")
 
 
 def _find(rules, name, used=None):

@@ -20,7 +20,7 @@ class LowRank:
     """In place of a kernel W [..., in, out]: W + scale A B, with a LoRA adapter (Hu et al. 2021).
 
     Attributes:
-        base: W.
+        base: W, an array or an `Int8`.
         A, B: [..., in, rank] and [..., rank, out], float32.
         scale: alpha / rank.
     """
@@ -32,8 +32,8 @@ class LowRank:
 
     @property
     def plain(self):
-        """W."""
-        return self.base
+        """W, an array."""
+        return _plain(self.base)
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +74,11 @@ class Linear(nnx.Linear):
             return out
         x, A, B = self.promote_dtype((x, kernel.A, kernel.B), dtype=self.dtype)
         return out + kernel.scale * ((x @ A) @ B)
+
+
+def is_int8(x):
+    """Whether a node of a tree is an `Int8`."""
+    return isinstance(x, Int8)
 
 
 def _is_special(x):

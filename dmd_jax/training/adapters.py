@@ -15,6 +15,7 @@ from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import Denoiser
+from dmd_jax.models.layers import is_int8
 from dmd_jax.training import memory, roles
 from dmd_jax.training.configuration import BASE, construct
 from dmd_jax.weights import adapter_files, adapters
@@ -77,14 +78,17 @@ class Bind:
         return self._with(adapters.attach, role, trained, frozen)
 
     def merged(self, role: str, trained: Any, frozen: dict[str, Any]) -> Denoiser:
-        """The Denoiser of a role's trained tree as an export: plain float32 weights."""
+        """The Denoiser of a role's trained tree as an export: plain float32 weights.
+
+        Its base must not be int8: see `run.Run.merged`.
+        """
         return self._with(adapters.merge, role, trained, frozen)
 
     def _with(self, combine, role, trained, frozen):
         if role not in self.lora:
             return trained
-        # The base's arrays in the role's own settings: they may differ in `remat`.
-        leaves = jax.tree.leaves(frozen[self.bases[role]])
+        # The base's weights in the role's own settings: they may differ in `remat`.
+        leaves = jax.tree.leaves(frozen[self.bases[role]], is_leaf=is_int8)
         base = jax.tree.unflatten(jax.tree.structure(self.nets[role]), leaves)
         net = combine(base.net, trained, self.lora[role].scale)
         return dataclasses.replace(base, net=net)

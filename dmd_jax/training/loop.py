@@ -372,7 +372,7 @@ def _export_best(run, shape, frozen, checkpoints, workdir):
 
 def _export(run, average, frozen, path, step):
     """Writes an averaged generator as a safetensors file; returns it, whole on every device."""
-    generator = sharding.replicate(run.bind.merged("generator", average, frozen))
+    generator = sharding.replicate(run.merged("generator", average, frozen))
     if jax.process_index() == 0:
         weights.save(path, generator, **_notes(run, step))
     return generator

@@ -48,14 +48,15 @@ def optimizers_in_host(config, roles):
 
 def require_frozen(config, role):
     """Raises ValueError where the settings of a role are only for weights that are not trained."""
-    if role not in config.method.cls.trainable:
+    if role not in config.method.cls.trainable or "adapter" in config[role]:
         return
     if in_int8(config, role):
         raise ValueError(
             f"config.{role}.compute.weights_dtype='int8', but the {role} is trained, and eight "
-            "bits lose small updates: only networks that are not trained can be int8. Remove it"
+            "bits lose small updates: only networks that are not trained can be int8. Remove it, "
+            f"or train an adapter: config.{role}.adapter"
         )
-    if in_host(config, role) and "adapter" not in config[role]:
+    if in_host(config, role):
         raise ValueError(
             f"config.{role}.compute.memory='host', but the {role} is trained, and every step "
             f"changes its weights. Remove it; config.{role}.optimizer.memory='host' is possible"

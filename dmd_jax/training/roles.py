@@ -18,6 +18,7 @@ from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import Denoiser, Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
 from dmd_jax.models.experts import Experts, combine
+from dmd_jax.models.layers import is_int8
 from dmd_jax.models.wan_vae import SHARDING_RULES as VAE_RULES
 from dmd_jax.models.wan_vae import WanVAE
 from dmd_jax.training import memory
@@ -327,7 +328,8 @@ def load(config, role, abstract, *, cast=False):
         net = weights.build(abstract.net.config, seed=seed(config, role))
         return dataclasses.replace(abstract, net=net)
     places = abstract if cast else jax.tree.map(lambda x: x.sharding, abstract)
-    how = _compute(config, role) | {"int8": memory.in_int8(config, role)}
+    in_int8 = any(map(is_int8, jax.tree.leaves(abstract, is_leaf=is_int8)))
+    how = _compute(config, role) | {"int8": in_int8}
     several = experts(config, role)
     if several is None:
         return weights.denoiser(path, shardings=places, **how)

@@ -156,6 +156,19 @@ class Run:
             loaded["reward"] = roles.load_reward(self.config, self.source, self.mesh)
         return loaded
 
+    def merged(self, role, trained, frozen):
+        """The Denoiser of a role's trained tree as an export: plain float32 weights.
+
+        An adapter changes the weights of the file of its base; if the base is int8, they are read
+        again, because what was rounded away is only there.
+        """
+        base = self.bind.bases.get(role)
+        if base is not None and memory.in_int8(self.config, config_role(base)):
+            shape = roles.in_compute_dtype(self.nets[role])
+            (to,) = roles.placed({base: shape}, {base: shape}, self.mesh).values()
+            frozen = {base: roles.load(self.config, config_role(base), to, cast=True)}
+        return self.bind.merged(role, trained, frozen)
+
     def batches(self, step):
         """This host's part of the batches from `step` on, as global arrays."""
         size = self.config.batch_size

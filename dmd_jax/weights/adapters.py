@@ -15,7 +15,7 @@ from flax import nnx
 
 from dmd_jax.devices import host_memory
 from dmd_jax.devices.paths import named_leaves, path_name
-from dmd_jax.models.layers import LowRank
+from dmd_jax.models.layers import LowRank, is_int8
 
 Adapter = dict[str, Any]
 
@@ -75,14 +75,14 @@ def random(shapes: Adapter, seed: int) -> Adapter:
 
 
 def attach(net: nnx.Module, adapter: Adapter, scale: float) -> nnx.Module:
-    """The network with the adapter beside its kernels: W stays as it is, and is shared."""
+    """The network with the adapter beside its kernels: W, also an `Int8`, stays, and is shared."""
 
     def weight(path, base):
         name = path_name(path)
         A, B = (adapter.get(factor(name, which)) for which in "AB")
         return base if A is None else LowRank(base, A, B, scale)
 
-    return jax.tree_util.tree_map_with_path(weight, net)
+    return jax.tree_util.tree_map_with_path(weight, net, is_leaf=is_int8)
 
 
 def merge(net: nnx.Module, adapter: Adapter, scale: float) -> nnx.Module:
