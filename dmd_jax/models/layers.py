@@ -10,8 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from dmd_jax.devices import host_memory
 from dmd_jax.devices.paths import path_name
+
+LAYER_INPUT = "layer input"  # its name in `jax.checkpoint_policies`
 
 
 @jax.tree_util.register_dataclass
@@ -197,9 +201,9 @@ def check_compute(dtype, remat):
     """Raises ValueError if `dtype` or `remat` of a config is not one that `scan` supports."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: use 'float32' or 'bfloat16'")
-    if remat not in ("none", "full") and not hasattr(jax.checkpoint_policies, remat):
+    if remat not in ("none", "full", "offload") and not hasattr(jax.checkpoint_policies, remat):
         raise ValueError(
-            f"remat={remat!r}: use 'none', 'full' or a name of jax.checkpoint_policies"
+            f"remat={remat!r}: use 'none', 'full', 'offload' or a name of jax.checkpoint_policies"
         )
 
 
@@ -208,14 +212,32 @@ def scan(layer, carry, xs, *, remat, unroll):
 
     Args:
         layer: (carry, x) -> (carry, y).
-        remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything, any
-            other name is a policy of `jax.checkpoint_policies`.
+        remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything,
+            "offload" everything from an input that waits in the memory of the host; any other name
+            is a policy of `jax.checkpoint_policies`.
         unroll: layers per iteration of the loop.
     """
-    if remat != "none":
+    if remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst=host_memory.KIND,
+        )
+        layer = jax.checkpoint(_named_input(layer), policy=policy)
+    elif remat != "none":
         policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
         layer = jax.checkpoint(layer, policy=policy)
     return jax.lax.scan(layer, carry, xs, unroll=unroll)
+
+
+def _named_input(layer):
+    """The layer, whose input has the name by which a policy of rematerialisation finds it."""
+
+    def named(carry, x):
+        return layer(jax.tree.map(lambda c: checkpoint_name(c, LAYER_INPUT), carry), x)
+
+    return named
 
 
 def scan_with_taps(layer, carry, xs, taps, *, remat, unroll):

@@ -3,6 +3,7 @@
     config.teacher.compute.weights_dtype = "int8"    layers in eight bits
     config.teacher.compute.memory = "host"           layers in the memory of the host
     config.generator.optimizer.memory = "host"       the state of a role's optimizer there
+    config.generator.compute.remat = "offload"       what the backward pass needs of its layers
 
 docs/training.md has what each saves and costs. Imports `layers`, `host_memory` and the
 configuration.
@@ -46,21 +47,27 @@ def optimizers_in_host(config, roles):
     return {role for role in roles if config[role].optimizer.get("memory") == "host"}
 
 
+def inputs_in_host(run):
+    """The roles whose layers' inputs wait in the memory of the host for the backward pass."""
+    configs = {role: getattr(getattr(x, "net", x), "config", None) for role, x in run.nets.items()}
+    return [role for role, c in configs.items() if getattr(c, "remat", None) == "offload"]
+
+
 def require_frozen(config, role):
     """Raises ValueError where the settings of a role are only for weights that are not trained."""
-    if role not in config.method.cls.trainable or "adapter" in config[role]:
+    int8, host = in_int8(config, role), in_host(config, role)
+    if not (int8 or host) or role not in config.method.cls.trainable or "adapter" in config[role]:
         return
-    if in_int8(config, role):
+    if int8:
         raise ValueError(
             f"config.{role}.compute.weights_dtype='int8', but the {role} is trained, and eight "
             "bits lose small updates: only networks that are not trained can be int8. Remove it, "
             f"or train an adapter: config.{role}.adapter"
         )
-    if in_host(config, role):
-        raise ValueError(
-            f"config.{role}.compute.memory='host', but the {role} is trained, and every step "
-            f"changes its weights. Remove it; config.{role}.optimizer.memory='host' is possible"
-        )
+    raise ValueError(
+        f"config.{role}.compute.memory='host', but the {role} is trained, and every step changes "
+        f"its weights. Remove it; config.{role}.optimizer.memory='host' is possible"
+    )
 
 
 def in_dtype(config, role, denoiser):
@@ -104,6 +111,8 @@ def check(run):
         ValueError: the setting, and what to do.
     """
     config, devices = run.config, run.mesh.devices.flat
+    for role in inputs_in_host(run):
+        host_memory.require(f"config.{role}.compute.remat='offload'", devices)
     for role in sorted(optimizers_in_host(config, run.nets)):
         host_memory.require(f"config.{role}.optimizer.memory='host'", devices)
     for name in run.frozen:

@@ -22,6 +22,7 @@ from dmd_jax.training import loop
 from dmd_jax.training.configuration import compute_dtypes
 from dmd_jax.training.cost import batch_shape, cost, si
 from dmd_jax.training.hlo import Program, Traffic
+from dmd_jax.training.memory import inputs_in_host
 from dmd_jax.training.run import build, cache_shape
 
 NAMES = {True: "with the generator's update", False: "without"}
@@ -157,12 +158,12 @@ class Plan:
         if kept > self.available:
             return (
                 "what is kept between steps is too large, most of all "
-                f"{max(self.roles, key=self.roles.get)}. Raise config.mesh.fsdp, or take more "
-                "devices or larger chips"
+                f"{max(self.roles, key=self.roles.get)}. Raise config.mesh.fsdp, keep some in "
+                "the memory of the host (docs/training.md), or take more devices or larger chips"
             )
         return (
-            "the temporaries are too large. Set config.<role>.compute.remat='full', raise "
-            "config.accumulate or config.mesh.context, lower config.batch_size, or take more "
+            "the temporaries are too large. Set config.<role>.compute.remat='full' or 'offload', "
+            "raise config.accumulate or config.mesh.context, lower config.batch_size, or take more "
             "devices"
         )
 
@@ -274,11 +275,12 @@ def flops(run):
 def _caveat(run, chip, host):
     """What limits the plan's word."""
     text = "" if chip is None else chip.caveat
-    if any(host.values()) and not _tells_host_memory(run):
+    used = any(host.values()) or inputs_in_host(run)
+    if used and not _tells_host_memory(run):
         text += (
             "\nThis compiler does not tell the memory of the host apart: what lies there is our "
-            "arithmetic,\nmoments count as if they were on the devices, and no time of the copies "
-            "is in the estimate."
+            "arithmetic,\nmoments and inputs of layers count as if on the devices, and copies "
+            "take no time."
         )
     return text.strip()
 

@@ -124,6 +124,16 @@ def test_such_a_teacher_is_sampled_for_the_report(plain, hosted):
     assert_same(*samples)
 
 
+def test_a_teacher_in_eight_bits_is_the_same_there(resolve):
+    int8 = {"teacher.compute.weights_dtype": "int8"}
+    runs = [resolve(**int8, **more) for more in ({}, {"teacher.compute.memory": "host"})]
+    here, there = (run.load_frozen()["teacher"] for run in runs)
+    assert kinds(there.net.blocks.qkv.kernel) == {host_memory.KIND}
+    x, t, label = toys.normal(0, 2, 28, 28, 1), jnp.array([0.3, 0.8]), jnp.array([1, 9])
+    with jax.set_mesh(runs[0].mesh):
+        assert_same(*(jax.jit(lambda net: net(x, t, label))(net) for net in (here, there)))
+
+
 def test_a_dry_run_says_what_is_in_the_memory_of_the_host(plain, hosted):
     lines = describe(hosted.run).splitlines()
     (teacher,) = [line for line in lines if line.startswith("teacher")]
@@ -159,9 +169,17 @@ def test_what_cannot_be_in_the_memory_of_the_host_is_refused(resolve, monkeypatc
     with pytest.raises(ValueError, match=r"config.generator.optimizer: memory='disk': use 'host'"):
         resolve(**{"generator.optimizer.memory": "disk"})
     monkeypatch.setattr(host_memory, "KIND", "of_no_device")
-    for setting in HOST:
-        with pytest.raises(ValueError, match=rf"config.{setting}='host': .* is needed. Remove it"):
-            resolve(**{setting: "host"})
+    for setting, value in (HOST | {"generator.compute.remat": "offload"}).items():
+        with pytest.raises(ValueError, match=rf"config.{setting}='{value}': .* is needed. Remove"):
+            resolve(**{setting: value})
+
+
+def test_a_discriminator_reads_no_features_from_the_memory_of_the_host(teacher, data_dir):
+    settings = {"method.features": "teacher", "discriminator.model.blocks": (0,)}
+    settings |= {"teacher.compute.memory": "host"}
+    config = programs.config(teacher, data_dir, variant="dmd2", **settings)
+    with pytest.raises(ValueError, match=r"features='teacher' reads this network in pieces"):
+        build(config, jax.devices()[:1])
 
 
 def test_an_adapter_works_on_a_base_in_the_memory_of_the_host(hosted, teacher, data_dir):
