@@ -22,7 +22,6 @@ from dmd_jax.training import loop
 from dmd_jax.training.configuration import compute_dtypes
 from dmd_jax.training.cost import batch_shape, cost, si
 from dmd_jax.training.hlo import Program, Traffic
-from dmd_jax.training.memory import inputs_in_host
 from dmd_jax.training.run import build, cache_shape
 
 NAMES = {True: "with the generator's update", False: "without"}
@@ -275,12 +274,10 @@ def flops(run):
 def _caveat(run, chip, host):
     """What limits the plan's word."""
     text = "" if chip is None else chip.caveat
-    used = any(host.values()) or inputs_in_host(run)
-    if used and not _tells_host_memory(run):
+    if any(host.values()) and not _tells_host_memory(run):
         text += (
-            "\nThis compiler does not tell the memory of the host apart: what lies there is our "
-            "arithmetic,\nmoments and inputs of layers count as if on the devices, and copies "
-            "take no time."
+            "\nThis compiler does not tell the memory of the host apart: what is kept there is our "
+            "arithmetic,\nmoments count as if on the devices, and copies of either take no time."
         )
     return text.strip()
 
