@@ -74,11 +74,11 @@ class Plan:
         batch_size, accumulate: of the config.
         available: bytes of memory of one device.
         roles: {what: bytes that one device keeps between steps}.
-        host: {what: bytes that the host keeps for one device between steps}.
         cache: bytes of a causal rollout's keys and values if they split evenly, a part of the
             temporaries.
         steps: {whether the generator is updated: Step}.
         caveat: what limits the plan's word, of the chip.
+        host: {what: bytes that the host keeps for one device between steps}.
     """
 
     kind: str
@@ -88,10 +88,10 @@ class Plan:
     accumulate: int
     available: int
     roles: dict[str, int]
-    host: dict[str, int]
     cache: int
     steps: dict[bool, Step]
     caveat: str = ""
+    host: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self):
