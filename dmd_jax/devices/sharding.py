@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 
+from dmd_jax.devices import host_memory
 from dmd_jax.devices.paths import path_name
 
 P = jax.P
@@ -121,20 +122,25 @@ def tokens_to_heads(x):
 
 
 def gather(layer, rules):
-    """Gathers a layer's weights over fsdp just before their use; tensor stays split."""
+    """Gathers a layer's weights over fsdp just before their use; tensor stays split.
+
+    Those in the memory of the host come to the devices first, each device's part to it.
+    """
     if not _has_mesh():
-        return layer
+        return host_memory.to_device(layer)
 
     def whole(path, weight):
-        spec = _find(rules, path_name(path)) or P()
+        mesh, spec = jax.sharding.get_abstract_mesh(), _find(rules, path_name(path)) or P()
+        if host_memory.holds(weight):  # in parts: otherwise the host would gather it
+            weight = _constrain(host_memory.to_device(weight), fit(spec, weight.shape, mesh))
         spec = P(*(None if axis == "fsdp" else axis for axis in spec))
-        return _constrain(weight, fit(spec, weight.shape, jax.sharding.get_abstract_mesh()))
+        return _constrain(weight, fit(spec, weight.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(whole, layer)
 
 
 # Names of the parts of a kernel: of an `Int8` or a `LowRank` of models/layers, or in an adapter.
-_PART = re.compile(r"/(?:kernel/value/(values|scales|base|A|B)|(A|B)/kernel)$")
+_PART = re.compile(r"/(?:kernel/value/(?:base/)?(values|scales|base|A|B)|(A|B)/kernel)$")
 
 
 def _find(rules, name, used=None):

@@ -92,8 +92,9 @@ class DiTConfig:
             files it can be loaded.
         dtype: compute dtype of the layers, "float32" or "bfloat16"; weights, norms and modulation
             are float32 in both.
-        remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything, any
-            other name is a policy of `jax.checkpoint_policies`.
+        remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything,
+            "offload" everything from an input that waits in the memory of the host; any other name
+            is a policy of `jax.checkpoint_policies`.
         unroll: layers per iteration of the scan over layers; more compile slower and run faster.
 
     Raises:

@@ -10,8 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from dmd_jax.devices import host_memory
 from dmd_jax.devices.paths import path_name
+
+LAYER_INPUT = "layer input"  # its name in `jax.checkpoint_policies`
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +24,7 @@ class LowRank:
     """In place of a kernel W [..., in, out]: W + scale A B, with a LoRA adapter (Hu et al. 2021).
 
     Attributes:
-        base: W.
+        base: W, an array or an `Int8`.
         A, B: [..., in, rank] and [..., rank, out], float32.
         scale: alpha / rank.
     """
@@ -32,8 +36,8 @@ class LowRank:
 
     @property
     def plain(self):
-        """W."""
-        return self.base
+        """W, an array."""
+        return _plain(self.base)
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +80,11 @@ class Linear(nnx.Linear):
         return out + kernel.scale * ((x @ A) @ B)
 
 
+def is_int8(x):
+    """Whether a node of a tree is an `Int8`."""
+    return isinstance(x, Int8)
+
+
 def _is_special(x):
     return isinstance(x, LowRank | Int8)
 
@@ -95,26 +104,49 @@ def in_int8(net):
     Raises:
         ValueError: no layer of the network is a stacked `Linear`.
     """
+
+    def rounded(kernel):
+        *stack, _, out = kernel.shape
+        scales = jax.ShapeDtypeStruct((*stack, 1, out), jnp.float32)
+        return Int8(jax.ShapeDtypeStruct(kernel.shape, jnp.int8), scales)
+
+    return map_kernels(rounded, net)
+
+
+def map_kernels(change, net):
+    """A network with `change(kernel)` in place of the kernels of its stacked layers.
+
+    Args:
+        change: of an array or an `Int8` [depth, in, out].
+        net: a network, or its jax.ShapeDtypeStructs.
+
+    Raises:
+        ValueError: no layer of the network is a stacked `Linear`.
+    """
     found = []
 
-    def rounded(layer):
-        if not isinstance(layer, Linear) or layer.kernel.ndim < 3:
-            return layer
-        found.append(layer)
-        *stack, _, out = layer.kernel.shape
-        scales = jax.ShapeDtypeStruct((*stack, 1, out), jnp.float32)
-        kernel = Int8(jax.ShapeDtypeStruct(layer.kernel.shape, jnp.int8), scales)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: kernel if path_name(path) == "kernel" else x, layer
-        )
+    def changed(path, x):
+        if path_name(path) != "kernel" or len(_shape(x)) < 3:
+            return x
+        found.append(x)
+        return change(x)
 
-    result = jax.tree.map(rounded, net, is_leaf=lambda x: isinstance(x, Linear))
+    def layer(x):
+        if not isinstance(x, Linear):
+            return x
+        return jax.tree_util.tree_map_with_path(changed, x, is_leaf=_is_special)
+
+    result = jax.tree.map(layer, net, is_leaf=lambda x: isinstance(x, Linear))
     if not found:
         raise ValueError(
-            "int8 is for layers that are `models.layers.Linear` and stacked by `stack`, and this "
+            "this is for layers that are `models.layers.Linear` and stacked by `stack`, and this "
             "network has none (docs/training.md)"
         )
     return result
+
+
+def _shape(kernel):
+    return (kernel.values if isinstance(kernel, Int8) else kernel).shape
 
 
 def linear(inputs, outputs, *, dtype=jnp.float32, rngs, zero=False, bias=True):
@@ -169,9 +201,9 @@ def check_compute(dtype, remat):
     """Raises ValueError if `dtype` or `remat` of a config is not one that `scan` supports."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: use 'float32' or 'bfloat16'")
-    if remat not in ("none", "full") and not hasattr(jax.checkpoint_policies, remat):
+    if remat not in ("none", "full", "offload") and not hasattr(jax.checkpoint_policies, remat):
         raise ValueError(
-            f"remat={remat!r}: use 'none', 'full' or a name of jax.checkpoint_policies"
+            f"remat={remat!r}: use 'none', 'full', 'offload' or a name of jax.checkpoint_policies"
         )
 
 
@@ -180,14 +212,32 @@ def scan(layer, carry, xs, *, remat, unroll):
 
     Args:
         layer: (carry, x) -> (carry, y).
-        remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything, any
-            other name is a policy of `jax.checkpoint_policies`.
+        remat: what the backward pass recomputes of a layer: "none" nothing, "full" everything,
+            "offload" everything from an input that waits in the memory of the host; any other name
+            is a policy of `jax.checkpoint_policies`.
         unroll: layers per iteration of the loop.
     """
-    if remat != "none":
+    if remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst=host_memory.KIND,
+        )
+        layer = jax.checkpoint(_named_input(layer), policy=policy)
+    elif remat != "none":
         policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
         layer = jax.checkpoint(layer, policy=policy)
     return jax.lax.scan(layer, carry, xs, unroll=unroll)
+
+
+def _named_input(layer):
+    """The layer, whose input has the name by which a policy of rematerialisation finds it."""
+
+    def named(carry, x):
+        return layer(jax.tree.map(lambda c: checkpoint_name(c, LAYER_INPUT), carry), x)
+
+    return named
 
 
 def scan_with_taps(layer, carry, xs, taps, *, remat, unroll):

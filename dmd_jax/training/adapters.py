@@ -15,8 +15,9 @@ from dmd_jax import weights
 from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.training import roles
-from dmd_jax.training.configuration import construct
+from dmd_jax.models.layers import is_int8
+from dmd_jax.training import memory, roles
+from dmd_jax.training.configuration import BASE, construct
 from dmd_jax.weights import adapter_files, adapters
 
 
@@ -77,14 +78,17 @@ class Bind:
         return self._with(adapters.attach, role, trained, frozen)
 
     def merged(self, role: str, trained: Any, frozen: dict[str, Any]) -> Denoiser:
-        """The Denoiser of a role's trained tree as an export: plain float32 weights."""
+        """The Denoiser of a role's trained tree as an export: plain float32 weights.
+
+        Its base must not be int8: see `run.Run.merged`.
+        """
         return self._with(adapters.merge, role, trained, frozen)
 
     def _with(self, combine, role, trained, frozen):
         if role not in self.lora:
             return trained
-        # The base's arrays in the role's own settings: they may differ in `remat`.
-        leaves = jax.tree.leaves(frozen[self.bases[role]])
+        # The base's weights in the role's own settings: they may differ in `remat`.
+        leaves = jax.tree.leaves(frozen[self.bases[role]], is_leaf=is_int8)
         base = jax.tree.unflatten(jax.tree.structure(self.nets[role]), leaves)
         net = combine(base.net, trained, self.lora[role].scale)
         return dataclasses.replace(base, net=net)
@@ -123,14 +127,6 @@ class Bind:
         return adapter_files.load(spec.weights, shape, spec.scale)
 
 
-BASE = "_base"  # ends the name of a base that is no role of its own
-
-
-def config_role(name):
-    """The role whose section of the config says where a frozen network comes from."""
-    return name.removesuffix(BASE)
-
-
 def resolve(config, nets, frozen, *, files):
     """(Bind, frozen nets with the bases) of a run.
 
@@ -158,7 +154,7 @@ def resolve(config, nets, frozen, *, files):
                 f"config.{role}.adapter changes given weights, but config.{role}.weights is "
                 "'random': name the file of the base, or remove the adapter"
             )
-        base = roles.in_compute_dtype(net)
+        base = roles.frozen(config, role, net)
         bases[role] = known.setdefault(_base_key(config, role, base), f"{role}{BASE}")
         frozen = {bases[role]: base} | frozen  # does not replace the teacher
     bind = Bind(nets, lora, bases)
@@ -167,9 +163,10 @@ def resolve(config, nets, frozen, *, files):
 
 
 def _base_key(config, role, net):
-    """What two bases in one place in memory agree in: file, experts, names, dtypes, shapes."""
+    """What two bases that are one agree in: file, experts, memory, names, dtypes, shapes."""
     arrays = [(name, x.shape, x.dtype) for name, x in named_leaves(net).items()]
-    return roles.weights_path(config, role), roles.experts(config, role), tuple(arrays)
+    source = roles.weights_path(config, role), roles.experts(config, role)
+    return *source, memory.in_host(config, role), tuple(arrays)
 
 
 def _check(config, bind, files):

@@ -24,6 +24,9 @@ from ml_collections import config_dict
 # Sections that a resumed run may change: its length, what is logged and judged, and where and how
 # it is computed.
 FREE = ("steps", "log", "checkpoint", "health", "evaluate", "mesh", "accumulate")
+# Entries of a role's `compute` that say how its weights are kept, not how its network computes.
+STORAGE = {"weights_dtype", "memory"}
+BASE = "_base"  # ends the name of an adapter's base that is no role of its own
 PROGRAM = "config_config"  # what a config program is called as a module
 
 
@@ -50,9 +53,10 @@ def complete(config, where="config"):
     if "cls" in config:
         _complete_section(config)
         config["cls"] = _Class(config, where)
-    if "compute" in config and "weights_dtype" not in config.compute:  # of a role; see `roles`
+    if "compute" in config:  # of a role; see `roles`
         with config.compute.unlocked():
-            config.compute.weights_dtype = config_dict.placeholder(str)
+            for name in STORAGE - set(config.compute):
+                config.compute[name] = config_dict.placeholder(str)
     return config.lock()
 
 
@@ -213,6 +217,11 @@ def require_config(config):
         raise ValueError(f"get_config returned {config!r}, and a ConfigDict is wanted")
 
 
+def config_role(name):
+    """The role whose section of the config says where a frozen network comes from."""
+    return name.removesuffix(BASE)
+
+
 def compute_dtypes(config):
     """The dtypes in which the networks of a run compute."""
     sections = [s for s in config.values() if isinstance(s, ml_collections.ConfigDict)]
@@ -366,7 +375,8 @@ def defaults(config):
 
 def _free(name):
     head, *rest = name.split(".")
-    return head in FREE or name == "data.data_dir" or rest[:1] == ["compute"]
+    where = rest[:1] == ["compute"] or rest == ["optimizer", "memory"]
+    return head in FREE or name == "data.data_dir" or where
 
 
 def differences(stored, now):

@@ -42,12 +42,14 @@ class Traffic:
         sent: {kind of collective: bytes sent to other devices}, by a ring.
         network: the part of `sent` that leaves an island, see `Program`.
         unknown_loops: loops of unknown length; their bodies count once.
+        host: read from and written to the memory of the host.
     """
 
     memory: float = 0.0
     sent: Mapping[str, float] = dataclasses.field(default_factory=dict)
     network: float = 0.0
     unknown_loops: int = 0
+    host: float = 0.0
 
     def __add__(self, other):
         kinds = self.sent | other.sent
@@ -57,12 +59,13 @@ class Traffic:
             sent,
             self.network + other.network,
             self.unknown_loops + other.unknown_loops,
+            self.host + other.host,
         )
 
     def times(self, n):
         """The traffic of n such calls."""
         sent = {kind: n * size for kind, size in self.sent.items()}
-        return Traffic(n * self.memory, sent, n * self.network, self.unknown_loops)
+        return Traffic(n * self.memory, sent, n * self.network, self.unknown_loops, n * self.host)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ class Program:
         if x.opcode == "fusion":
             memory = _fusion_bytes(x, self._computations[called[0]], around)
             return Traffic(memory) + self._sent_inside(called[0])
-        return Traffic(_bytes_of(x, around))
+        return Traffic(_bytes_of(x, around), host=_host_bytes(x))
 
     def _loop(self, x):
         """A while loop: its body as often as it runs."""
@@ -335,6 +338,14 @@ def _size(kind, *, stored=False):
         bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or [0])[0])
         total += bits * math.prod(int(n) for n in axes.split(",") if n) / 8
     return total
+
+
+def _host_bytes(x):
+    """Bytes that a copy moves between host memory, S(5), and the device."""
+    copies = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")
+    if x.opcode not in copies or "S(5)" not in x.type:
+        return 0
+    return min(_size(found[0]) for found in _SHAPE.finditer(x.type) if found[2])
 
 
 def _bytes_of(x, around):

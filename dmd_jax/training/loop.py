@@ -24,10 +24,9 @@ from dmd_jax.devices.disk import check_writable, exclusive, first_line, write_te
 from dmd_jax.devices.processes import from_first, together
 from dmd_jax.quality.evaluator import REPORT
 from dmd_jax.training import health, roles
-from dmd_jax.training.adapters import config_role
 from dmd_jax.training.alarms import Alarms
 from dmd_jax.training.checkpoints import Checkpointer
-from dmd_jax.training.configuration import defaults, differences, flatten
+from dmd_jax.training.configuration import config_role, defaults, differences, flatten
 from dmd_jax.training.cost import cost
 from dmd_jax.training.preemption import Preemption, Stopped
 from dmd_jax.training.profiling import Profiler, warn_of_taken
@@ -373,7 +372,7 @@ def _export_best(run, shape, frozen, checkpoints, workdir):
 
 def _export(run, average, frozen, path, step):
     """Writes an averaged generator as a safetensors file; returns it, whole on every device."""
-    generator = sharding.replicate(run.bind.merged("generator", average, frozen))
+    generator = sharding.replicate(run.merged("generator", average, frozen))
     if jax.process_index() == 0:
         weights.save(path, generator, **_notes(run, step))
     return generator

@@ -7,7 +7,7 @@ Imports jax, optax and the names of paths. docs/training.md shows how to add an 
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from dmd_jax.devices import host_memory
 from dmd_jax.devices.paths import path_name
 
 Schedule = Callable[[Any], Any]
@@ -34,9 +35,12 @@ class Optimizer:
         end_value: learning rate at the end of the decay, absolute, as in optax's schedules.
         weight_decay: decoupled weight decay, of the parameters whose path matches `decayed`.
         decayed: regular expression, searched in paths such as "net/blocks/qkv/kernel".
+        memory: "host" keeps the optimizer's state in the memory of the host between its updates;
+            None in that of the devices.
 
     Raises:
-        ValueError: an unknown `decay`, a bad regular expression, or a number out of its range.
+        ValueError: an unknown `decay` or `memory`, a bad regular expression, or a number out of its
+            range.
     """
 
     learning_rate: float = 1e-4
@@ -46,6 +50,7 @@ class Optimizer:
     end_value: float = 0.0
     weight_decay: float = 0.0
     decayed: str = r"(kernel|embedding)$"
+    memory: str | None = None
 
     def __post_init__(self) -> None:
         if self.decay not in ("constant", "linear", "cosine"):
@@ -65,6 +70,7 @@ class Optimizer:
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip={self.clip} must be above 0; None disables clipping")
         _require_pattern("decayed", self.decayed)
+        host_memory.check("memory", self.memory)
 
     def direction(self) -> optax.GradientTransformation:
         """The optax transform between clipping and weight decay, without the learning rate."""
@@ -216,7 +222,8 @@ def per_role(
     """Joins {role: transform} into one transform, whose updates are gated by role.
 
     `tx.update(grads, state, params, update={role: bool})` skips each role whose flag is False: its
-    update is zero, and moments and counts stay (a zero gradient would still change Adam's).
+    update is zero, and moments and counts stay (a zero gradient would still change Adam's). State
+    in the memory of the host (`in_host`) is on the devices during its update only.
 
     Args:
         transforms: {role: transform}.
@@ -226,7 +233,9 @@ def per_role(
 
     def gated(role, transform):
         return optax.conditionally_mask(
-            transform, lambda _, *, update, **__: update[role], forward_extra_args=True
+            _fetched(transform),
+            lambda _, *, update, **__: update[role],
+            forward_extra_args=True,
         )
 
     tx = optax.multi_transform(
@@ -243,6 +252,26 @@ def per_role(
         }
 
     return RoleTransform(tx.init, tx.update, learning_rates)
+
+
+def _fetched(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transform, which fetches its state from host memory and brings it back."""
+    inner = optax.with_extra_args_support(transform)
+
+    def update(updates, state, params=None, **more):
+        updates, new = inner.update(updates, host_memory.to_device(state), params, **more)
+        return updates, host_memory.back(new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def in_host(state: Any, roles: Collection[str]) -> Any:
+    """An abstract state of `per_role`, with shardings: that of `roles` in the host's memory."""
+    inner = {
+        role: host_memory.placed(tree) if role in roles else tree
+        for role, tree in state.inner_states.items()
+    }
+    return state._replace(inner_states=inner)
 
 
 def _update_count(state: PyTree) -> Any:

@@ -15,7 +15,7 @@ import os
 import jax
 import numpy as np
 
-from dmd_jax.devices import sharding
+from dmd_jax.devices import host_memory, sharding
 from dmd_jax.devices.disk import first_line
 from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.training import loop
@@ -40,8 +40,8 @@ class Step:
         total: what the step needs: all that the device keeps between steps, read by this step or
             not, the temporaries, and results that do not take the place of an argument.
         traffic: bytes that the step moves.
-        seconds: {"FLOPs", "memory", "links", "network": the least time that each allows}; empty if
-            the peaks of the device are not known.
+        seconds: {"FLOPs", "memory", "links", "network", "host": the least time that each allows};
+            empty if the peaks of the device are not known.
     """
 
     count: int
@@ -78,6 +78,7 @@ class Plan:
             temporaries.
         steps: {whether the generator is updated: Step}.
         caveat: what limits the plan's word, of the chip.
+        host: {what: bytes that the host keeps for one device between steps}.
     """
 
     kind: str
@@ -90,6 +91,7 @@ class Plan:
     cache: int
     steps: dict[bool, Step]
     caveat: str = ""
+    host: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self):
@@ -135,6 +137,7 @@ class Plan:
             f"{'memory of a device':<44}{'GiB':>10}",
             *(_gib(name, size) for name, size in self.roles.items() if size),
             _gib("kept between steps", kept),
+            *(_gib(f"    {name}, by the host", size) for name, size in self.host.items() if size),
         ]
         for kind, step in self.steps.items():
             if step.refusal:
@@ -154,12 +157,12 @@ class Plan:
         if kept > self.available:
             return (
                 "what is kept between steps is too large, most of all "
-                f"{max(self.roles, key=self.roles.get)}. Raise config.mesh.fsdp, or take more "
-                "devices or larger chips"
+                f"{max(self.roles, key=self.roles.get)}. Raise config.mesh.fsdp, keep some in "
+                "the memory of the host (docs/training.md), or take more devices or larger chips"
             )
         return (
-            "the temporaries are too large. Set config.<role>.compute.remat='full', raise "
-            "config.accumulate or config.mesh.context, lower config.batch_size, or take more "
+            "the temporaries are too large. Set config.<role>.compute.remat='full' or 'offload', "
+            "raise config.accumulate or config.mesh.context, lower config.batch_size, or take more "
             "devices"
         )
 
@@ -177,13 +180,15 @@ class Plan:
             row(f"bytes sent, {kind}", [si(step.traffic.sent.get(kind, 0)) for step in steps])
         if any(step.traffic.network for step in steps):
             row("of them, over the network", [si(step.traffic.network) for step in steps])
+        if any(step.traffic.host for step in steps):
+            row("bytes from and to the host, a device", [si(step.traffic.host) for step in steps])
         if loops := sum(step.traffic.unknown_loops for step in steps):
             lines.append(f"{loops} loops of unknown length: their bytes count once")
         if not self.fits or not all(step.seconds for step in steps):
             return lines
         lines += ["", "estimate from the peaks of the maker's data sheet; a real run takes longer"]
-        for name in next(iter(steps)).seconds:
-            row(f"seconds a step, {name}", [f"{step.seconds[name]:.3g}" for step in steps])
+        for name in dict.fromkeys(name for step in steps for name in step.seconds):
+            row(f"seconds a step, {name}", [f"{step.seconds.get(name, 0):.3g}" for step in steps])
         least, most = self.least_seconds / 3600, self.most_seconds / 3600
         count = sum(step.count for step in steps)
         samples = self.batch_size * count
@@ -225,7 +230,7 @@ def prepare(config, devices):
 
 def plan_run(run, chip):
     """The plan of a run that is built; see `plan`."""
-    work, roles = flops(run), kept(run)
+    work, roles, host = flops(run), kept(run), kept(run, by_host=True)
     steps = {}
     for kind, count in work.steps.items():
         step = Step(count, work.step[kind])
@@ -236,7 +241,7 @@ def plan_run(run, chip):
                 raise
             steps[kind] = dataclasses.replace(step, refusal=first_line(error, limit=300))
         else:
-            steps[kind] = _measured(step, compiled, run, chip, sum(roles.values()))
+            steps[kind] = _measured(step, compiled, run, chip, roles, host)
     mesh, cache = run.mesh, cache_shape(run)
     return Plan(
         kind=mesh.devices.flat[0].device_kind,
@@ -246,9 +251,10 @@ def plan_run(run, chip):
         accumulate=run.config.accumulate,
         available=memory(chip, mesh.size),
         roles=roles,
+        host=host,
         cache=0 if cache is None else tree_bytes(cache) // mesh.size,
         steps=steps,
-        caveat="" if chip is None else chip.caveat,
+        caveat=_caveat(run, chip, host),
     )
 
 
@@ -265,13 +271,33 @@ def flops(run):
     return cost(dataclasses.replace(run, mesh=host))
 
 
-def kept(run):
-    """{what: bytes that one device keeps between steps}."""
+def _caveat(run, chip, host):
+    """What limits the plan's word."""
+    text = "" if chip is None else chip.caveat
+    if any(host.values()) and not _tells_host_memory(run):
+        text += (
+            "\nThis compiler does not tell the memory of the host apart: what is kept there is our "
+            "arithmetic,\nmoments count as if on the devices, and copies of either take no time."
+        )
+    return text.strip()
+
+
+def _tells_host_memory(run):
+    """Whether compiled programs say what is in the memory of the host: those for TPUs do."""
+    return run.mesh.devices.flat[0].platform == "tpu"
+
+
+def kept(run, *, by_host=False):
+    """{what: bytes that one device, or the host for it, keeps between steps}."""
     state = run.state_shape()
     trees = run.frozen_shape() | state.nets
     trees |= {"optimizers": state.opt_state, "averages": (state.ema, state.more_ema)}
     trees |= {"stream": state.stream, "batch": _inputs(run)[0]}
-    return {name: sum(map(_device_bytes, jax.tree.leaves(tree))) for name, tree in trees.items()}
+    leaves = {name: jax.tree.leaves(tree) for name, tree in trees.items()}
+    return {
+        name: sum(_device_bytes(x) for x in arrays if host_memory.is_placed(x) == by_host)
+        for name, arrays in leaves.items()
+    }
 
 
 def _device_bytes(x):
@@ -292,11 +318,14 @@ def _inputs(run):
     return batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
 
 
-def _measured(step, compiled, run, chip, resident):
-    """A step with what its compiled program says."""
-    m = compiled.memory_analysis()
+def _measured(step, compiled, run, chip, roles, host):
+    """A step with what its compiled program says, beside the `kept` bytes of device and host."""
+    m, resident = compiled.memory_analysis(), sum(roles.values())
     arguments, temporaries = m.argument_size_in_bytes, m.temp_size_in_bytes
     new = m.output_size_in_bytes - m.alias_size_in_bytes
+    if not _tells_host_memory(run):  # networks there are fetched in parts, moments as a whole
+        arguments -= sum(host.values()) - host["optimizers"]
+        resident += host["optimizers"]
     unread = max(0, resident - arguments)  # the teacher, in a step that trains only the fake score
     total = arguments + unread + temporaries + new
     trips = getattr(run.method, "trips", {})
@@ -327,6 +356,8 @@ def roofline(device_flops, traffic, chip, run):
     }
     if traffic.network:
         seconds["network"] = traffic.network / chip.network
+    if traffic.host:
+        seconds["host"] = traffic.host / chip.host
     return seconds
 
 

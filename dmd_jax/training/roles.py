@@ -1,7 +1,7 @@
 """The networks of a run by role ("generator", "fake_score", "teacher"): resolved, loaded, placed.
 
 A role is a section of the config: `weights` (a file, a name, "teacher" or "random"), `compute`
-(dtype, remat, weights_dtype), if the file does not state them, `model`, `schedule` and
+(dtype, remat, weights_dtype, memory), if the file does not state them, `model`, `schedule` and
 `prediction`, and `experts` where it is several networks. A network is abstract, with
 jax.ShapeDtypeStruct in place of arrays, until `load`. Imports weights, models, diffusion and the
 configuration.
@@ -17,11 +17,12 @@ from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import named_leaves
 from dmd_jax.diffusion.denoiser import Denoiser, Velocity
 from dmd_jax.diffusion.schedule import FlowMatching
-from dmd_jax.models import layers
 from dmd_jax.models.experts import Experts, combine
+from dmd_jax.models.layers import is_int8
 from dmd_jax.models.wan_vae import SHARDING_RULES as VAE_RULES
 from dmd_jax.models.wan_vae import WanVAE
-from dmd_jax.training.configuration import construct, unknown
+from dmd_jax.training import memory
+from dmd_jax.training.configuration import STORAGE, construct, unknown
 
 # The role that is no Denoiser: heads on the features of another role's network.
 DISCRIMINATOR = "discriminator"
@@ -115,13 +116,9 @@ def abstract(config, role, *, source, files):
 
     Raises:
         ValueError: the file cannot be used, its network is not `model`, entries are missing, or
-            the role is trained and its weights are to be int8.
+            the role is trained and its weights are to be int8 or in the memory of the host.
     """
-    if in_int8(config, role) and role in config.method.cls.trainable:
-        raise ValueError(
-            f"config.{role}.compute.weights_dtype='int8', but the {role} is trained, and eight "
-            "bits lose small updates: only networks that are not trained can be int8. Remove it"
-        )
+    memory.require_frozen(config, role)
     several = experts(config, role)
     if several is None:
         return _one(config, role, "transformer", source=source, files=files)
@@ -275,24 +272,8 @@ def _model(config, role, source):
 def _compute(config, role):
     """Fields of the network's config: how it computes, and what the method needs of a generator."""
     needed = getattr(config.method.cls, "network_fields", {}) if role == "generator" else {}
-    stated = dict(config[role].get("compute", {}))
-    stated.pop("weights_dtype", None)
+    stated = {k: v for k, v in config[role].get("compute", {}).items() if k not in STORAGE}
     return stated | needed
-
-
-def in_int8(config, role):
-    """Whether `compute.weights_dtype` of a role says that its weights are kept in int8.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    dtype = config[role].get("compute", {}).get("weights_dtype")
-    if dtype not in (None, "int8"):
-        raise ValueError(
-            f"config.{role}.compute.weights_dtype={dtype!r}: use 'int8', or None for the compute "
-            "dtype"
-        )
-    return dtype == "int8"
 
 
 def _require_same(role, path, stored, stated):
@@ -327,22 +308,18 @@ def frozen(config, role, denoiser):
     Raises:
         ValueError: it is to be int8, and has no layers for which that is possible.
     """
-    result = in_compute_dtype(denoiser)
-    if not in_int8(config, role):
-        return result
-    try:
-        return dataclasses.replace(result, net=layers.in_int8(result.net))
-    except ValueError as error:
-        raise ValueError(f"config.{role}.compute.weights_dtype='int8': {error}") from error
+    return memory.in_dtype(config, role, in_compute_dtype(denoiser))
 
 
-def load(config, role, abstract):
+def load(config, role, abstract, *, cast=False):
     """A role's Denoiser with arrays, placed as `abstract` says.
 
     Args:
         config: the config of the run.
         role: name of the role.
         abstract: its abstract Denoiser, from `placed`.
+        cast: whether the arrays get the dtypes of `abstract` while they are read; if not, they have
+            those of the file.
     """
     path = weights_path(config, role)
     if path is None:
@@ -350,8 +327,9 @@ def load(config, role, abstract):
             return weights.build(abstract.config, seed=seed(config, role))
         net = weights.build(abstract.net.config, seed=seed(config, role))
         return dataclasses.replace(abstract, net=net)
-    places = jax.tree.map(lambda x: x.sharding, abstract)
-    how = _compute(config, role) | {"int8": in_int8(config, role)}
+    places = abstract if cast else jax.tree.map(lambda x: x.sharding, abstract)
+    in_int8 = any(map(is_int8, jax.tree.leaves(abstract, is_leaf=is_int8)))
+    how = _compute(config, role) | {"int8": in_int8}
     several = experts(config, role)
     if several is None:
         return weights.denoiser(path, shardings=places, **how)

@@ -22,9 +22,9 @@ from dmd_jax.models.experts import Experts
 from dmd_jax.models.layers import Int8
 from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
-from dmd_jax.training import adapters, optimizer, roles
+from dmd_jax.training import adapters, memory, optimizer, roles
 from dmd_jax.training.checkpoints import Checkpoints
-from dmd_jax.training.configuration import construct, flatten, unknown
+from dmd_jax.training.configuration import config_role, construct, flatten, unknown
 from dmd_jax.training.cost import batch_shape, cost
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.step import EMA, init_state, train_step
@@ -96,7 +96,10 @@ class Run:
         shapes = jax.eval_shape(lambda: init_state(roles.zeros(trained), self.tx, self.ema))
         places = sharding.infer(shapes, self.bind.rules(), self.mesh)
         shapes = roles.with_shardings(shapes, places)
-        return dataclasses.replace(shapes, stream=self._stream_shape())
+        moments = optimizer.in_host(
+            shapes.opt_state, memory.optimizers_in_host(self.config, trained)
+        )
+        return dataclasses.replace(shapes, opt_state=moments, stream=self._stream_shape())
 
     def _stream_shape(self):
         stream = jax.eval_shape(self._stream, self.nets["generator"], batch_shape(self)["cond"])
@@ -132,20 +135,39 @@ class Run:
         """The frozen nets, as jax.ShapeDtypeStructs with shardings."""
         whole = jax.sharding.NamedSharding(self.mesh, jax.P())
         others = roles.with_shardings(self.others, jax.tree.map(lambda _: whole, self.others))
-        return roles.placed(self.frozen, self.frozen, self.mesh) | others
+        return self._frozen_nets() | others
+
+    def _frozen_nets(self):
+        """The frozen Denoisers, as jax.ShapeDtypeStructs with shardings."""
+        nets = roles.placed(self.frozen, self.frozen, self.mesh)
+        return {
+            name: memory.in_memory(self.config, config_role(name), net)
+            for name, net in nets.items()
+        }
 
     def load_frozen(self):
         """The frozen nets, loaded and placed."""
-        shape = roles.placed(self.frozen, self.frozen, self.mesh)
         loaded = {}
-        for name, to in shape.items():  # cast one by one: files may hold float32
-            net = roles.load(self.config, adapters.config_role(name), to)
-            loaded[name] = jax.tree.map(lambda x, to: x.astype(to.dtype), net, to)
+        for name, to in self._frozen_nets().items():
+            loaded[name] = roles.load(self.config, config_role(name), to, cast=True)
         if "vae" in self.others:
             loaded["vae"] = roles.load_vae(self.config, self.mesh)
         if "reward" in self.others:
             loaded["reward"] = roles.load_reward(self.config, self.source, self.mesh)
         return loaded
+
+    def merged(self, role, trained, frozen):
+        """The Denoiser of a role's trained tree as an export: plain float32 weights.
+
+        An adapter changes the weights of the file of its base; if the base is int8, they are read
+        again, because what was rounded away is only there.
+        """
+        base = self.bind.bases.get(role)
+        if base is not None and memory.in_int8(self.config, config_role(base)):
+            shape = roles.in_compute_dtype(self.nets[role])
+            (to,) = roles.placed({base: shape}, {base: shape}, self.mesh).values()
+            frozen = {base: roles.load(self.config, config_role(base), to, cast=True)}
+        return self.bind.merged(role, trained, frozen)
 
     def batches(self, step):
         """This host's part of the batches from `step` on, as global arrays."""
@@ -204,6 +226,7 @@ def build(config, devices=None, *, files=True):
         evaluator=_evaluator(config, method, source),
     )
     _check_fallback(run)
+    memory.check(run)
     return run
 
 
@@ -217,7 +240,7 @@ def _check_networks(method, nets):
     for role, net in nets.items():
         if isinstance(getattr(net, "net", None), Experts):
             raise ValueError(
-                f"config.{adapters.config_role(role)} has experts, one of which is called for a "
+                f"config.{config_role(role)} has experts, one of which is called for a "
                 f"whole batch, and {type(method).__name__} draws a time for each sample: use "
                 "PhasedDMD, or one network"
             )
@@ -387,16 +410,20 @@ def describe(run):
         count, dtype = _parameters(tree), "float32"
         size = count * 4 / 2**20
         if role in run.frozen:
-            int8 = roles.in_int8(run.config, adapters.config_role(role))
+            int8 = memory.in_int8(run.config, config_role(role))
             dtype, size = "int8" if int8 else tree.net.config.dtype, mebibytes(tree)
-        base = f", adapter of {run.bind.bases[role]}" if role in run.bind.bases else ""
-        lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB{base}")
+        note = f", adapter of {run.bind.bases[role]}" if role in run.bind.bases else ""
+        if role in run.frozen and memory.in_host(run.config, config_role(role)):
+            note += ", layers in the memory of the host"
+        lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB{note}")
     for name, tree in run.others.items():
         count = sum(x.size for x in jax.tree.leaves(tree))
         lines.append(f"{name:<12}{count:>14,}{'stored':>10}{mebibytes(tree):>10.1f} MiB")
+    moved = ", ".join(sorted(memory.optimizers_in_host(run.config, run.nets)))
+    note = f", of {moved} in the memory of the host" if moved else ""
     lines += [
         f"{'average':<36}{mebibytes((state.ema, state.more_ema)):>10.1f} MiB",
-        f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB",
+        f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB{note}",
         *_cache_lines(run),
         f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
         f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",

@@ -27,6 +27,7 @@ class Chip:
         bandwidth: bytes/s between the chip and its HBM.
         links: bytes/s that it can send to other chips of its slice or node, all links together.
         network: bytes/s that it can send to another slice or node, its share of the host's network.
+        host: bytes/s between the chip and the memory of its host, one way.
         caveat: what a plan for it must say; "" for nothing.
     """
 
@@ -36,39 +37,40 @@ class Chip:
     bandwidth: float
     links: float
     network: float
+    host: float
     caveat: str = ""
 
 
-def _tpu(gib, tflops, bandwidth, links, network):
+def _tpu(gib, tflops, *rates):
     """A TPU. It multiplies float32 in six products of bfloat16 (XLA's precision HIGHEST)."""
     peak = tflops * 1e12
-    return Chip(gib * 2**30, peak, peak / 6, bandwidth * 1e9, links * 1e9, network * 1e9)
+    return Chip(gib * 2**30, peak, peak / 6, *(rate * 1e9 for rate in rates))
 
 
 # HBM [GiB], bfloat16 [TFLOP/s], HBM [GB/s], links one way [GB/s]: cloud.google.com/tpu/docs/v5e,
-# /v5p, /v6e. Network [GB/s a chip]: "How to Scale Your Model", part 2,
+# /v5p, /v6e. Network and host's memory [GB/s a chip]: "How to Scale Your Model", part 2,
 # jax-ml.github.io/scaling-book.
 # HBM is what the compiler lets a program use, a little less than the chip has.
 CHIPS = {
-    "v5e": _tpu(15.75, 197, 819, 200, 3.1),
-    "v5p": _tpu(95.74, 459, 2765, 600, 6.2),
-    "v6e": _tpu(31.25, 918, 1638, 400, 12.5),
+    "v5e": _tpu(15.75, 197, 819, 200, 3.1, 15),
+    "v5p": _tpu(95.74, 459, 2765, 600, 6.2, 15),
+    "v6e": _tpu(31.25, 918, 1638, 400, 12.5, 32),
 }
 
 
-def _gpu(name, bfloat16, float32, links, network):
+def _gpu(name, bfloat16, float32, *rates):
     card = gpus.TARGETS[name]
-    peaks = bfloat16 * 1e12, float32 * 1e12, card.bandwidth, links * 1e9, network * 1e9
+    peaks = bfloat16 * 1e12, float32 * 1e12, card.bandwidth, *(rate * 1e9 for rate in rates)
     return Chip(card.memory, *peaks)
 
 
-# bfloat16 without sparsity, float32 outside of the tensor cores [TFLOP/s], NVLink one way [GB/s]:
-# NVIDIA's data sheets of the A100 SXM 80 GB, H100 SXM and H200 SXM. Network [GB/s a GPU], a card of
-# 200 or 400 Gbit/s for each: those of the DGX A100, H100 and H200.
+# bfloat16 without sparsity, float32 outside of the tensor cores [TFLOP/s], NVLink one way [GB/s],
+# and last PCIe one way [GB/s]: NVIDIA's data sheets of the A100 SXM 80 GB, H100 SXM and H200 SXM.
+# Network [GB/s a GPU], a card of 200 or 400 Gbit/s for each: those of the DGX A100, H100 and H200.
 CHIPS |= {
-    "a100": _gpu("a100", 312, 19.5, 300, 25),
-    "h100": _gpu("h100", 989, 67, 450, 50),
-    "h200": _gpu("h200", 989, 67, 450, 50),
+    "a100": _gpu("a100", 312, 19.5, 300, 25, 32),
+    "h100": _gpu("h100", 989, 67, 450, 50, 64),
+    "h200": _gpu("h200", 989, 67, 450, 50, 64),
 }
 KNOWN = (
     "v5e:8x8, v5p:4x4x4, v6e:16x16 (a TPU and the chips along its sides), a100:1x8, h100:8x8, "

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dmd_jax.devices import host_memory
 from dmd_jax.devices.paths import named_leaves, path_name
-from dmd_jax.models.layers import LowRank
+from dmd_jax.models.layers import LowRank, is_int8
 
 Adapter = dict[str, Any]
 
@@ -74,21 +75,21 @@ def random(shapes: Adapter, seed: int) -> Adapter:
 
 
 def attach(net: nnx.Module, adapter: Adapter, scale: float) -> nnx.Module:
-    """The network with the adapter beside its kernels: W stays as it is, and is shared."""
+    """The network with the adapter beside its kernels: W, also an `Int8`, stays, and is shared."""
 
     def weight(path, base):
         name = path_name(path)
         A, B = (adapter.get(factor(name, which)) for which in "AB")
         return base if A is None else LowRank(base, A, B, scale)
 
-    return jax.tree_util.tree_map_with_path(weight, net)
+    return jax.tree_util.tree_map_with_path(weight, net, is_leaf=is_int8)
 
 
 def merge(net: nnx.Module, adapter: Adapter, scale: float) -> nnx.Module:
     """The network with float32 weights W + scale A B: what is exported."""
 
     def weight(path, base):
-        name, base = path_name(path), base.astype(jnp.float32)
+        name, base = path_name(path), host_memory.to_device(base).astype(jnp.float32)
         A, B = (adapter.get(factor(name, which)) for which in "AB")
         return base if A is None else base + scale * jnp.matmul(A, B, precision="highest")
 

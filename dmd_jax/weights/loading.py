@@ -49,7 +49,8 @@ def denoiser(
         path: a file that `save` wrote, or the name of a shipped one; or a Wan transformer of
             another program: a file, a folder, or a name on the Hugging Face hub (`parts.locate`).
         part: of Wan 2.2's pair, "transformer" for high noise or "transformer_2" for low.
-        shardings: a tree like `abstract(path)` of jax.sharding.Sharding; None for one device.
+        shardings: a tree like `abstract(path)` of jax.sharding.Sharding; None for one device. Or of
+            jax.ShapeDtypeStruct with shardings: the weights then get their dtypes, shard by shard.
         int8: whether kernels of the layers are rounded to eight bits (`models.layers.in_int8`),
             shard by shard; `shardings` are then of such a tree.
         **overrides: fields of the network's config that say how it runs (dtype, remat, unroll).
@@ -153,12 +154,15 @@ def _in_dtype(net, dtype):
 def _filled(source, net, shardings):
     """The abstract `net` with its weights, in its dtypes."""
     if shardings is not None:
-        net = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            net,
-            _net(shardings),
-        )
+        net = jax.tree.map(_placed, net, _net(shardings))
     try:
         return fill(net, source.rows, source.tensors.read)
     except ValueError as error:
         raise ValueError(f"{source.tensors.path}: {error}") from error
+
+
+def _placed(x, place):
+    """The abstract array `x` where `place` says, a Sharding or an abstract array of that dtype."""
+    if isinstance(place, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, place.dtype, sharding=place.sharding)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

@@ -151,6 +151,8 @@ def test_in_a_network_the_parts_of_a_kernel_are_gathered_as_the_kernel_is():
     rules = ((r"up/kernel$", P("fsdp", "tensor")), (r"bias$", P()))
     specs = {
         "blocks/up/kernel/value/base": P("fsdp", "tensor"),
+        "blocks/up/kernel/value/base/values": P("fsdp", "tensor"),
+        "blocks/up/kernel/value/base/scales": P(None, "tensor"),
         "blocks/up/kernel/value/A": P("fsdp", None),
         "blocks/up/kernel/value/B": P(None, "tensor"),
         "blocks/up/A/kernel": P("fsdp", None),

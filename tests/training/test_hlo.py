@@ -146,6 +146,30 @@ def test_the_text_of_a_tpus_program_is_read():
     assert not found.unknown_loops
 
 
+# S(5) is the memory of the host.
+HOST = """HloModule jit_f
+
+ENTRY %main (w: bf16[8,256,1024], m: f32[8,64]) -> f32[8,64] {
+  %w = bf16[8,256,1024]{2,1,0:T(8,128)(2,1)S(5)} parameter(0)
+  %m = f32[8,64]{1,0:T(8,128)S(5)} parameter(1)
+  %zero = s32[] constant(0)
+  %dynamic-slice-start = ((bf16[8,256,1024]{2,1,0:T(8,128)(2,1)S(5)}, s32[], s32[], s32[]), bf16[1,256,1024]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) dynamic-slice-start(%w, %zero, %zero, %zero), dynamic_slice_sizes={1,256,1024}
+  %dynamic-slice-done = bf16[1,256,1024]{2,1,0:T(8,128)(2,1)} dynamic-slice-done(%dynamic-slice-start)
+  %copy-start = (f32[8,64]{1,0:T(8,128)}, f32[8,64]{1,0:T(8,128)S(5)}, u32[]{:S(2)}) copy-start(%m)
+  %copy-done = f32[8,64]{1,0:T(8,128)} copy-done(%copy-start)
+  %copy-start.1 = (f32[8,64]{1,0:T(8,128)S(5)}, f32[8,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%copy-done)
+  ROOT %copy-done.1 = f32[8,64]{1,0:T(8,128)S(5)} copy-done(%copy-start.1)
+}
+"""  # noqa: E501
+
+
+def test_copies_from_and_to_the_memory_of_the_host_are_counted_apart():
+    found, layer, moments = traffic(HOST), 256 * 1024 * 2, 8 * 64 * 4
+    assert found.host == layer + 2 * moments
+    # Each copy is also a part of the traffic of the device's memory; small indices are too.
+    assert found.memory == pytest.approx(layer + 2 * moments, rel=1e-3)
+
+
 def test_what_goes_network_is_counted_apart():
     # Pairs along 'b' of the mesh, and of the reduce-scatter: devices i and i + 4.
     halves = traffic(TPU, {}, [0, 0, 0, 0, 1, 1, 1, 1])

@@ -89,6 +89,14 @@ def test_a_run_that_needs_more_than_the_device_has_does_not_fit(planned):
     assert exact.fits and not small.fits and "DOES NOT FIT" in small.table()
 
 
+def test_what_the_host_keeps_is_no_memory_of_the_device(planned):
+    shown = dataclasses.replace(planned, host={"teacher": 3 * GIB, "batch": 0})
+    kept = next(line for line in planned.table().splitlines() if line.startswith("kept"))
+    table = shown.table().splitlines()
+    assert table[table.index(kept) + 1].split() == ["teacher,", "by", "the", "host", "3.00"]
+    assert len(table) == len(planned.table().splitlines()) + 1
+
+
 def test_the_roofline_is_bytes_and_flops_over_peaks(run):
     traffic = Traffic(memory=819e9, sent={"all-gather": 150e9, "all-reduce": 90e9})
     seconds = roofline(197e12, traffic, TPU, run)
@@ -96,6 +104,7 @@ def test_the_roofline_is_bytes_and_flops_over_peaks(run):
     assert seconds == pytest.approx({"FLOPs": 6.0, "memory": 1.0, "links": 1.2})
     apart = roofline(0, dataclasses.replace(traffic, network=31e9), TPU, run)
     assert apart["network"] == pytest.approx(10.0) and apart["links"] < 1.2
+    assert roofline(0, Traffic(host=30e9), TPU, run)["host"] == pytest.approx(2.0)
 
 
 def test_hours_are_those_of_all_steps(planned):
