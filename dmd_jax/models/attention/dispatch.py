@@ -17,7 +17,7 @@ import math
 import jax
 import numpy as np
 
-from dmd_jax.devices.sharding import BATCH, HEADS, P
+from dmd_jax.devices.sharding import BATCH, HEADS, P, dividing
 from dmd_jax.models.attention import cudnn, splash, tiled
 from dmd_jax.models.attention.masks import TeacherForcing
 from dmd_jax.models.attention.padding import pad
@@ -117,7 +117,7 @@ def _over_mesh(kernel, axes, q, k, v, visible, *, masked):
     context, (_, queries, heads, _), keys = axes["context"], q.shape, k.shape[1]
     size = _group_size(queries, keys, -(-heads // axes["tensor"]), context, masked)
     groups = np.arange(context).reshape(-1, size)
-    batch = tuple(_dividing(BATCH, q.shape[0], axes))
+    batch = tuple(dividing(BATCH, q.shape[0], axes))
     split = of_keys = P(batch, "context", "tensor")
     self_attention = keys == queries
     if self_attention:
@@ -166,12 +166,3 @@ def _group_size(queries, keys, heads, context, masked):
     if masked or keys > queries:
         return context
     return math.gcd(heads, context) if keys == queries else 1
-
-
-def _dividing(names, size, axes):
-    """The first axes of `names`, as many as together divide `size`."""
-    for name in names:
-        if size % axes[name]:
-            return
-        size //= axes[name]
-        yield name
