@@ -15,6 +15,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dmd_jax.devices.sharding import BATCH, HEADS, P, dividing
@@ -57,9 +58,9 @@ def attention(q, k, v, *, mask=None, visible=None):
         k, v: [B, Lk, N, H], in the dtype of q.
         mask: BlockCausal or TeacherForcing, static, where Lq = Lk; None: every query attends to
             every key.
-        visible: bool [Lk], may be traced: which keys exist for any query (the filled slots of a
-            cache); None for all. Each query must be left with one key or more: the result for a
-            query without keys is undefined.
+        visible: int32 [], may be traced: how many keys, the first ones, exist for any query; None
+            for all. Each query must be left with one key or more: the result for a query without
+            keys is undefined.
 
     Returns:
         [B, Lq, N, H] in the dtype of q.
@@ -88,8 +89,10 @@ def _check(q, k, v, mask, visible):
             f"{jax.typeof(q)}, {jax.typeof(k)} and {jax.typeof(v)}"
         )
     length, keys = q.shape[1], k.shape[1]
-    if visible is not None and (visible.shape != (keys,) or visible.dtype != bool):
-        raise ValueError(f"visible is {jax.typeof(visible)}, but {keys} keys need bool[{keys}]")
+    if visible is not None and (visible.shape or visible.dtype != jnp.int32):
+        raise ValueError(
+            f"visible is {jax.typeof(visible)}: it must be int32[], the number of visible keys"
+        )
     if mask is not None and keys != length:
         raise ValueError(
             f"a mask is for queries and keys of one sequence, but there are {length} queries and "
