@@ -12,7 +12,7 @@ The first four train on a CPU, on videos of digits that leave each wall in a ran
 steps; Self-Forcing, the default, trains that student on its own videos in blocks of 3 frames,
 `frame` in blocks of 1, and `teacher_forcing` after real blocks (CausVid). The report measures
 quality by frame, up to four times the length of the teacher's videos: expect the digit asked for in
-98% of all frames from the default. It takes 10.8 TFLOP, some minutes on two CPU cores.
+98% of all frames from the default. It takes 9.6 TFLOP, some minutes on two CPU cores.
 
 `wan_t2v_1_3b` has the published numbers of Self-Forcing (Huang et al. 2025): 600 iterations of 64
 videos of 21 latent frames, in blocks of 3. It needs some 64 accelerators of 80 GB or a TPU slice;

@@ -24,7 +24,7 @@ KERNELS = {
 }
 # Tokens of a video, whole and of one device, and as the kernel of a TPU pads them; of a block with
 # the caches of Self-Forcing and of long tuning, and of a block alone.
-LENGTHS = "(32760|32768|8190|37440|37888|60840|61440|4680)"
+LENGTHS = "(32760|32768|8190|23400|23552|4680)"
 
 
 RECIPES = [

@@ -6,7 +6,7 @@ split:
 
     data      the batch; every device has all weights
     fsdp      the batch and the weights, which are gathered layer by layer
-    context   the tokens of a sequence, and the heads of a KV cache
+    context   the tokens of a sequence, the heads of a KV cache, and the weights further
     tensor    the heads and hidden units of a layer
 """
 
@@ -24,6 +24,7 @@ from dmd_jax.devices.paths import path_name
 P = jax.P
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
+WEIGHTS = ("fsdp", "context")
 HEADS = ("tensor", "context")
 
 # An array with fewer elements than this may be replicated without a rule that says so.
@@ -122,7 +123,7 @@ def tokens_to_heads(x):
 
 
 def gather(layer, rules):
-    """Gathers a layer's weights over fsdp just before their use; tensor stays split.
+    """Gathers a layer's weights just before their use, over all axes but tensor.
 
     Those in the memory of the host come to the devices first, each device's part to it.
     """
@@ -133,7 +134,7 @@ def gather(layer, rules):
         mesh, spec = jax.sharding.get_abstract_mesh(), _find(rules, path_name(path)) or P()
         if host_memory.holds(weight):  # in parts: otherwise the host would gather it
             weight = _constrain(host_memory.to_device(weight), fit(spec, weight.shape, mesh))
-        spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+        spec = P(*(axis if axis == "tensor" else None for axis in spec))
         return _constrain(weight, fit(spec, weight.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(whole, layer)
@@ -170,7 +171,7 @@ def infer(tree, rules, mesh):
         tree: arrays or jax.ShapeDtypeStructs.
         rules: (regular expression, jax.P) pairs; the first that `re.search` finds in a path wins. A
             spec describes the trailing axes, so that stacked layers need no rule of their own. A
-            dimension that an axis of the mesh does not divide is not split.
+            dimension is split over as many of its axes, the first ones, as divide it.
         mesh: the mesh of `make_mesh`.
 
     Returns:
@@ -197,14 +198,23 @@ def infer(tree, rules, mesh):
 
 
 def fit(spec, shape, mesh):
-    """Left-pads a spec to the rank of `shape` and drops axes that do not divide their dimension."""
+    """Left-pads a spec to the rank of `shape`, and leaves each dimension its `dividing` axes."""
     padded = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
 
-    def divides(axes, n):
-        axes = (axes,) if isinstance(axes, str) else axes
-        return n % math.prod(mesh.shape[axis] for axis in axes) == 0
+    def fitting(axes, n):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(dividing(axes, n, mesh.shape)) or None
 
-    return P(*(a if a and divides(a, n) else None for a, n in zip(padded, shape, strict=True)))
+    return P(*map(fitting, padded, shape))
+
+
+def dividing(names, size, axes):
+    """The first axes of `names`, as many as together divide `size`; `axes` is {name: devices}."""
+    for name in names:
+        if size % axes[name]:
+            return
+        size //= axes[name]
+        yield name
 
 
 def relevant(rules, names):

@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 
 from dmd_jax.devices import sharding
+from dmd_jax.devices.sharding import WEIGHTS, P
 from dmd_jax.models.layers import (
     MLP,
     check_compute,
@@ -24,14 +25,12 @@ from dmd_jax.models.layers import (
     timestep_embedding,
 )
 
-P = jax.P
-
 # Which axes of which weight are split; see sharding.py. Specs are for the trailing axes.
 SHARDING_RULES = (
-    (r"(qkv|gate|up|time_mlp/up|modulation)/kernel$", P("fsdp", "tensor")),
-    (r"(out|down|time_mlp/down)/kernel$", P("tensor", "fsdp")),
-    (r"(patch|head|span)/kernel$", P(None, "fsdp")),
-    (r"(position|label/embedding)$", P(None, "fsdp")),
+    (r"(qkv|gate|up|time_mlp/up|modulation)/kernel$", P(WEIGHTS, "tensor")),
+    (r"(out|down|time_mlp/down)/kernel$", P("tensor", WEIGHTS)),
+    (r"(patch|head|span)/kernel$", P(None, WEIGHTS)),
+    (r"(position|label/embedding)$", P(None, WEIGHTS)),
     (r"(bias|scale|offset)$", P()),
 )
 

@@ -13,15 +13,14 @@ from einops import rearrange
 from flax import nnx
 
 from dmd_jax.devices import sharding
+from dmd_jax.devices.sharding import WEIGHTS, P
 from dmd_jax.models.layers import check_compute, linear, scan, stack
-
-P = jax.P
 
 # Which axes of which weight are split; see sharding.py. Specs are for the trailing axes.
 SHARDING_RULES = (
-    (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
-    (r"(out|down)/kernel$", P("tensor", "fsdp")),
-    (r"tokens$", P(None, "fsdp")),
+    (r"(query|key|value|gate|up)/kernel$", P(WEIGHTS, "tensor")),
+    (r"(out|down)/kernel$", P("tensor", WEIGHTS)),
+    (r"tokens$", P(None, WEIGHTS)),
     (r"(positions|scale)$", P()),
 )
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
-from toys import assert_close, exact, tiny_mlp
+from toys import assert_close, exact, tiny_dit, tiny_mlp
 
 from dmd_jax.devices import sharding
 from dmd_jax.devices.sharding import P, fit, gather, global_batch, infer, make_mesh
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.methods.dmd import DMD
+from dmd_jax.models import dit
 from dmd_jax.training.optimizer import AdamW, per_role
 from dmd_jax.training.step import init_state, train_step
 
@@ -78,12 +79,16 @@ WEIGHTS = {
     "blocks": {"up": {"kernel": jnp.zeros((3, 8, 64)), "bias": jnp.zeros((3, 64))}},
     "head": {"kernel": jnp.zeros((64, 6))},
 }
-RULES = ((r"up/kernel$", P("fsdp", "tensor")), (r"kernel$", P(None, "fsdp")), (r"bias$", P()))
+RULES = (
+    (r"up/kernel$", P(sharding.WEIGHTS, "tensor")),
+    (r"kernel$", P(None, "fsdp")),
+    (r"bias$", P()),
+)
 
 
 def test_the_first_rule_that_matches_speaks_of_the_trailing_axes():
     places = infer(WEIGHTS, RULES, make_mesh(data=2, fsdp=2, tensor=2))
-    assert places["blocks"]["up"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert places["blocks"]["up"]["kernel"].spec == P(None, sharding.WEIGHTS, "tensor")
     assert places["blocks"]["up"]["bias"].spec == P(None, None)
     assert places["head"]["kernel"].spec == P(None, "fsdp")
 
@@ -94,7 +99,7 @@ def test_a_state_is_placed_by_the_paths_of_its_weights():
     places = infer(state, RULES, make_mesh(data=2, fsdp=4))
     adam = places.opt_state.inner_states["generator"].inner_state.inner_state
     wanted = places.nets["generator"]["blocks"]["up"]["kernel"]
-    assert wanted.spec == P(None, "fsdp", "tensor")
+    assert wanted.spec == P(None, sharding.WEIGHTS, "tensor")
     found = [
         place
         for path, place in jax.tree_util.tree_leaves_with_path((adam, places.ema))
@@ -111,7 +116,24 @@ def test_an_axis_that_does_not_divide_is_left_whole():
     assert fit(P("fsdp", "data"), (4,), mesh) == P("data")
     assert fit(P(), (2, 2), mesh) == P(None, None)
     assert fit(P(("data", "fsdp")), (16,), mesh) == P(("data", "fsdp"))
-    assert fit(P(("data", "fsdp")), (12,), mesh) == P(None)
+    assert fit(P(("data", "fsdp")), (12,), mesh) == P("data")
+    assert fit(P(("data", "fsdp")), (15,), mesh) == P(None)
+
+
+@pytest.mark.parametrize("axes", [{"context": 8}, {"fsdp": 2, "context": 4}], ids=str)
+def test_a_state_is_split_over_context_as_over_fsdp(axes):
+    """Weights, moments and averages; each device has as many bytes of them."""
+    tx = per_role({"generator": AdamW().transform(1)})
+    net = jax.eval_shape(lambda: tiny_dit(0))
+    state = jax.eval_shape(lambda net: init_state({"generator": net}, tx), net)
+
+    def parts(mesh):
+        places = jax.tree.leaves(infer(state, dit.SHARDING_RULES, mesh))
+        shapes = zip(jax.tree.leaves(state), places, strict=True)
+        return [place.shard_shape(x.shape) for x, place in shapes]
+
+    found = parts(make_mesh(data=1, **axes))
+    assert found == parts(make_mesh(data=1, fsdp=8)) != parts(make_mesh())
 
 
 def test_a_rule_that_matches_nothing_is_refused():
@@ -160,11 +182,11 @@ def test_the_constraints_place_what_they_name():
         "tokens": jnp.ones((8, 4, 3)),
         "layer": {"up": {"kernel": jnp.ones((8, 6))}, "down": {"kernel": jnp.ones((8, 7))}},
     }
-    with jax.set_mesh(make_mesh(data=2, fsdp=2, context=1, tensor=2)):
+    with jax.set_mesh(make_mesh(data=1, fsdp=2, context=2, tensor=2)):
         batch, tokens, layer = jax.jit(place)(tree)
-    assert batch.sharding.shard_shape(batch.shape) == (2, 3)
-    assert tokens.sharding.shard_shape(tokens.shape) == (2, 4, 3)
-    # Whole over fsdp, split over tensor; an axis that tensor does not divide stays whole.
+    assert batch.sharding.shard_shape(batch.shape) == (4, 3)
+    assert tokens.sharding.shard_shape(tokens.shape) == (4, 2, 3)
+    # Whole over fsdp and context, split over tensor; what tensor does not divide stays whole.
     up, down = layer["up"]["kernel"], layer["down"]["kernel"]
     assert up.sharding.shard_shape(up.shape) == (8, 3)
     assert down.sharding.shard_shape(down.shape) == (8, 7)

@@ -36,7 +36,7 @@ def dense(q, k, v, *, mask=None, visible=None):
     """Attention by its formula, in float32 or float64, with all scores in memory."""
     scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / np.sqrt(q.shape[-1])
     if visible is not None:
-        scores = jnp.where(visible, scores, -jnp.inf)
+        scores = jnp.where(jnp.arange(k.shape[1]) < visible, scores, -jnp.inf)
     if mask is not None:
         scores = jnp.where(plain(mask, q.shape[1]), scores, -jnp.inf)
     return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores, axis=-1), v)
@@ -94,17 +94,16 @@ def test_values_and_gradients_are_those_of_the_formula(queries, keys):
     assert_same(with_gradients(attention)(*args), with_gradients(dense)(*args))
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(5, 40), (70, 300)])
-def test_keys_that_are_not_visible_do_not_count(queries, keys):
-    visible = foreign.tensor("visible", (keys,)) > 0
+@pytest.mark.parametrize(("queries", "keys", "visible"), [(5, 40, 17), (70, 900, 800)])
+def test_keys_that_are_not_visible_do_not_count(queries, keys, visible):
     args = inputs(queries, keys)
-    by_hand = with_gradients(lambda q, k, v: dense(q, k[:, visible], v[:, visible]))(*args)
+    by_hand = with_gradients(lambda q, k, v: dense(q, k[:, :visible], v[:, :visible]))(*args)
     outputs = with_gradients(lambda q, k, v, visible: attention(q, k, v, visible=visible))(
-        *args, visible
+        *args, jnp.int32(visible)
     )
     assert_same(outputs, by_hand)
     for gradient in outputs[2:]:
-        np.testing.assert_array_equal(gradient[:, ~visible], 0)
+        np.testing.assert_array_equal(gradient[:, visible:], 0)
 
 
 SEQUENCES = [
@@ -126,8 +125,7 @@ def test_masked_values_and_gradients_are_those_of_the_formula(mask, length):
 
 
 def test_a_mask_and_visible_keys_hold_together():
-    mask, args = BlockCausal(Causal(3), 40), inputs(400)
-    visible = (np.arange(400) % 3 > 0) | (np.arange(400) == 0)
+    mask, args, visible = BlockCausal(Causal(3), 40), inputs(400), jnp.int32(250)
     outputs = with_gradients(lambda *x: attention(*x[:3], mask=mask, visible=x[3]))(*args, visible)
     assert_same(
         outputs, with_gradients(lambda *x: dense(*x[:3], mask=mask, visible=x[3]))(*args, visible)
@@ -168,8 +166,8 @@ def test_other_arguments_that_do_not_fit_are_refused():
     q, k, v = inputs(12)
     with pytest.raises(ValueError, match="all of one dtype"):
         attention(q, k, v.astype(jnp.bfloat16))
-    with pytest.raises(ValueError, match=r"12 keys need bool\[12\]"):
-        attention(q, k, v, visible=jnp.ones(11, bool))
+    with pytest.raises(ValueError, match=r"visible is bool\[12\]: it must be int32\[\]"):
+        attention(q, k, v, visible=jnp.ones(12, bool))
     with pytest.raises(ValueError, match="a mask is for queries and keys of one sequence"):
         attention(q[:, :4], k, v, mask=BlockCausal(Causal(1), 2))
     with pytest.raises(ValueError, match="halves of 5 tokens needs 10 tokens, not 12"):
@@ -194,7 +192,7 @@ def test_in_forward_mode_attention_has_the_derivative_of_the_formula(mask, lengt
 
 
 def test_forward_mode_hides_keys_and_works_on_a_mesh():
-    visible, args = np.arange(40) % 3 > 0, inputs(16, 40, batch=2, heads=4)
+    visible, args = jnp.int32(29), inputs(16, 40, batch=2, heads=4)
     wanted = derivative(lambda q, k, v: dense(q, k, v, visible=visible), *args)
     with jax.set_mesh(sharding.make_mesh(data=2, context=2, tensor=2)), forward_mode():
         found = derivative(lambda q, k, v: attention(q, k, v, visible=visible), *args)
@@ -252,9 +250,8 @@ def test_the_kernel_of_a_tpu_computes_the_same(mask, queries, keys):
 
 def test_the_kernel_of_a_tpu_hides_what_is_not_visible():
     args = inputs(40, 300, batch=2, width=64)
-    visible = np.arange(300) < 170
     wanted = with_gradients(lambda q, k, v: dense(q, k[:, :170], v[:, :170]))(*args)
-    assert_same(with_gradients(interpreted)(*args, visible), wanted)
+    assert_same(with_gradients(interpreted)(*args, jnp.int32(170)), wanted)
 
 
 # --- The kernel of a CUDA device ------------------------------------------------------------------
@@ -283,9 +280,7 @@ def test_what_cudnn_is_given_computes_the_same(mask, queries, keys, kept, monkey
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     args = inputs(queries, keys, batch=2, dtype=jnp.bfloat16)
-    visible = None
-    if kept < keys:  # here and there, and what the first block of a mask sees
-        visible = (np.arange(keys) * 7 % keys < kept) | (np.arange(keys) < 4)
+    visible = None if kept == keys else jnp.int32(kept)
     result = with_gradients(lambda *x: cudnn.attend(*x, visible, mask=mask))(*args)
     exact = (x.astype(jnp.float32) for x in args)
     wanted = with_gradients(lambda *x: dense(*x, mask=mask, visible=visible))(*exact)
@@ -367,7 +362,7 @@ def test_heads_that_do_not_divide_bring_keys_together(heads, sent):
 
 @pytest.mark.parametrize("heads", [3, 4])
 def test_a_cache_is_seen_as_far_as_it_is_filled_on_any_mesh(heads):
-    args, visible = inputs(40, 400, batch=2, heads=heads), np.arange(400) % 5 > 0
+    args, visible = inputs(40, 400, batch=2, heads=heads), jnp.int32(330)
     f = with_gradients(lambda *x: attention(*x[:3], visible=x[3]))
     wanted = f(*args, visible)
     with jax.set_mesh(sharding.make_mesh(data=2, context=2, tensor=2)):

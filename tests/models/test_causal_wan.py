@@ -14,6 +14,7 @@ from small_wan import ROUNDING, SMALL, inputs, network
 from dmd_jax.devices import sharding
 from dmd_jax.models import kv_cache
 from dmd_jax.models.wan import SHARDING_RULES, Causal
+from dmd_jax.training import flops
 
 CAUSAL = [
     Causal(frames_per_block=1),
@@ -184,6 +185,19 @@ def test_a_sink_and_a_window_longer_than_the_trained_videos_have_positions_of_th
     whole = at_once(net, x, timestep, text, causal)
     made = block_by_block(net, x, timestep, text, causal)
     assert foreign.relative_error(made, whole) < ROUNDING
+
+
+def test_slots_that_a_block_cannot_see_cost_nothing():
+    net = network(SMALL)
+    x, timestep, text = inputs(SMALL, frames=2, height=2, width=4)
+
+    def work(causal, slots):
+        cache = net.empty_cache(2, slots, 2, 4)
+        return flops.count(lambda x: next_block(net, x, timestep, text, causal, cache, 0), x)
+
+    window, short = Causal(2, window=3, sink=1), Causal(2, window=2)
+    assert work(window, 4) == work(window, 9) == work(Causal(2), 4) < work(Causal(2), 9)
+    assert work(short, 2) == work(short, 5) < work(window, 4)  # the block sees itself alone
 
 
 def test_a_cache_may_begin_another_video():

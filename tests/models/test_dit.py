@@ -159,9 +159,9 @@ def test_the_rules_cover_a_large_network_and_none_is_idle():
     ):
         name = sharding.path_name(path)
         if leaf.size > sharding.SMALL and "label" not in name:
-            assert "fsdp" in place.spec, name
-    assert places.blocks.qkv.kernel.get_value().spec == jax.P(None, "fsdp", "tensor")
-    assert places.blocks.down.kernel.get_value().spec == jax.P(None, "tensor", "fsdp")
+            assert sharding.WEIGHTS in place.spec, name
+    assert places.blocks.qkv.kernel.get_value().spec == jax.P(None, sharding.WEIGHTS, "tensor")
+    assert places.blocks.down.kernel.get_value().spec == jax.P(None, "tensor", sharding.WEIGHTS)
 
 
 def test_split_weights_are_gathered_and_activations_stay(net, gradient):

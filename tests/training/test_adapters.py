@@ -129,13 +129,13 @@ def test_factors_are_split_as_their_kernels(build):
     run = build(devices=4, **shape)
     state = run.state_shape()
     for tree in (state.nets["generator"], state.ema):
-        assert tree["blocks/qkv/A/kernel"].sharding.spec == P(None, "fsdp", None)
+        assert tree["blocks/qkv/A/kernel"].sharding.spec == P(None, sharding.WEIGHTS, None)
         assert tree["blocks/qkv/B/kernel"].sharding.spec == P(None, None, "tensor")
         assert tree["blocks/down/A/kernel"].sharding.spec == P(None, "tensor", None)
-        assert tree["blocks/down/B/kernel"].sharding.spec == P(None, None, "fsdp")
+        assert tree["blocks/down/B/kernel"].sharding.spec == P(None, None, sharding.WEIGHTS)
     found = named_leaves(state.opt_state)
     moments = [x for name, x in found.items() if name.endswith("mu/generator/blocks/qkv/A/kernel")]
-    assert [x.sharding.spec for x in moments] == [P(None, "fsdp", None)]
+    assert [x.sharding.spec for x in moments] == [P(None, sharding.WEIGHTS, None)]
 
 
 def test_a_mesh_computes_what_one_device_does(build):

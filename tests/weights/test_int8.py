@@ -120,7 +120,7 @@ def test_it_is_born_sharded_and_computes_the_same(files, family):
     assert [x.sharding for x in jax.tree.leaves(spread)] == jax.tree.leaves(places)
     toys.assert_same(jax.device_get(spread), alone)
     up = kernels(spread.net)["blocks/ffn/up/kernel" if family == "wan" else "blocks/up/kernel"]
-    assert up.values.sharding.spec == P(None, "fsdp", "tensor")
+    assert up.values.sharding.spec == P(None, sharding.WEIGHTS, "tensor")
     assert up.scales.sharding.spec == P(None, None, "tensor")
     x = inputs(alone.net)
     with jax.set_mesh(mesh):

@@ -22,21 +22,18 @@ def attend(q, k, v, visible, *, mask):
     out = []
     for start, stop, ranges in query_ranges(mask, q.shape[1], k.shape[1]):
         keys, values = (jnp.concatenate([x[:, a:b] for a, b in ranges], 1) for x in (k, v))
-        shown = None if visible is None else jnp.concatenate([visible[a:b] for a, b in ranges])
+        shown = visible
+        if visible is not None:
+            shown = sum(jnp.clip(visible - a, 0, b - a) for a, b in ranges)
         out.append(_attend_group(q[:, start:stop], keys, values, shown))
     return jnp.concatenate(out, axis=1)
 
 
 def _attend_group(q, k, v, visible):
-    """Queries that all attend to the same keys: those that are visible."""
+    """Queries that all attend to the same keys: the first `visible`."""
     queries, (batch, keys) = q.shape[1], k.shape[:2]
     q, k, v = (pad(x, 2, 1) for x in (q, k, v))
-    visible, lengths = visible_keys(visible, keys, 2), None
-    if visible is not None:
-        # The kernel takes a number of keys, or a mask [Lq, Lk], which would be too large. The order
-        # of the keys does not matter: visible ones first, and their number.
-        order = jnp.argsort(~visible, stable=True)
-        k, v = (jnp.take(x, order, axis=1) for x in (k, v))
-        lengths = jnp.full(batch, jnp.sum(visible), jnp.int32)
+    visible = visible_keys(visible, keys, 2)
+    lengths = None if visible is None else jnp.full(batch, visible, jnp.int32)
     attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     return attend(q, k, v, key_value_seq_lengths=lengths)[:, :queries]

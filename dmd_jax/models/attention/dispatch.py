@@ -15,9 +15,10 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax.devices.sharding import BATCH, HEADS, P
+from dmd_jax.devices.sharding import BATCH, HEADS, P, dividing
 from dmd_jax.models.attention import cudnn, splash, tiled
 from dmd_jax.models.attention.masks import TeacherForcing
 from dmd_jax.models.attention.padding import pad
@@ -57,9 +58,9 @@ def attention(q, k, v, *, mask=None, visible=None):
         k, v: [B, Lk, N, H], in the dtype of q.
         mask: BlockCausal or TeacherForcing, static, where Lq = Lk; None: every query attends to
             every key.
-        visible: bool [Lk], may be traced: which keys exist for any query (the filled slots of a
-            cache); None for all. Each query must be left with one key or more: the result for a
-            query without keys is undefined.
+        visible: int32 [], may be traced: how many keys, the first ones, exist for any query; None
+            for all. Each query must be left with one key or more: the result for a query without
+            keys is undefined.
 
     Returns:
         [B, Lq, N, H] in the dtype of q.
@@ -88,8 +89,10 @@ def _check(q, k, v, mask, visible):
             f"{jax.typeof(q)}, {jax.typeof(k)} and {jax.typeof(v)}"
         )
     length, keys = q.shape[1], k.shape[1]
-    if visible is not None and (visible.shape != (keys,) or visible.dtype != bool):
-        raise ValueError(f"visible is {jax.typeof(visible)}, but {keys} keys need bool[{keys}]")
+    if visible is not None and (visible.shape or visible.dtype != jnp.int32):
+        raise ValueError(
+            f"visible is {jax.typeof(visible)}: it must be int32[], the number of visible keys"
+        )
     if mask is not None and keys != length:
         raise ValueError(
             f"a mask is for queries and keys of one sequence, but there are {length} queries and "
@@ -117,7 +120,7 @@ def _over_mesh(kernel, axes, q, k, v, visible, *, masked):
     context, (_, queries, heads, _), keys = axes["context"], q.shape, k.shape[1]
     size = _group_size(queries, keys, -(-heads // axes["tensor"]), context, masked)
     groups = np.arange(context).reshape(-1, size)
-    batch = tuple(_dividing(BATCH, q.shape[0], axes))
+    batch = tuple(dividing(BATCH, q.shape[0], axes))
     split = of_keys = P(batch, "context", "tensor")
     self_attention = keys == queries
     if self_attention:
@@ -166,12 +169,3 @@ def _group_size(queries, keys, heads, context, masked):
     if masked or keys > queries:
         return context
     return math.gcd(heads, context) if keys == queries else 1
-
-
-def _dividing(names, size, axes):
-    """The first axes of `names`, as many as together divide `size`."""
-    for name in names:
-        if size % axes[name]:
-            return
-        size //= axes[name]
-        yield name

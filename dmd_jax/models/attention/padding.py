@@ -11,13 +11,12 @@ def pad(x, multiple, axis):
 
 
 def visible_keys(visible, keys, multiple):
-    """`visible`, bool [keys] or None for all, of keys that are padded to a multiple of `multiple`.
+    """How many keys are visible, the first ones, after padding to a multiple of `multiple`.
 
-    Padding is not visible.
+    Args:
+        visible: how many of the `keys`; None for all.
 
     Returns:
-        bool [padded keys], or None if all keys are visible and there is no padding.
+        The number without padding; None if all keys are visible and there is no padding.
     """
-    if visible is None and keys % multiple == 0:
-        return None
-    return pad(jnp.ones(keys, bool) if visible is None else visible, multiple, 0)
+    return keys if visible is None and keys % multiple else visible

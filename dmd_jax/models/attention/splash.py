@@ -86,7 +86,7 @@ def attend(q, k, v, visible, *, mask, interpret=False):
     if (visible := visible_keys(visible, keys, block_k)) is not None:
         # Attention stays within a segment: all queries are in segment 1, hidden keys in segment 0.
         segments = splash_attention.SegmentIds(
-            jnp.ones(shape[0], jnp.int32), visible.astype(jnp.int32)
+            jnp.ones(shape[0], jnp.int32), (jnp.arange(shape[1]) < visible).astype(jnp.int32)
         )
     out = jax.vmap(functools.partial(kernel, segment_ids=segments))(q, k, v)
     return out.swapaxes(1, 2)[:, :queries].astype(q.dtype)

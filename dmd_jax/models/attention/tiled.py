@@ -128,9 +128,9 @@ def _tiles(mask, visible, queries, keys):
     }
 
     def allowed(i, j):
-        tile = True if visible is None else visible.reshape(-1, size_k)[j]
+        q_index, kv_index = i * size_q + jnp.arange(size_q), j * size_k + jnp.arange(size_k)
+        tile = True if visible is None else kv_index < visible
         if mask is not None:
-            q_index, kv_index = i * size_q + jnp.arange(size_q), j * size_k + jnp.arange(size_k)
             tile &= mask.allows(q_index[:, None], kv_index)
         return jnp.broadcast_to(tile, (size_q, size_k))
 

@@ -6,18 +6,17 @@ from einops import rearrange
 from flax import nnx
 
 from dmd_jax.devices import sharding
+from dmd_jax.devices.sharding import WEIGHTS, P
 from dmd_jax.models.attention import attention
 from dmd_jax.models.layers import MLP, linear
 from dmd_jax.models.wan.config import PATCH
 
-P = jax.P
-
 # Which axes of which weight are split; see sharding.py. Specs are for the trailing axes.
 SHARDING_RULES = (
-    (r"(query|key|value|up|modulation)/kernel$", P("fsdp", "tensor")),
-    (r"(out|down)/kernel$", P("tensor", "fsdp")),
-    (r"patch/kernel$", P(None, None, None, None, "fsdp")),
-    (r"head/kernel$", P("fsdp", None)),
+    (r"(query|key|value|up|modulation)/kernel$", P(WEIGHTS, "tensor")),
+    (r"(out|down)/kernel$", P("tensor", WEIGHTS)),
+    (r"patch/kernel$", P(None, None, None, None, WEIGHTS)),
+    (r"head/kernel$", P(WEIGHTS, None)),
     (r"(bias|scale|offset)$", P()),
 )
 

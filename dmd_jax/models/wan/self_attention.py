@@ -58,6 +58,9 @@ def over_cache(config, grid, causal, ring, cached_frames, own_frames):
 
     Frames of the cache from the block's own first frame on are masked: an earlier call for the same
     block may have written them, or, where a finished rollout is evaluated again, later blocks.
+    Attention takes the block's own keys and, after them, as many of the cache as can be visible,
+    those that are first: so it needs no mask but their number.
+
     `attend` returns the block's own K/V under stop_gradient: later blocks see constants, the block
     itself does not.
 
@@ -69,35 +72,36 @@ def over_cache(config, grid, causal, ring, cached_frames, own_frames):
         own_frames: int32 [F], numbers of the block's frames in the video.
     """
     start, end = own_frames[0], own_frames[-1] + 1
-    length = max(config.reach, causal.most_visible or ring.slots)
+    most = causal.most_visible or ring.slots
+    length = max(config.reach, most)
 
     def rotation(frames):
         positions = ring.positions(frames, end, length)
         return rotations(config.rope_dims, positions, grid.height, grid.width, length)
 
-    own_rotation = tuple(map(_in_a_row, rotation(own_frames)))
-    cached_rotation = rotation(cached_frames)
     mask = BlockCausal(causal)  # over frames: their numbers are the indices
     # Traced numbers are not checked: frames that are not a block of `causal` still see each other.
     block_end = jnp.maximum(mask.group(start), end)
     earlier = (cached_frames != kv_cache.EMPTY) & (cached_frames < start)
-    allowed = jnp.concatenate(
-        [mask.group_allows(block_end, cached_frames) & earlier, jnp.ones(grid.frames, bool)]
-    )
-    visible = jnp.repeat(allowed, grid.frame)
+    allowed = mask.group_allows(block_end, cached_frames) & earlier
+    order = jnp.argsort(~allowed, stable=True)[: most - grid.frames]
+    visible = (grid.frames + jnp.sum(allowed, dtype=jnp.int32)) * grid.frame
+    own_rotation = tuple(map(_in_a_row, rotation(own_frames)))
+    cached_rotation = rotation(cached_frames[order])
 
     def by_frame(own):
         return rearrange(own, "b (f t) n h -> b f t n h", f=grid.frames)
 
-    def after(cached, own):
-        return jnp.concatenate([jax.vmap(_in_a_row)(cached), own], axis=1)
+    def followed(own, cached):
+        return jnp.concatenate([own, jax.vmap(_in_a_row)(cached)], axis=1)
 
     def attend(layer, x, cached):
         query = rotate(layer.queries(x), *own_rotation)
         # Split by heads, as the cache is: that is the larger part, and stays where it is.
         own_key, own_value = map(sharding.tokens_to_heads, (layer.keys(x), layer.values(x)))
-        key = after(rotate(cached[0], *cached_rotation), rotate(own_key, *own_rotation))
-        attended = attention(query, key, after(cached[1], own_value), visible=visible)
+        cached_key, cached_value = (x[:, order] for x in cached)
+        key = followed(rotate(own_key, *own_rotation), rotate(cached_key, *cached_rotation))
+        attended = attention(query, key, followed(own_value, cached_value), visible=visible)
         return attended, jax.lax.stop_gradient((by_frame(own_key), by_frame(own_value)))
 
     return attend
