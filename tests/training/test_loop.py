@@ -136,6 +136,7 @@ def test_videos_of_prompts_train_go_on_and_are_judged(tmp_path, monkeypatch):
     config.update_from_flattened_dict(
         {
             **{"steps": 4, "batch_size": 8, "checkpoint.every": 2, "evaluate.every": 3},
+            "generator_every": 1,  # so that it learns after the stop, too
             **{"evaluate.num": 8, "evaluate.steps": (2,), "evaluate.teacher_steps": (2,)},
             **{"log.every": 2, "log.tensorboard": False, "data.num": 80},
             **{f"data.{part}": str(tmp_path / part) for part in ("latents", "embeddings")},
