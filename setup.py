@@ -61,6 +61,7 @@ setup(
             "ruff>=0.17",
             "beartype>=0.20",
             "websockets>=15",
+            "zstandard>=0.23",  # JAX packs what it compiles with it, in a seventh of zlib's time
         ],
     },
 )

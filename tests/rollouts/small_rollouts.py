@@ -45,52 +45,57 @@ def roll(generator, frames=6, cond=COND, key=KEY, *, noise=None, **how):
 
 
 # The plain loop, as one writes it from the paper: a gradient through everything that is not said to
-# be a constant. It keeps all that backpropagation needs of all blocks.
+# be a constant. It keeps all that backpropagation needs of all blocks. What is compiled is one call
+# and not the loop: so all loops share it.
+
+
+@functools.partial(jax.jit, static_argnames="causal")
+def predict(generator, x, t, causal, cache, start):
+    """(x0, keys and values of its own frames) of one call at a time for all."""
+    out = generator.predict(x, jnp.full(2, t), COND, causal=causal, cache=cache, start=start)
+    return out.x0, out.aux
+
+
+@jax.jit
+def renoise(x0, tag, first, step, t):
+    """x0 at time t, with the noise that belongs to this block and step."""
+    key = jax.random.fold_in(jax.random.fold_in(KEY, tag), first)
+    eps = randomness.normal(jax.random.fold_in(key, step), jnp.arange(2), x0.shape[1:])
+    return FLOW.add_noise(x0, eps, jnp.full(2, t))
+
+
+@jax.jit
+def write(cache, own):
+    """A cache that has room for every frame, and now those of `own`."""
+    return kv_cache.write(cache, own, kv_cache.Ring(cache.slots, sink=0))
 
 
 def by_hand(generator, noise, exits, *, causal, context_time=0.0, initial=None, first_times=None):
     """x0 [B, F, ...] by the plain loop, blocks of `causal` from frame 0 on."""
-    frames = noise.shape[1] + (0 if initial is None else initial.shape[1])
-    cache = generator.empty_cache(2, 3 * frames, *SIZE[:2])
-    borders = [
-        0,
-        *range(
-            1 if causal.first_alone else causal.frames_per_block,
-            frames + 1,
-            causal.frames_per_block,
-        ),
-    ]
-    x0s, known = [], 0 if initial is None else initial.shape[1]
-
-    def predict(net, x, t):
-        return net.predict(x, jnp.full(2, t), COND, causal=causal, cache=cache, start=first)
-
+    known = 0 if initial is None else initial.shape[1]
+    frames, size = known + noise.shape[1], causal.frames_per_block
+    constant = jax.lax.stop_gradient(generator)
+    cache = generator.empty_cache(2, 30, *SIZE[:2])
+    borders = [0, *range(1 if causal.first_alone else size, frames + 1, size)]
+    x0s, exits = [], iter(exits)
     for first, stop in pairwise(borders):
+        at = dict(causal=causal, cache=cache, start=jnp.int32(first))
         if stop <= known:
-            own = predict(generator, initial[:, first:stop], 0.0).aux
-            x0s.append(initial[:, first:stop])
+            x0 = initial[:, first:stop]
+            own = predict(constant, x0, 0.0, **at)[1]
         else:
-            exit_step = exits[len(x0s) - sum(b < known for b in borders[:-1])]
             lists = first_times if first_times and first == 0 else TIMES
             levels = np.asarray(shift_time(np.float32((*lists, 0.0)), 5.0))
-            x = noise[:, first - known : stop - known]
+            x, exit_step = noise[:, first - known : stop - known], next(exits)
             for step in range(exit_step):
-                x0 = jax.lax.stop_gradient(predict(generator, x, levels[step]).x0)
-                key = jax.random.fold_in(jax.random.fold_in(KEY, 0), first)
-                eps = randomness.normal(
-                    jax.random.fold_in(key, step + 1), jnp.arange(2), x.shape[1:]
-                )
-                x = FLOW.add_noise(x0, eps, jnp.full(2, levels[step + 1]))
-            out = predict(generator, x, levels[exit_step])
-            x0s.append(out.x0)
-            own = out.aux
+                x0 = predict(constant, x, levels[step], **at)[0]
+                x = renoise(x0, 0, first, step + 1, levels[step + 1])
+            x0, own = predict(generator, x, levels[exit_step], **at)
             if context_time is not None:
-                x0 = out.x0
+                context = jax.lax.stop_gradient(x0)
                 if context_time:
-                    key = jax.random.fold_in(jax.random.fold_in(KEY, 1), first)
-                    eps = randomness.normal(jax.random.fold_in(key, 0), jnp.arange(2), x.shape[1:])
-                    x0 = FLOW.add_noise(x0, eps, jnp.full(2, context_time))
-                own = predict(generator, x0, context_time).aux
-        ring = kv_cache.Ring(cache.slots, sink=0)  # room for every frame
-        cache = kv_cache.write(cache, jax.lax.stop_gradient(own), ring)
+                    context = renoise(context, 1, first, 0, context_time)
+                own = predict(constant, context, context_time, **at)[1]
+        x0s.append(x0)
+        cache = write(cache, jax.lax.stop_gradient(own))
     return jnp.concatenate(x0s, axis=1)

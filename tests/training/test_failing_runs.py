@@ -79,7 +79,7 @@ def test_a_failure_of_the_report_costs_the_report_and_the_same_command_tries_it_
     def fail(*_, **__):
         raise ValueError("no images")
 
-    few = {"steps": 1, "evaluate.every": 100}
+    few = {"evaluate.every": 100}
     with monkeypatch.context() as patched:
         patched.setattr(Evaluator, "report", fail)
         assert start(build(**few), tmp_path / "run") is None
@@ -93,6 +93,7 @@ def test_a_teacher_that_says_nothing_finite_stops_the_run_at_its_last_good_check
     build, no_report, tmp_path, monkeypatch
 ):
     often = {"log.every": 1, "generator_every": 1, "evaluate.every": 100, "checkpoint.every": 2}
+    often["generator.optimizer.decay"] = "constant"  # or other steps would be other learning rates
     run, workdir = build(steps=4, **often), tmp_path / "run"
     start(run, workdir)
     load = Run.load_frozen

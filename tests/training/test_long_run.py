@@ -4,6 +4,7 @@ import jax
 import programs
 import pytest
 from ml_collections import ConfigDict
+from tiny_runs import start
 from toys import assert_same, weights
 
 from dmd_jax import weights as files
@@ -12,8 +13,9 @@ from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.methods.dmd import DMD
 from dmd_jax.methods.long_tuning import LongTuning
 from dmd_jax.models.wan import Causal, Wan, WanConfig
+from dmd_jax.training import loop
 from dmd_jax.training.configuration import complete
-from dmd_jax.training.loop import train
+from dmd_jax.training.preemption import Preemption, Stopped
 from dmd_jax.training.run import build
 
 
@@ -26,7 +28,7 @@ def save_networks(folder):
     return dict(teacher=paths[0], generator=paths[1], fake_score=paths[1])
 
 
-def config(networks, steps):
+def config(networks):
     config = programs.load_config("configs/self_forcing.py", "wan_t2v_1_3b")
     causal = dict(cls=Causal, frames_per_block=2, window=4, sink=2)
     video = dict(cls=LongTuning, causal=causal, frames=14, overlap=2)
@@ -37,7 +39,7 @@ def config(networks, steps):
             del config[role].model
             config[role].weights = path
             config[role].compute = dict(dtype="float32", remat="none", unroll=1)
-        config.batch_size, config.steps, config.generator_every = 16, steps, 2
+        config.batch_size, config.steps, config.generator_every = 16, 5, 2
         config.mesh.data, config.mesh.fsdp = -1, 1
         config.checkpoint.every, config.log.every, config.log.tensorboard = 3, 1, False
         config.evaluate.every, config.evaluate.num = 100, 4
@@ -50,17 +52,24 @@ def places(tree):
 
 
 @pytest.mark.slow
-def test_a_run_on_long_videos_is_split_over_the_devices_and_goes_on_bit_for_bit(tmp_path):
-    networks, states = save_networks(tmp_path), {}
-    for name, stops in (("whole", (5,)), ("parts", (3, 5))):
-        for steps in stops:
-            run = build(config(networks, steps))
-            with jax.set_mesh(run.mesh):
-                shape = run.state_shape()
-                state, _ = run.start()
-                assert train(run, tmp_path / name)
-        states[name] = files.denoiser(tmp_path / name / "generator.safetensors")
-    assert_same(states["parts"], states["whole"])
+def test_a_run_on_long_videos_is_split_over_the_devices_and_goes_on_bit_for_bit(
+    tmp_path, monkeypatch
+):
+    run = build(config(save_networks(tmp_path)))
+    with jax.set_mesh(run.mesh):
+        shape = run.state_shape()
+        state, _ = run.start()
+    assert start(run, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(Preemption, "requested", lambda self, step: step == 3)
+        with pytest.raises(Stopped, match="at step 3;"):
+            start(run, tmp_path / "parts")
+    monkeypatch.setattr(loop, "_report", lambda *_: "no second report")
+    start(run, tmp_path / "parts")
+    whole, parts = (
+        files.denoiser(tmp_path / name / "generator.safetensors") for name in ("whole", "parts")
+    )
+    assert_same(parts, whole)
     assert places(state) == places(shape)
     keys, made = shape.stream.cache.keys, shape.stream.made
     assert keys.sharding.shard_shape(keys.shape)[1] == 16 // run.mesh.size

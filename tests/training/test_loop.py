@@ -1,4 +1,4 @@
-"""Whole runs of the entry point, in processes of their own: killed, stopped, resumed, finished."""
+"""Whole runs, most in processes of their own: killed, stopped, resumed, finished."""
 
 import signal
 import subprocess
@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import programs
 import pytest
-from tiny_runs import records
+from tiny_runs import records, start
 
 from dmd_jax.training import checkpoint
-from dmd_jax.training.preemption import STOPPED
+from dmd_jax.training.preemption import STOPPED, Preemption, Stopped
 from dmd_jax.training.run import build
 
 pytestmark = pytest.mark.slow
@@ -130,24 +130,33 @@ def test_a_finished_run_says_so_reprints_its_report_and_refuses_another_config(l
     assert "method.guidance: the run here has 1.25, this command 3.0" in printed
 
 
-def test_videos_of_prompts_train_go_on_and_are_judged(tmp_path):
-    def train(name, steps):
-        overrides = {
-            **{"steps": steps, "batch_size": 8, "checkpoint.every": 2, "evaluate.every": 3},
+def test_videos_of_prompts_train_go_on_and_are_judged(tmp_path, monkeypatch):
+    """In this process: the command's own part is that of the runs above."""
+    config = programs.load_config("configs/dmd.py", "wan_tiny")
+    config.update_from_flattened_dict(
+        {
+            **{"steps": 4, "batch_size": 8, "checkpoint.every": 2, "evaluate.every": 3},
+            "generator_every": 1,  # so that it learns after the stop, too
             **{"evaluate.num": 8, "evaluate.steps": (2,), "evaluate.teacher_steps": (2,)},
             **{"log.every": 2, "log.tensorboard": False, "data.num": 80},
-            **{f"data.{part}": tmp_path / part for part in ("latents", "embeddings")},
+            **{f"data.{part}": str(tmp_path / part) for part in ("latents", "embeddings")},
+            # A loop over the layers is compiled sooner than all of them.
+            **{f"{role}.compute.unroll": 1 for role in ("teacher", "generator", "fake_score")},
         }
-        values = [f"--config.{key}={value}" for key, value in overrides.items()]
-        config, workdir = "--config=configs/dmd.py:wan_tiny", tmp_path / name
-        done = programs.python("-m", "dmd_jax.main", config, f"--workdir={workdir}", *values)
-        assert done.returncode == 0, done.stderr
-        return workdir
+    )
 
-    straight, stopped = train("straight", 4), train("stopped", 2)
-    assert train("stopped", 4) == stopped
-    exported = "generator.safetensors"
-    assert programs.same_tensors(stopped / exported, straight / exported)
-    report = (straight / "report.md").read_text()
+    def train(name):
+        return start(build(config, jax.devices()[:1]), tmp_path / name)
+
+    report = train("straight").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(Preemption, "requested", lambda self, step: step == 2)
+        with pytest.raises(Stopped, match="at step 2;"):
+            train("stopped")
+    assert train("stopped")
+    straight, stopped = (
+        tmp_path / name / "generator.safetensors" for name in ("straight", "stopped")
+    )
+    assert programs.same_tensors(stopped, straight)
     assert "| digit | motion | flicker |" in report and "| real | – | – |" in report
-    assert (straight / "report.png").exists()
+    assert (tmp_path / "straight" / "report.png").exists()

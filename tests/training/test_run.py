@@ -13,7 +13,7 @@ import numpy as np
 import programs
 import pytest
 import toys
-from tiny_runs import final, records, start
+from tiny_runs import STEPS, final, records, start
 
 from dmd_jax import weights
 from dmd_jax.devices.disk import exclusive
@@ -142,13 +142,20 @@ def test_another_config_is_refused_with_the_difference(build, straight, monkeypa
     ]
 
 
-def test_another_teacher_at_the_same_path_is_another_config(build, data_dir, no_report, tmp_path):
-    file = programs.save_tiny(tmp_path / "teacher.safetensors")
-    overrides = {"teacher.weights": str(file), "steps": 1, "evaluate.every": 100}
-    start(build(**overrides), tmp_path / "run")
+def test_another_teacher_at_the_same_path_is_another_config(build, tmp_path, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "compile_steps", lambda run: {})
+    monkeypatch.setattr(loop, "_loop", kill)
+    file, workdir = tmp_path / "teacher.safetensors", tmp_path / "run"
+    overrides = {"teacher.weights": str(programs.save_tiny(file))}
+    with pytest.raises(KeyboardInterrupt):
+        start(build(**overrides), workdir)
+    (workdir / "checkpoints" / "1").mkdir()  # as if it had saved a step
     programs.save_tiny(file, seed=1)
     with pytest.raises(ValueError, match=r"teacher\.sha256"):
-        start(build(**overrides), tmp_path / "run")
+        start(build(**overrides), workdir)
 
 
 def test_fewer_steps_than_were_taken_are_refused_and_leave_no_trace(build, straight):
@@ -203,8 +210,8 @@ def test_a_signal_during_a_compilation_saves_and_leaves(kind, saved, build, tmp_
 
 
 def test_the_last_log_window_is_recorded_though_it_is_incomplete(build, no_report, tmp_path):
-    start(build(**{"steps": 5, "log.every": 3, "evaluate.every": 100}), tmp_path)
-    assert [line["step"] for line in records(tmp_path)] == [3, 5]
+    start(build(**{"log.every": 5, "evaluate.every": 100}), tmp_path)
+    assert [line["step"] for line in records(tmp_path)] == [5, 10, STEPS]
 
 
 def test_sigterm_saves_at_once_and_the_next_start_ends_bit_identical(
@@ -288,6 +295,7 @@ def test_a_longer_run_goes_on_and_one_killed_before_its_report_reports_later(
     build, straight, no_report, tmp_path, monkeypatch
 ):
     workdir, steps = tmp_path / "run", {"checkpoint.every": 2, "evaluate.every": 100}
+    steps["generator.optimizer.decay"] = "constant"  # or other steps would be other learning rates
     monkeypatch.setattr(loop, "_report", lambda *_: (workdir / evaluator.REPORT).write_text("old"))
     start(build(steps=2, **steps), workdir)
 
