@@ -135,7 +135,7 @@ def test_time_embedding_is_the_published_one():
         ({"dim": 2.5}, r"dim=2\.5 must be an int"),
         ({"hidden": -1}, "hidden=-1 must be 0 or more"),
         ({"heads": 3}, "heads=3 does not divide dim=16"),
-        ({"remat": "some"}, "remat='some': use 'none', 'full' or a name of"),
+        ({"remat": "some"}, "remat='some': use 'none', 'full', 'offload' or a name of"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(changes, message):
