@@ -138,7 +138,7 @@ def check(name, error, bound):
 def attention_is_right(machine):
     length, wrong = 3 * attention.FRAME, []
     cases = [(name, mask, length, length, None) for name, mask in attention.masks(length).items()]
-    cases += [("a cache with gaps", None, attention.FRAME, length, np.arange(length) % 5 > 0)]
+    cases += [("a cache that is not full", None, attention.FRAME, length, np.int32(length - 99))]
     cases += [("a prompt of odd length", None, length, 77, None)]
     for dtype, bound in BOUNDS.items():
         for name, mask, queries, keys, visible in cases:
@@ -160,7 +160,7 @@ def dense(q, k, v, mask=None, visible=None):
         rows, columns = np.indices(scores.shape[-2:])
         scores = jnp.where(mask.allows(rows, columns), scores, -jnp.inf)
     if visible is not None:
-        scores = jnp.where(visible, scores, -jnp.inf)
+        scores = jnp.where(jnp.arange(k.shape[1]) < visible, scores, -jnp.inf)
     return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores), v)
 
 
