@@ -17,15 +17,19 @@ by more than float32 rounding. Then it takes the student and the batch of the co
 weights and values: videos as long as those that the config compares, and as long as they get.
 
 Without --topology the three are timed on this machine, in turn: medians, with the lowest and the
-highest. With it they are compiled for devices that are not here, as `python -m dmd_jax.plan` does;
-seconds are then those of its roofline, from FLOPs, memory and links at their peaks. FLOPs are
-counted from the program for a CPU, temporaries and bytes are the compiler's. Attention is the
-library's kernel for each platform, the same for all three, and never stores the scores. A packed
-sequence cannot turn a sink beyond `reach` as its blocks do, each differently: sinks are refused.
+highest. "CPU ms" are those of all threads together; beside other work they say more than time.
+
+With it they are compiled for devices that are not here, as `python -m dmd_jax.plan` does. FLOPs are
+counted from the program for one CPU device; temporaries, bytes and what is refused are the
+compiler's; seconds are those of the plan's roofline. Where tokens are split over `context`, jax
+refuses to stack: its all_to_all among groups of devices has no vmap.
+
+Attention is the library's kernel for the platform, the same for all three; none stores the scores.
+On a CPU its tiles have up to 768 tokens, within which a mask saves nothing. A packed sequence
+cannot turn a sink beyond `reach` as its blocks do, each differently: sinks are refused.
 """
 
 import dataclasses
-import statistics
 import sys
 import time
 from functools import partial
@@ -251,13 +255,14 @@ def timed(causal, args, work):
     taken = {name: [] for name in programs}
     for number in range(FLAGS.rounds + 1):  # the first round is not counted
         for name, program in programs.items():
-            start = time.perf_counter()
+            start = np.array([time.perf_counter(), time.process_time()])
             jax.block_until_ready(program(*values))
             if number:
-                taken[name].append(time.perf_counter() - start)
-    print(f"{'':<12}{'FLOP':>10}{'ms':>10}{'lowest':>10}{'highest':>10}{'MiB':>10}")
-    for name, times in taken.items():
-        numbers = [1e3 * f(times) for f in (statistics.median, min, max)]
+                taken[name].append([time.perf_counter(), time.process_time()] - start)
+    columns = "FLOP", "ms", "lowest", "highest", "CPU ms", "lowest", "highest", "MiB"
+    print(f"{'':<12}" + "".join(f"{column:>10}" for column in columns))
+    for name, pairs in taken.items():
+        numbers = [1e3 * f(x) for x in np.transpose(pairs) for f in (np.median, np.min, np.max)]
         numbers.append(programs[name].memory_analysis().temp_size_in_bytes / 2**20)
         print(f"{name:<12}{si(work[name]):>10}" + "".join(f"{x:10.1f}" for x in numbers))
 
@@ -267,7 +272,7 @@ def planned(causal, args, work, chip, run):
     for name, way in WAYS.items():
         try:
             program = compiled(way, causal, args)
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             print(f"{name}: the compiler refuses it: {first_line(error, limit=300)}", flush=True)
             continue
         size = program.memory_analysis().temp_size_in_bytes / plan.GIB
