@@ -16,8 +16,8 @@ from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import named_leaves, tree_bytes
 from dmd_jax.training import adapters, loop
 from dmd_jax.training.adapters import LoRA
+from dmd_jax.training.description import describe
 from dmd_jax.training.run import build as resolve
-from dmd_jax.training.run import describe
 
 P = jax.P
 # Cheap, and constant over the steps: a run may then be prolonged.

@@ -14,10 +14,11 @@ from dmd_jax import weights
 from dmd_jax.devices import host_memory
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import checkpoint, configuration, loop, topologies
+from dmd_jax.training.description import describe
 from dmd_jax.training.hlo import Program
 from dmd_jax.training.plan import Step as PlannedStep
 from dmd_jax.training.plan import _inputs, _measured, kept
-from dmd_jax.training.run import build, describe
+from dmd_jax.training.run import build
 
 HOST = {
     "teacher.compute.memory": "host",
