@@ -8,7 +8,7 @@
 Prints the memory of a device by role, whether the run fits, its FLOPs, the bytes that it moves, and
 an estimate of its time. The exit code is 0 if it fits, 1 if it does not and 2 after an error. For
 TPUs it needs `pip install 'dmd_jax[plan]'`, for GPUs 'dmd_jax[cuda]'. --search=8 compiles up to
-eight other meshes, with and without rematerialisation and in more parts, and plans the fastest that
+eight other settings of mesh, rematerialisation and parts of the batch, and plans the fastest that
 fits. docs/scale.md explains the table.
 """
 

@@ -134,7 +134,7 @@ def gather(layer, rules):
         mesh, spec = jax.sharding.get_abstract_mesh(), _find(rules, path_name(path)) or P()
         if host_memory.holds(weight):  # in parts: otherwise the host would gather it
             weight = _constrain(host_memory.to_device(weight), fit(spec, weight.shape, mesh))
-        spec = P(*(axis if axis == "tensor" else None for axis in spec))
+        spec = P(*("tensor" if "tensor" in (axes or ()) else None for axes in spec))
         return _constrain(weight, fit(spec, weight.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(whole, layer)
@@ -148,14 +148,18 @@ def _find(rules, name, used=None):
     """The spec of the first rule that matches `name`; None if none does.
 
     The parts of a kernel follow it: A [in, rank] is split as its input axis, B [rank, out] and
-    scales [1, out] as its output axis.
+    scales [1, out] as its output axis. Where A or B would so be split over `tensor` alone, it is
+    split over `WEIGHTS` too: with moments and averages, adapters are large.
     """
     if part := _PART.search(name):
         spec = _find(rules, name[: part.start()] + "/kernel", used)
         which = part[1] or part[2]
         if not spec or which in ("values", "base"):
             return spec
-        return P(spec[-2], None) if which == "A" else P(None, spec[-1])
+        own = spec[-2] if which == "A" else spec[-1]
+        if own == "tensor" and which in ("A", "B"):
+            own = ("tensor", *WEIGHTS)
+        return P(own, None) if which == "A" else P(None, own)
     for pattern, spec in rules:
         if re.search(pattern, name):
             if used is not None:

@@ -3,7 +3,8 @@
     best, result = search(config, chip, devices, limit=8, say=print)
 
 Compiling takes minutes, so cheap checks come first: what the config refuses, the bytes that devices
-keep between steps, the time that the FLOPs alone take, and what was refused before. Imports `plan`.
+keep between steps, the time that the FLOPs alone take, and what was refused before. Only where
+nothing fits is memory saved at a price: see `savings`. Imports `plan`.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any
 from dmd_jax.devices import sharding
 from dmd_jax.training import plan
 
-REMATS = ("none", "full")
+REMATS = ("none", "full", "offload")  # each needs less memory of the devices than the one before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +43,18 @@ class Candidate:
     @property
     def flags(self):
         """The settings as flags of a command."""
-        return " ".join(f"--config.{name}={value}" for name, value in self.overrides.items())
+        return _flags(self.overrides)
 
     @property
     def order(self):
         """Few FLOPs first, then few parts and whole samples, then the most sharded weights."""
-        return self.seconds, self.parts, *(self.mesh[a] for a in ("tensor", "context", "data"))
+        axes = (self.mesh[axis] for axis in ("tensor", "context", "data"))
+        return self.seconds, REMATS.index(self.remat), self.parts, *axes
 
     def needs_all_of(self, other):
         """Whether it needs at least the memory of `other` in every respect."""
-        same = self.remat == other.remat
-        return same and self.kept >= other.kept and self.share >= other.share
+        remat = REMATS.index(self.remat) <= REMATS.index(other.remat)
+        return remat and self.kept >= other.kept and self.share >= other.share
 
 
 def search(config, chip, devices, limit, say=print):
@@ -72,16 +74,60 @@ def search(config, chip, devices, limit, say=print):
     Raises:
         ValueError: the config fits no mesh, or what devices keep between steps is too large.
     """
-    found, available = candidates(config, chip, devices), plan.memory(chip, len(devices))
-    room = [c for c in found if c.kept <= available]
-    say(f"{len(found)} candidates; {len(found) - len(room)} keep too much between steps")
-    if not room:
-        least = min(candidate.kept for candidate in found)
+    least, last = [], None
+    for saving in savings(config, devices):
+        if saving:
+            say("nothing fits; with " + _flags(saving))
+        try:
+            found = candidates(config, chip, devices, saving)
+        except ValueError as error:
+            if not saving:
+                raise
+            say(f"that is not possible: {error}")
+            continue
+        least.append(min(candidate.kept for candidate in found))
+        best, last, limit = _fastest(config, found, chip, devices, limit, say, last)
+        if best is not None:
+            return best
+        if limit == 0:
+            break
+    available = plan.memory(chip, len(devices))
+    if last is None and min(least) > available:
         raise ValueError(
-            f"networks and optimizers alone take {least / plan.GIB:.2f} GiB a device on the best "
-            f"mesh, of {available / plan.GIB:.2f}: take more devices or larger chips"
+            f"networks and optimizers alone take {min(least) / plan.GIB:.2f} GiB a device on the "
+            f"best mesh, of {available / plan.GIB:.2f}: take more devices or larger chips"
         )
-    best, last, refused = None, None, []
+    if last is None:
+        raise ValueError("no candidate could be compiled; see the reasons above")
+    return last
+
+
+def savings(config, devices):
+    """Overrides that save memory, {path of an entry: value}, in the order in which they are tried.
+
+    First none; then optimizers and, with them, frozen networks in the memory of the host, which
+    changes no number; then frozen networks in int8, which does. For GPUs, plans count optimizers as
+    if on the devices, so there they stay.
+    """
+    kind = config.method.cls
+    frozen = [*kind.frozen, *(role for role in kind.trainable if "adapter" in config[role])]
+    frozen = [role for role in frozen if "compute" in config[role]]
+    moments = {f"{role}.optimizer.memory": "host" for role in kind.trainable}
+    if devices[0].platform == "gpu":
+        moments = {}
+    moved = moments | {f"{role}.compute.memory": "host" for role in frozen}
+    rounded = moments | {f"{role}.compute.weights_dtype": "int8" for role in frozen}
+    return {}, *(saving for saving in (moments, moved, rounded) if saving)
+
+
+def _fastest(config, found, chip, devices, limit, say, last):
+    """(the fastest that fits or None, the last that was compiled, what is left of `limit`).
+
+    Both are (Candidate, Plan).
+    """
+    room = [c for c in found if c.kept <= plan.memory(chip, len(devices))]
+    say(f"{len(found)} candidates; {len(found) - len(room)} keep too much between steps")
+    best, refused = None, []
     for candidate in room:
         if best is not None and candidate.seconds >= best[1].least_seconds:
             break  # its FLOPs alone take as long as all of the best
@@ -99,9 +145,11 @@ def search(config, chip, devices, limit, say=print):
             refused.append(candidate)
         elif best is None or result.least_seconds < best[1].least_seconds:
             best = last
-    if last is None:
-        raise ValueError("no candidate could be compiled; see the reasons above")
-    return best or last
+    return best, last, limit
+
+
+def _flags(overrides):
+    return " ".join(f"--config.{name}={value}" for name, value in overrides.items())
 
 
 def _compiled(config, candidate, chip, devices, say):
@@ -123,14 +171,14 @@ def changed(config, overrides):
     return copy
 
 
-def candidates(config, chip, devices):
-    """All settings that the config accepts, in their `order`. See `search`."""
-    found, reason = [], None
+def candidates(config, chip, devices, saving=()):
+    """All settings that the config accepts, in their `order`, each with `saving`. See `search`."""
+    found, reason, saving = [], None, dict(saving)
     roles = (*config.method.cls.trainable, *config.method.cls.frozen)
     roles = [role for role in roles if "remat" in config[role].get("compute", {})]
     work = {}
     for mesh in _meshes(len(devices)):
-        axes = {f"mesh.{axis}": size for axis, size in mesh.items()}
+        axes = saving | {f"mesh.{axis}": size for axis, size in mesh.items()}
         try:
             run = plan.prepare(changed(config, axes | {"accumulate": 1}), devices)
         except ValueError as error:

@@ -1,5 +1,6 @@
 """Runs that train adapters: one base for all roles, and nothing else changes."""
 
+import math
 import shutil
 from functools import partial
 
@@ -133,15 +134,21 @@ def start_of(run, role):
 def test_factors_are_split_as_their_kernels(build):
     shape = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
     run = build(devices=4, **shape)
-    state = run.state_shape()
+    state, everywhere = run.state_shape(), ("tensor", *sharding.WEIGHTS)
     for tree in (state.nets["generator"], state.ema):
         assert tree["blocks/qkv/A/kernel"].sharding.spec == P(None, sharding.WEIGHTS, None)
-        assert tree["blocks/qkv/B/kernel"].sharding.spec == P(None, None, "tensor")
-        assert tree["blocks/down/A/kernel"].sharding.spec == P(None, "tensor", None)
+        assert tree["blocks/qkv/B/kernel"].sharding.spec == P(None, None, everywhere)
+        assert tree["blocks/down/A/kernel"].sharding.spec == P(None, everywhere, None)
         assert tree["blocks/down/B/kernel"].sharding.spec == P(None, None, sharding.WEIGHTS)
     found = named_leaves(state.opt_state)
     moments = [x for name, x in found.items() if name.endswith("mu/generator/blocks/qkv/A/kernel")]
     assert [x.sharding.spec for x in moments] == [P(None, sharding.WEIGHTS, None)]
+
+
+def test_each_device_keeps_its_part_of_the_factors(build):
+    run = build(devices=4, **{"mesh.data": 1, "mesh.fsdp": 4})
+    for name, x in named_leaves(run.state_shape().nets["generator"]).items():
+        assert 4 * math.prod(x.sharding.shard_shape(x.shape)) == x.size, name
 
 
 def test_a_mesh_computes_what_one_device_does(build, plain):
@@ -153,14 +160,15 @@ def test_a_mesh_computes_what_one_device_does(build, plain):
 
 def test_in_a_network_the_parts_of_a_kernel_are_gathered_as_the_kernel_is():
     rules = ((r"up/kernel$", P("fsdp", "tensor")), (r"bias$", P()))
+    everywhere = ("tensor", *sharding.WEIGHTS)
     specs = {
         "blocks/up/kernel/value/base": P("fsdp", "tensor"),
         "blocks/up/kernel/value/base/values": P("fsdp", "tensor"),
         "blocks/up/kernel/value/base/scales": P(None, "tensor"),
         "blocks/up/kernel/value/A": P("fsdp", None),
-        "blocks/up/kernel/value/B": P(None, "tensor"),
+        "blocks/up/kernel/value/B": P(None, everywhere),
         "blocks/up/A/kernel": P("fsdp", None),
-        "blocks/up/B/kernel": P(None, "tensor"),
+        "blocks/up/B/kernel": P(None, everywhere),
         "blocks/A/kernel": None,
     }
     assert {name: sharding._find(rules, name) for name in specs} == specs

@@ -7,6 +7,7 @@ import programs
 import pytest
 
 from dmd_jax.training import plan, search, topologies
+from dmd_jax.training.configuration import flatten
 
 CHIP = topologies.CHIPS["v5e"]
 
@@ -38,6 +39,7 @@ def compiled(config, found, monkeypatch):
             return plan.Plan("chip", 4, mesh, 8, parts, 1, {}, 0, {True: step})
 
         monkeypatch.setattr(search, "candidates", lambda *_: found)
+        monkeypatch.setattr(search, "savings", lambda *_: [{}])
         monkeypatch.setattr(plan, "plan", planned)
         best, result = search.search(config, CHIP, jax.devices()[:4], limit, lambda _: None)
         return best, result, seen
@@ -87,9 +89,61 @@ def test_the_search_ends_at_its_limit(compiled):
     assert len(seen) == 3 and not result.fits and best == seen[-1]
 
 
+def test_offloaded_inputs_come_after_recomputed_layers_and_need_no_more(found):
+    """So that they are compiled where recomputed layers do not fit."""
+    order = [search.REMATS.index(c.remat) for c in found]
+    assert order == sorted(order)
+    full, offload = (next(c for c in found if c.remat == r) for r in ("full", "offload"))
+    assert full.needs_all_of(offload) and not offload.needs_all_of(full)
+
+
+@pytest.mark.parametrize("cheap", ["generator.optimizer.memory", "teacher.compute.memory"])
+def test_memory_is_saved_at_a_price_where_nothing_fits_and_no_more_than_needed(
+    config, monkeypatch, cheap
+):
+    """What a plan would say is given: that it fits once an entry of the config is set."""
+    tried = []
+
+    def planned(changed, chip, devices):
+        values = flatten(changed)
+        tried.append({name for name in prices if values[name] is not None})
+        step = plan.Step(1, 0, "" if cheap in tried[-1] else "RESOURCE_EXHAUSTED")
+        step = dataclasses.replace(step, seconds={"FLOPs": 0.0})
+        return plan.Plan("chip", 4, dict(changed.mesh), 8, 1, 1, {}, 0, {True: step})
+
+    first, *savings = search.savings(config, jax.devices()[:4])
+    prices = {name for saving in savings for name in saving}
+    monkeypatch.setattr(plan, "plan", planned)
+    monkeypatch.setattr(search, "_meshes", lambda _: [dict(data=1, fsdp=4, context=1, tensor=1)])
+    best, result = search.search(config, CHIP, jax.devices()[:4], 100, lambda _: None)
+    assert first == {} and tried[0] == set() and result.fits
+    fitting = next(saving for saving in savings if cheap in saving)
+    assert fitting.items() <= best.overrides.items() and tried[-1] == set(fitting)
+
+
+def test_what_is_kept_on_the_devices_is_less_with_each_saving(config):
+    devices = jax.devices()[:4]
+    kept = [
+        min(c.kept for c in search.candidates(config, CHIP, devices, saving))
+        for saving in search.savings(config, devices)
+    ]
+    none, moments, moved, rounded = kept
+    assert none > moments > rounded > moved
+
+
 def test_what_keeps_more_than_the_chip_has_is_not_compiled(config, found, monkeypatch):
     monkeypatch.setattr(search, "candidates", lambda *_: found)
     monkeypatch.setattr(plan, "plan", None)
     small = dataclasses.replace(CHIP, memory=1000)
     with pytest.raises(ValueError, match="take more devices or larger chips"):
         search.search(config, small, jax.devices()[:4], 3, lambda _: None)
+
+
+def test_the_state_of_optimizers_stays_on_gpus_whose_plans_count_it_there(config):
+    device = type("Device", (), {"platform": "gpu"})()
+    savings = search.savings(config, [device])
+    assert [set(saving) for saving in savings] == [
+        set(),
+        {"teacher.compute.memory"},
+        {"teacher.compute.weights_dtype"},
+    ]
