@@ -165,7 +165,7 @@ class Run:
         if base is not None and memory.in_int8(self.config, config_role(base)):
             shape = roles.in_compute_dtype(self.nets[role])
             (to,) = roles.placed({base: shape}, {base: shape}, self.mesh).values()
-            frozen = {base: roles.load(self.config, config_role(base), to, cast=True)}
+            frozen = {base: roles.load(self.config, role, to, cast=True)}
         return self.bind.merged(role, trained, frozen)
 
     def batches(self, step):
