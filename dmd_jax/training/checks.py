@@ -16,7 +16,7 @@ POSITIVE = ("steps", "batch_size", "accumulate", "generator_every")
 
 
 def entries(config):
-    """Refuses unknown and missing entries, and numbers that are out of range.
+    """Refuses unknown, missing and impossible entries that no class checks.
 
     Raises:
         ValueError: the entry.
@@ -36,6 +36,12 @@ def entries(config):
     missing = [name for name in needed if not _has(config, name)]
     if missing:
         raise ValueError(f"config lacks {missing}; {kind.__name__} needs them")
+    for role in kind.frozen:
+        if config[role].weights == "random":
+            raise ValueError(
+                f"config.{role}.weights='random', but the {role} is not trained: name the file of "
+                "its weights"
+            )
     values = flatten(config)
     for name in POSITIVE:
         if values[name] < 1:
