@@ -35,8 +35,9 @@ from dmd_jax.training.configuration import (
     flag_error,
     require_config,
 )
+from dmd_jax.training.description import describe
 from dmd_jax.training.preemption import STOPPED, Stopped
-from dmd_jax.training.run import build, describe
+from dmd_jax.training.run import build
 
 FLAGS = flags.FLAGS
 REFUSALS = (ValueError, OSError, ImportError, checkpoint.CheckpointError, health.Diverged)

@@ -15,7 +15,8 @@ from dmd_jax.data import ImagePairs, MovingDigits, OdePairs, Prompts, trajectori
 from dmd_jax.methods.causal_ode import CausalODE
 from dmd_jax.methods.causal_pretrain import TeacherForcing
 from dmd_jax.training.configuration import complete, defaults, differences, flatten
-from dmd_jax.training.run import build, describe
+from dmd_jax.training.description import describe
+from dmd_jax.training.run import build
 
 
 def found():

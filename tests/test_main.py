@@ -272,6 +272,7 @@ def test_the_end_waits_for_no_compilation(how, code, message):
         ("seed", -1, "config.seed is -1; it must be 0 or more and below 2**32"),
         ("seed", 2**32, "config.seed is 4294967296; it must be 0 or more and below 2**32"),
         ("generator.weights", "random", "weights='random' needs config.generator.model"),
+        ("teacher.weights", "random", "weights='random', but the teacher is not trained"),
         ("generator.optimizer.decayed", "(", "config.generator.optimizer: decayed='('"),
         ("generator.optimizer.clip", "much", "config.generator.optimizer.clip is 'much'"),
         ("method.regression", "Speed", "config.method.regression is 'Speed'"),

@@ -209,8 +209,11 @@ def _differing(one: Any, other: Any) -> tuple[Any, Any]:
     """Both values; of dicts, the entries in which they differ."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return one, other
-    keys = [k for k in one | other if one.get(k) != other.get(k)]
-    return {k: one[k] for k in keys if k in one}, {k: other[k] for k in keys if k in other}
+
+    def without(a, b):
+        return {key: value for key, value in a.items() if key not in b or b[key] != value}
+
+    return without(one, other), without(other, one)
 
 
 def _prompts(path: Path, number: int) -> Path:

@@ -236,6 +236,19 @@ def replicate(tree):
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
+def fetch(tree):
+    """The arrays of a tree as numpy arrays, on the first host; None on others, which call it too.
+
+    One array after the other is whole on the devices: all of them may be too large.
+    """
+
+    def whole(x):
+        x = replicate(x)
+        return np.asarray(x) if jax.process_index() == 0 else None
+
+    return jax.tree.map(whole, tree)
+
+
 def even_batch(size):
     """The smallest batch of at least `size` rows that data and fsdp split evenly."""
     axes = jax.sharding.get_abstract_mesh().shape

@@ -285,14 +285,14 @@ class Evaluator:
         videos = {"real": source.real(rows, spec.frames)}
         networks = [] if teacher is None else [(teacher, self.teacher_samplers[0])]
         for name, path in spec.beside:
-            networks.append((weights.denoiser(path), self._beside(name, path)))
+            networks.append((sharding.replicate(weights.denoiser(path)), self._beside(name, path)))
         networks += [
             (trained, dataclasses.replace(sampler, name=name))
             for sampler, name in zip(self.samplers, self._own_names, strict=True)
         ]
         for net, sampler in networks:
             videos[sampler.name] = source.decode(
-                self._draw(sharding.replicate(net), sampler, *conditions, SEED, spec.frames)
+                self._draw(net, sampler, *conditions, SEED, spec.frames)
             )
         table = [
             {"name": name, "by_frame": drift.by_frame(videos[name], rows, source)}

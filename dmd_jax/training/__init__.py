@@ -1,6 +1,8 @@
 """A run: its config, its loop and step, and the files that it writes.
 
 run, roles                  a config becomes a `Run`; its networks by role
+checks, description         what is refused of a config; what a dry run says of a run
+memory                      int8, and what is kept in the memory of the host
 adapters                    roles that train LoRA adapters on a shared base
 loop                        `train`: start or resume, steps, saves, judgements, exports, report
 step                        `train_step`, pure: gradients, one update, averages

@@ -78,9 +78,9 @@ class Bind:
         return self._with(adapters.attach, role, trained, frozen)
 
     def merged(self, role: str, trained: Any, frozen: dict[str, Any]) -> Denoiser:
-        """The Denoiser of a role's trained tree as an export: plain float32 weights.
+        """The Denoiser of a role's trained tree in plain float32 weights: base + adapter.
 
-        Its base must not be int8: see `run.Run.merged`.
+        Exports are `run.Run.merged`, where the base is never rounded.
         """
         return self._with(adapters.merge, role, trained, frozen)
 

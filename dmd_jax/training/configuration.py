@@ -25,7 +25,7 @@ from ml_collections import config_dict
 # it is computed.
 FREE = ("steps", "log", "checkpoint", "health", "evaluate", "mesh", "accumulate")
 # Entries of a role's `compute` that say how its weights are kept, not how its network computes.
-STORAGE = {"weights_dtype", "memory"}
+STORAGE = ("weights_dtype", "memory")
 BASE = "_base"  # ends the name of an adapter's base that is no role of its own
 PROGRAM = "config_config"  # what a config program is called as a module
 
@@ -55,8 +55,9 @@ def complete(config, where="config"):
         config["cls"] = _Class(config, where)
     if "compute" in config:  # of a role; see `roles`
         with config.compute.unlocked():
-            for name in STORAGE - set(config.compute):
-                config.compute[name] = config_dict.placeholder(str)
+            for name in STORAGE:
+                if name not in config.compute:
+                    config.compute[name] = config_dict.placeholder(str)
     return config.lock()
 
 

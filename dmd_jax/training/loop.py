@@ -371,10 +371,11 @@ def _export_best(run, shape, frozen, checkpoints, workdir):
 
 
 def _export(run, average, frozen, path, step):
-    """Writes an averaged generator as a safetensors file; returns it, whole on every device."""
-    generator = sharding.replicate(run.merged("generator", average, frozen))
+    """Writes an averaged generator as a safetensors file; returns it, on the mesh."""
+    generator = run.merged("generator", average, frozen)
+    whole = sharding.fetch(generator)
     if jax.process_index() == 0:
-        weights.save(path, generator, **_notes(run, step))
+        weights.save(path, whole, **_notes(run, step))
     return generator
 
 
@@ -385,7 +386,7 @@ def _notes(run, step):
 
 def _export_adapter(run, average, base, path):
     """Writes an averaged adapter of the generator, on the base of that checksum, as safetensors."""
-    adapter = sharding.replicate(average)
+    adapter = sharding.fetch(average)
     if jax.process_index() == 0:
         adapter_files.save(
             path,
@@ -400,8 +401,7 @@ def _export_adapter(run, average, base, path):
 def _report(run, trained, frozen, workdir):
     """The text of the report, which `quality` writes; None if that failed.
 
-    A failed report is a warning, because the run itself is complete. Every process takes part, with
-    the whole weights of the generator.
+    A failed report is a warning, because the run itself is complete. Every process takes part.
     """
     try:
         text = together(

@@ -47,12 +47,6 @@ def optimizers_in_host(config, roles):
     return {role for role in roles if config[role].optimizer.get("memory") == "host"}
 
 
-def inputs_in_host(run):
-    """The roles whose layers' inputs wait in the memory of the host for the backward pass."""
-    configs = {role: getattr(getattr(x, "net", x), "config", None) for role, x in run.nets.items()}
-    return [role for role, c in configs.items() if getattr(c, "remat", None) == "offload"]
-
-
 def require_frozen(config, role):
     """Raises ValueError where the settings of a role are only for weights that are not trained."""
     int8, host = in_int8(config, role), in_host(config, role)
@@ -111,8 +105,9 @@ def check(run):
         ValueError: the setting, and what to do.
     """
     config, devices = run.config, run.mesh.devices.flat
-    for role in inputs_in_host(run):
-        host_memory.require(f"config.{role}.compute.remat='offload'", devices)
+    for name, denoiser in (run.frozen | run.nets).items():  # gradients pass through both
+        if getattr(getattr(denoiser, "net", denoiser).config, "remat", None) == "offload":
+            host_memory.require(f"config.{config_role(name)}.compute.remat='offload'", devices)
     for role in sorted(optimizers_in_host(config, run.nets)):
         host_memory.require(f"config.{role}.optimizer.memory='host'", devices)
     for name in run.frozen:

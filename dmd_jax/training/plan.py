@@ -22,7 +22,7 @@ from dmd_jax.training import loop
 from dmd_jax.training.configuration import compute_dtypes
 from dmd_jax.training.cost import batch_shape, cost, si
 from dmd_jax.training.hlo import Program, Traffic
-from dmd_jax.training.run import build, cache_shape
+from dmd_jax.training.run import build
 
 NAMES = {True: "with the generator's update", False: "without"}
 GIB = 2**30
@@ -242,7 +242,7 @@ def plan_run(run, chip):
             steps[kind] = dataclasses.replace(step, refusal=first_line(error, limit=300))
         else:
             steps[kind] = _measured(step, compiled, run, chip, roles, host)
-    mesh, cache = run.mesh, cache_shape(run)
+    mesh, cache = run.mesh, run.cache_shape()
     return Plan(
         kind=mesh.devices.flat[0].device_kind,
         devices=mesh.size,

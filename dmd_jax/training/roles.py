@@ -318,8 +318,8 @@ def load(config, role, abstract, *, cast=False):
         config: the config of the run.
         role: name of the role.
         abstract: its abstract Denoiser, from `placed`.
-        cast: whether the arrays get the dtypes of `abstract` while they are read; if not, they have
-            those of the file.
+        cast: whether arrays of a file get the dtypes of `abstract` while they are read; if not,
+            they have those of the file.
     """
     path = weights_path(config, role)
     if path is None:

@@ -3,11 +3,11 @@
     run = build(config)          resolves and checks everything; nothing is computed
     state, frozen = run.start()  loads or initialises weights and places them on the mesh
 
-`roles` resolves the networks. Imports the rooms below. Only run, roles and loop read configs.
+`roles` resolves the networks, `checks` refuses what does not go together, `description` says what a
+run stores and computes. Imports the rooms below.
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -16,26 +16,16 @@ import jax.numpy as jnp
 
 from dmd_jax import data
 from dmd_jax.devices import sharding
-from dmd_jax.devices.paths import tree_bytes
 from dmd_jax.diffusion.denoiser import Denoiser
-from dmd_jax.models.experts import Experts
-from dmd_jax.models.layers import Int8
 from dmd_jax.quality.evaluator import Evaluator
 from dmd_jax.rollouts import samplers
-from dmd_jax.training import adapters, memory, optimizer, roles
+from dmd_jax.training import adapters, checks, memory, optimizer, roles
 from dmd_jax.training.checkpoints import Checkpoints
-from dmd_jax.training.configuration import config_role, construct, flatten, unknown
-from dmd_jax.training.cost import batch_shape, cost
+from dmd_jax.training.configuration import config_role, construct, unknown
+from dmd_jax.training.cost import batch_shape
 from dmd_jax.training.health import Thresholds
 from dmd_jax.training.step import EMA, init_state, train_step
 from dmd_jax.training.writers import Log
-
-KEYS = (
-    *("seed", "steps", "batch_size", "accumulate", "generator_every", "reuse_rollout"),
-    *("data", "method", "ema", "mesh", "log", "checkpoint", "health", "evaluate"),
-)
-# Entries that must be 1 or more and that no class checks.
-POSITIVE = ("steps", "batch_size", "accumulate", "generator_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +107,15 @@ class Run:
         make = getattr(self.method, "streams", None)
         return None if make is None else make(generator, cond)
 
+    def cache_shape(self):
+        """The KV cache of a rollout of one part of the batch; None where there is none."""
+        video = getattr(self.method, "video", None)
+        if video is None:
+            return None
+        size = self.config.batch_size // self.config.accumulate
+        videos = jax.ShapeDtypeStruct((size, *self.source.sample_shape), jnp.float32)
+        return video.cache_shape(self.nets["generator"], videos)
+
     def start(self):
         """(TrainState at step 0, frozen nets), loaded and placed."""
         shape = self.state_shape()
@@ -166,7 +165,7 @@ class Run:
         if base is not None and memory.in_int8(self.config, config_role(base)):
             shape = roles.in_compute_dtype(self.nets[role])
             (to,) = roles.placed({base: shape}, {base: shape}, self.mesh).values()
-            frozen = {base: roles.load(self.config, config_role(base), to, cast=True)}
+            frozen = {base: roles.load(self.config, role, to, cast=True)}
         return self.bind.merged(role, trained, frozen)
 
     def batches(self, step):
@@ -196,19 +195,19 @@ def build(config, devices=None, *, files=True):
     Raises:
         ValueError, FileNotFoundError: the path of the offending entry, both values, what to do.
     """
-    _check_entries(config)
+    checks.entries(config)
     mesh = _mesh(config, devices)
     source, kind = _source(config, files), config.method.cls
     # The teacher first: other roles may use its file, and a wrong path is then the teacher's error.
     abstract = partial(roles.abstract, config, source=source, files=files)
     frozen = {role: roles.frozen(config, role, abstract(role)) for role in kind.frozen}
     nets = {role: abstract(role) for role in kind.trainable if role != roles.DISCRIMINATOR}
-    _check_fit(frozen | nets, source)
+    checks.fit(frozen | nets, source)
     if roles.DISCRIMINATOR in kind.trainable:
         nets[roles.DISCRIMINATOR] = roles.abstract_discriminator(config, frozen | nets)
     bind, frozen = adapters.resolve(config, nets, frozen, files=files)
     method = construct(config.method, "config.method", sample_shape=source.sample_shape)
-    _check_networks(method, frozen | nets)
+    checks.networks(method, frozen | nets)
     run = Run(
         config=config,
         method=method,
@@ -225,25 +224,9 @@ def build(config, devices=None, *, files=True):
         health=construct(config.health, "config.health"),
         evaluator=_evaluator(config, method, source),
     )
-    _check_fallback(run)
+    checks.fallback(run.log, run.checkpoint)
     memory.check(run)
     return run
-
-
-def _check_networks(method, nets):
-    """Refuses networks that the method cannot use; experts, unless it says which it can."""
-    if hasattr(method, "check_networks"):
-        try:
-            return method.check_networks(nets)
-        except ValueError as error:
-            raise ValueError(f"config.method: {error}") from error
-    for role, net in nets.items():
-        if isinstance(getattr(net, "net", None), Experts):
-            raise ValueError(
-                f"config.{config_role(role)} has experts, one of which is called for a "
-                f"whole batch, and {type(method).__name__} draws a time for each sample: use "
-                "PhasedDMD, or one network"
-            )
 
 
 def _others(config, method, source, files):
@@ -254,40 +237,6 @@ def _others(config, method, source, files):
     if getattr(method, "needs_reward", False):
         others["reward"] = jax.eval_shape(lambda: roles.reward(config, source))
     return others
-
-
-def _check_entries(config):
-    """Refuses unknown, missing and impossible entries that no class checks."""
-    if "cls" not in config.get("method", {}):
-        raise ValueError("config.method names no class; write config.method = dict(cls=DMD, ...)")
-    kind = config.method.cls
-    roles = (*kind.trainable, *kind.frozen)
-    known = (*KEYS, *roles, "vae", "reward")
-    for name in config:
-        if name not in known:
-            raise ValueError(unknown(f"config.{name}", name, known))
-    needed = [*KEYS, *roles, *(f"{role}.weights" for role in roles)]
-    needed += [f"{role}.optimizer" for role in kind.trainable]
-    if "cls" not in config.get("data", {}):
-        needed.append("data.name")
-    missing = [name for name in needed if not _has(config, name)]
-    if missing:
-        raise ValueError(f"config lacks {missing}; {kind.__name__} needs them")
-    values = flatten(config)
-    for name in POSITIVE:
-        if values[name] < 1:
-            raise ValueError(f"config.{name} is {values[name]}; it must be 1 or more")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"config.seed is {config.seed}; it must be 0 or more and below 2**32")
-
-
-def _has(config, path):
-    """Whether a config has an entry, by its path: "generator.weights"."""
-    for name in path.split("."):
-        if name not in config:
-            return False
-        config = config[name]
-    return True
 
 
 def _mesh(config, devices):
@@ -315,29 +264,13 @@ def _optimizer(config, roles):
     return optimizer.per_role(transforms, schedules)
 
 
-def _check_fallback(run):
-    """Refuses a run in which all checkpoints could come from steps that were not judged yet.
-
-    Health is judged at multiples of log.every. Up to ceil((log.every - 1) / checkpoint.every)
-    checkpoints lie between two of them, and one more must be kept.
-    """
-    every, keep, window = run.checkpoint.every, run.checkpoint.keep, run.log.every
-    if (keep - 1) * every < window - 1:
-        raise ValueError(
-            f"config.checkpoint.keep={keep} checkpoints, one every config.checkpoint.every={every} "
-            f"steps, do not reach back over config.log.every={window} steps, after which the "
-            "health of a run is judged: if it diverges, none of them may be good. Lower log.every, "
-            "or raise checkpoint.every or checkpoint.keep"
-        )
-
-
 def _source(config, files):
     """The training data: a data set by name, or the object of a class of data/."""
     if "cls" in config.data:
         source = construct(config.data, "config.data")
         if files:
             source.open()
-            _require_guidance(config, source)
+            checks.guidance(config, source)
         return source
     try:
         return data.load(
@@ -345,26 +278,6 @@ def _source(config, files):
         )
     except ValueError as error:
         raise ValueError(f"config.data: {error}") from error
-
-
-def _require_guidance(config, source):
-    """Refuses pairs whose ends are of another guidance than the method's: of another target."""
-    made, wanted = getattr(source, "guidance", None), config.method.get("guidance")
-    if None not in (made, wanted) and made != wanted:
-        raise ValueError(
-            f"config.data: its pairs were made with guidance={made}, but config.method.guidance="
-            f"{wanted}: both losses must aim at one teacher. Change the second, or make pairs with "
-            f"`python -m dmd_jax.ode_pairs --guidance={wanted} --out=...`"
-        )
-
-
-def _check_fit(nets, source):
-    """Refuses networks of other samples or conditions than the data's, and two score schedules."""
-    for role, denoiser in nets.items():
-        source.require_fit(f"config.{role}", denoiser.net.config)
-    schedules = {role: nets[role].schedule for role in ("teacher", "fake_score") if role in nets}
-    if len(set(schedules.values())) > 1:
-        raise ValueError(f"teacher and fake_score must share one schedule, but have {schedules}")
 
 
 def _evaluator(config, method, source):
@@ -396,62 +309,3 @@ def _teacher_sampler(method, steps, guidance):
     if hasattr(method, "teacher_sampler"):
         return method.teacher_sampler(steps, guidance)
     return samplers.ManyStep(steps, guidance, method.shift)
-
-
-def describe(run):
-    """Parameters and bytes by role, then the run's FLOPs: what the devices store and compute."""
-    state = run.state_shape()
-
-    def mebibytes(tree):
-        return tree_bytes(tree) / 2**20
-
-    lines = [f"{'role':<12}{'parameters':>14}{'dtype':>10}{'weights':>14}"]
-    for role, tree in (run.bind.trainable | run.frozen).items():
-        count, dtype = _parameters(tree), "float32"
-        size = count * 4 / 2**20
-        if role in run.frozen:
-            int8 = memory.in_int8(run.config, config_role(role))
-            dtype, size = "int8" if int8 else tree.net.config.dtype, mebibytes(tree)
-        note = f", adapter of {run.bind.bases[role]}" if role in run.bind.bases else ""
-        if role in run.frozen and memory.in_host(run.config, config_role(role)):
-            note += ", layers in the memory of the host"
-        lines.append(f"{role:<12}{count:>14,}{dtype:>10}{size:>10.1f} MiB{note}")
-    for name, tree in run.others.items():
-        count = sum(x.size for x in jax.tree.leaves(tree))
-        lines.append(f"{name:<12}{count:>14,}{'stored':>10}{mebibytes(tree):>10.1f} MiB")
-    moved = ", ".join(sorted(memory.optimizers_in_host(run.config, run.nets)))
-    note = f", of {moved} in the memory of the host" if moved else ""
-    lines += [
-        f"{'average':<36}{mebibytes((state.ema, state.more_ema)):>10.1f} MiB",
-        f"{'optimizers':<36}{mebibytes(state.opt_state):>10.1f} MiB{note}",
-        *_cache_lines(run),
-        f"one checkpoint: {mebibytes(state):.1f} MiB; devices: {run.mesh.size} "
-        f"({run.mesh.devices.flat[0].device_kind}), {dict(run.mesh.shape)}",
-        *(f"{name}: {text}" for name, text in cost(run).lines().items()),
-    ]
-    return "\n".join(lines)
-
-
-def _parameters(tree):
-    """How many weights a tree has; the scales of an `Int8` are none."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Int8))
-    return sum(math.prod((x.values if isinstance(x, Int8) else x).shape) for x in leaves)
-
-
-def _cache_lines(run):
-    """The line about the KV cache of a causal rollout; [] without one."""
-    cache = cache_shape(run)
-    if cache is None:
-        return []
-    name = f"cache of {cache.slots} latent frames"
-    return [f"{name:<36}{tree_bytes(cache) / 2**20:>10.1f} MiB"]
-
-
-def cache_shape(run):
-    """The KV cache of a rollout of one part of the batch, in shapes; None where there is none."""
-    video = getattr(run.method, "video", None)
-    if video is None:
-        return None
-    size = run.config.batch_size // run.config.accumulate
-    videos = jax.ShapeDtypeStruct((size, *run.source.sample_shape), jnp.float32)
-    return video.cache_shape(run.nets["generator"], videos)

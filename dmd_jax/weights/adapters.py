@@ -86,14 +86,15 @@ def attach(net: nnx.Module, adapter: Adapter, scale: float) -> nnx.Module:
 
 
 def merge(net: nnx.Module, adapter: Adapter, scale: float) -> nnx.Module:
-    """The network with float32 weights W + scale A B: what is exported."""
+    """The network with float32 weights W + scale A B; of an `Int8`, W is rounded."""
 
     def weight(path, base):
-        name, base = path_name(path), host_memory.to_device(base).astype(jnp.float32)
+        name, base = path_name(path), host_memory.to_device(base)
+        base = (base.plain if is_int8(base) else base).astype(jnp.float32)
         A, B = (adapter.get(factor(name, which)) for which in "AB")
         return base if A is None else base + scale * jnp.matmul(A, B, precision="highest")
 
-    return jax.tree_util.tree_map_with_path(weight, net)
+    return jax.tree_util.tree_map_with_path(weight, net, is_leaf=is_int8)
 
 
 def rank_of(adapter: Adapter) -> int:

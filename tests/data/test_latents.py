@@ -55,6 +55,12 @@ def test_rows_that_are_not_there_are_refused(tmp_path, bad):
         Latents(tmp_path).rows([0, bad])
 
 
+def test_a_folder_of_another_source_is_refused_by_what_differs(tmp_path):
+    write(tmp_path, source={"seed": 1, "text": None})
+    with pytest.raises(ValueError, match=r"source = \{'text': None\}, not \{'steps': 4\}\. Name"):
+        write(tmp_path, source={"seed": 1, "steps": 4})
+
+
 def test_float16_keeps_eleven_bits(tmp_path):
     values = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
     write(tmp_path, count=1, encode=lambda video: values)

@@ -287,6 +287,11 @@ for axes in dict(data=4), dict(data=2, context=2), dict(data=1, context=4), dict
     part = Batches(Rows(), 8, seed=0, process_index=index, process_count=count)[3]
     with jax.set_mesh(mesh):
         cond = sharding.global_batch(part)["cond"]
+        fetched = sharding.fetch(cond)
+    if jax.process_index():
+        assert fetched is None
+    else:
+        np.testing.assert_array_equal(fetched, whole)
     assert cond.shape == whole.shape, cond.shape
     for shard in cond.addressable_shards:
         np.testing.assert_array_equal(shard.data, whole[shard.index])

@@ -33,6 +33,7 @@ def test_inputs_that_wait_in_the_memory_of_the_host_give_the_same_gradient(gradi
 def test_only_the_inputs_of_layers_wait_there(gradients):
     shapes = jax.ShapeDtypeStruct((B, D), "float32"), jax.ShapeDtypeStruct((DEPTH, D, D), "float32")
     text = {remat: str(jax.make_jaxpr(f)(*shapes)) for remat, f in gradients.items()}
-    assert "<host>" not in text["full"]
+    assert "<host>" not in text["full"] and f"f32[{DEPTH},{B},{D}]" in text["full"]
     assert f"f32<host>[{DEPTH},{B},{D}]" in text["offload"]
+    assert f"f32[{DEPTH},{B},{D}]" not in text["offload"]  # nor do they stay on the devices
     assert f"f32<host>[{DEPTH},{D},{D}]" not in text["offload"]

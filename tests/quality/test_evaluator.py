@@ -11,6 +11,7 @@ import pytest
 
 from dmd_jax import data, weights
 from dmd_jax.data import Images
+from dmd_jax.devices import sharding
 from dmd_jax.diffusion.denoiser import Denoiser
 from dmd_jax.models.attention import Causal
 from dmd_jax.models.wan import WanConfig
@@ -18,6 +19,7 @@ from dmd_jax.quality import evaluation, metrics
 from dmd_jax.quality.evaluation import Evaluation, Progress
 from dmd_jax.quality.evaluator import Evaluator, Measured, Preview
 from dmd_jax.quality.features import load_features
+from dmd_jax.rollouts import samplers
 from dmd_jax.rollouts.samplers import CausalManyStep, FewStep, ManyStep, few_step
 from dmd_jax.training.configuration import differences
 from dmd_jax.training.run import build
@@ -227,6 +229,29 @@ def test_videos_are_measured_by_frame_beside_the_teacher_and_other_checkpoints(t
     rows = json.loads((tmp_path / "report.json").read_text())
     names = ["real", "self-forcing, 1 step", "self-forcing, 2 steps"]
     assert [row["name"] for row in rows] == names
+
+
+def test_by_frame_a_teacher_is_drawn_where_its_weights_are(tmp_path, monkeypatch):
+    """Split over the devices, or with their host: it may be too large for one of them."""
+    source, drawn = data.BouncingDigits(frames=4), []
+    config = WanConfig(16, 16, 2, 1, **source.model_fields, freq_dim=8, reach=4)
+    net = Denoiser(weights.build(config))
+    weights.save(tmp_path / "other.safetensors", net, **CausalManyStep(2).notes())
+
+    def draw(denoiser, sampler, cond, uncond, shape, seed, *, batch):
+        drawn.append(denoiser)
+        yield np.zeros((len(cond), *shape), np.float32)
+
+    monkeypatch.setattr(samplers, "draw", draw)
+    beside = (("other", str(tmp_path / "other.safetensors")),)
+    spec = Evaluation(every=1, features="", num=8, steps=(1,), teacher_steps=(2,), frames=4)
+    judge = Evaluator(dataclasses.replace(spec, beside=beside), source, [], [ManyStep(2)], 8)
+    with jax.set_mesh(mesh := sharding.make_mesh()):
+        judge.report(tmp_path, "title", net, teacher=net)
+    teacher, other = drawn
+    assert teacher is net
+    devices = {frozenset(x.sharding.device_set) for x in jax.tree.leaves(other)}
+    assert devices == {frozenset(mesh.devices.flat)}
 
 
 def test_a_report_from_before_a_setting_existed_is_one_of_its_default(data_dir, tmp_path):

@@ -17,8 +17,8 @@ from dmd_jax.devices import sharding
 from dmd_jax.devices.paths import named_leaves, tree_bytes
 from dmd_jax.training import adapters, loop
 from dmd_jax.training.adapters import LoRA
+from dmd_jax.training.description import describe
 from dmd_jax.training.run import build as resolve
-from dmd_jax.training.run import describe
 
 P = jax.P
 # Cheap, and constant over the steps: a run may then be prolonged.
@@ -149,6 +149,23 @@ def test_each_device_keeps_its_part_of_the_factors(build):
     run = build(devices=4, **{"mesh.data": 1, "mesh.fsdp": 4})
     for name, x in named_leaves(run.state_shape().nets["generator"]).items():
         assert 4 * math.prod(x.sharding.shard_shape(x.shape)) == x.size, name
+
+
+def test_an_export_is_written_from_parts_and_stays_in_parts(build, tmp_path):
+    """Whole, float32 weights may be too large for a device that trains on its part of them."""
+    run = build(devices=4, **{"mesh.data": 1, "mesh.fsdp": 4})
+    state, frozen = start(run)
+    adapter = moved(state).ema
+    with jax.set_mesh(run.mesh):
+        exported = loop._export(run, adapter, frozen, tmp_path / "a.safetensors", 1)
+    for name, x in named_leaves(exported.net.blocks).items():
+        if name.endswith("kernel"):
+            assert not x.sharding.is_fully_replicated, name
+    one = {"teacher": jax.device_put(frozen["teacher"], jax.devices()[0])}
+    wanted = run.bind.merged("generator", jax.device_put(adapter, jax.devices()[0]), one)
+    toys.assert_close(
+        weights.denoiser(tmp_path / "a.safetensors").net, wanted.net, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_mesh_computes_what_one_device_does(build, plain):

@@ -7,7 +7,8 @@ import pytest
 
 from dmd_jax.data import trajectories
 from dmd_jax.training.cost import Cost, batch_shape, cost, si
-from dmd_jax.training.run import build, describe
+from dmd_jax.training.description import describe
+from dmd_jax.training.run import build
 
 
 @pytest.fixture(scope="module")

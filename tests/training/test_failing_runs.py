@@ -74,7 +74,7 @@ def test_a_failure_while_judging_on_another_process_ends_the_judgement_here(monk
 
 
 def test_a_failure_of_the_report_costs_the_report_and_the_same_command_tries_it_again(
-    build, tmp_path, monkeypatch, caplog
+    build, tmp_path, monkeypatch, caplog, capsys
 ):
     def fail(*_, **__):
         raise ValueError("no images")
@@ -87,6 +87,7 @@ def test_a_failure_of_the_report_costs_the_report_and_the_same_command_tries_it_
     assert (tmp_path / "run" / "generator.safetensors").exists()
     monkeypatch.setattr(Evaluator, "report", lambda *_, **__: "a report")
     assert start(build(**few), tmp_path / "run") == tmp_path / "run" / "report.md"
+    assert capsys.readouterr().out.endswith("a report\n")
 
 
 def test_a_teacher_that_says_nothing_finite_stops_the_run_at_its_last_good_checkpoint(

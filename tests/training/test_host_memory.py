@@ -14,10 +14,11 @@ from dmd_jax import weights
 from dmd_jax.devices import host_memory
 from dmd_jax.rollouts import samplers
 from dmd_jax.training import checkpoint, configuration, loop, topologies
+from dmd_jax.training.description import describe
 from dmd_jax.training.hlo import Program
 from dmd_jax.training.plan import Step as PlannedStep
 from dmd_jax.training.plan import _inputs, _measured, kept
-from dmd_jax.training.run import build, describe
+from dmd_jax.training.run import build
 
 HOST = {
     "teacher.compute.memory": "host",
@@ -169,7 +170,8 @@ def test_what_cannot_be_in_the_memory_of_the_host_is_refused(resolve, monkeypatc
     with pytest.raises(ValueError, match=r"config.generator.optimizer: memory='disk': use 'host'"):
         resolve(**{"generator.optimizer.memory": "disk"})
     monkeypatch.setattr(host_memory, "KIND", "of_no_device")
-    for setting, value in (HOST | {"generator.compute.remat": "offload"}).items():
+    remat = {f"{role}.compute.remat": "offload" for role in ("generator", "teacher")}
+    for setting, value in (HOST | remat).items():
         with pytest.raises(ValueError, match=rf"config.{setting}='{value}': .* is needed. Remove"):
             resolve(**{setting: value})
 

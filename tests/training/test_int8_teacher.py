@@ -7,8 +7,9 @@ import programs
 import pytest
 
 from dmd_jax.training import loop
+from dmd_jax.training.description import describe
 from dmd_jax.training.plan import _inputs, kept
-from dmd_jax.training.run import build, describe
+from dmd_jax.training.run import build
 
 SIZE = dict(dim=32, depth=3, heads=2)  # of the teacher: no other network has such kernels
 KERNELS = {(32, 96), (32, 32), (96, 32)}

@@ -60,9 +60,9 @@ def test_a_run_on_long_videos_is_split_over_the_devices_and_goes_on_bit_for_bit(
         shape = run.state_shape()
         state, _ = run.start()
     assert start(run, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        patched.setattr(Preemption, "requested", lambda self, step: step == 3)
-        with pytest.raises(Stopped, match="at step 3;"):
+    with monkeypatch.context() as patched:  # amid the videos: after step 3 new ones begin
+        patched.setattr(Preemption, "requested", lambda self, step: step == 2)
+        with pytest.raises(Stopped, match="at step 2;"):
             start(run, tmp_path / "parts")
     monkeypatch.setattr(loop, "_report", lambda *_: "no second report")
     start(run, tmp_path / "parts")

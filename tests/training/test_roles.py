@@ -18,8 +18,9 @@ from dmd_jax.rollouts.samplers import sampler_for
 from dmd_jax.training import loop, roles
 from dmd_jax.training.adapters import LoRA
 from dmd_jax.training.configuration import complete
+from dmd_jax.training.description import describe
 from dmd_jax.training.roles import ByNoise
-from dmd_jax.training.run import build, describe
+from dmd_jax.training.run import build
 from dmd_jax.weights import export
 
 
