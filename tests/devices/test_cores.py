@@ -39,6 +39,15 @@ def test_a_batch_that_is_padded_needs_no_divisor(divided):
     assert divided(4, 20, even=False) == 2
 
 
+@pytest.mark.parametrize(
+    "mesh, devices", [((1,), 1), ((2,), 2), ((2, 3), 6), ((-1, 2), 4), ((-1, 3), 3)], ids=str
+)
+def test_a_stated_mesh_decides_and_a_free_axis_takes_the_cores_that_are_left(
+    divided, mesh, devices
+):
+    assert divided(4, 48, mesh=mesh) == devices
+
+
 def test_cores_outside_the_affinity_of_the_process_are_not_counted(divided):
     assert divided(1, 250) == 1  # of 64
 
