@@ -82,8 +82,9 @@ SAMPLERS = {
     "all frames visible": CausalFewStep(TIMES, causal=Causal(2)),
     "a window and a sink": CausalFewStep(TIMES, causal=WINDOW, shift=5.0),
     "a lone first frame": CausalFewStep(TIMES, causal=Causal(2, first_alone=True, window=5)),
-    "another list for the first block": CausalFewStep((1.0,), causal=WINDOW, first_times=TIMES),
-    "noisy context": CausalFewStep(TIMES, causal=WINDOW, context_time=0.3),
+    "noisy context, another list for the first block": CausalFewStep(
+        (1.0,), causal=WINDOW, first_times=TIMES, context_time=0.3
+    ),
     "context of the last call": CausalFewStep(TIMES, causal=WINDOW, context_time=None),
 }
 
