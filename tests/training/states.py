@@ -57,7 +57,7 @@ def save_steps(workdir: Path, steps: tuple[int, ...]) -> None:
 def in_child(program: str, *args: object, devices: int = 1) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, args)]
