@@ -8,7 +8,6 @@ sums. Tables of pairwise values are computed in blocks of `BLOCK` rows, which bo
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.spatial.distance import pdist
 
 BLOCK = 1024
 
@@ -158,6 +157,8 @@ def class_diversity(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     if counts.min() < 2:
         lonely = classes[counts < 2].tolist()
         raise ValueError(f"class_diversity needs 2 samples of each class; {lonely} have one.")
+    from scipy.spatial.distance import pdist  # a tenth of what a command imports at its start
+
     return np.array([pdist(np.asarray(features, np.float64)[labels == c]).mean() for c in classes])
 
 
