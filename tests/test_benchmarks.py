@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import jax
 import numpy as np
@@ -138,16 +139,21 @@ def test_programs_beside_pytorch_say_that_it_is_missing_before_anything_runs(mon
         wan.require_pytorch(["forward", "critic"])
 
 
-def test_without_a_clone_the_comparison_with_self_forcing_says_how_to_get_one(tmp_path):
-    script = "benchmarks/self_forcing_parity.py", f"--self_forcing={tmp_path}"
-    result = programs.python(*script)
-    assert result.returncode != 0
-    assert f"{tmp_path} is no clone" in result.stderr and "git clone https://" in result.stderr
+@pytest.fixture(scope="module")
+def parity():
+    return programs.load_module("benchmarks/self_forcing_parity.py")
+
+
+def test_without_a_clone_the_comparison_with_self_forcing_says_how_to_get_one(
+    parity, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(parity, "FOLDER", types.SimpleNamespace(value=str(tmp_path)))
+    with pytest.raises(SystemExit, match=f"{tmp_path} is no clone .*git clone https://"):
+        parity.main([])
 
 
 @pytest.mark.slow
-def test_our_half_of_the_comparison_with_self_forcing_runs():
-    parity = programs.load_module("benchmarks/self_forcing_parity.py")
+def test_our_half_of_the_comparison_with_self_forcing_runs(parity):
     net = parity.random_network(0)
     clean, _ = parity.our_rollout(Denoiser(net), 0.0)
     published = Denoiser(net, prediction=parity.TimeZero())
