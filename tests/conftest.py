@@ -29,7 +29,10 @@ if jax.__version_info__ < (0, 11):
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 # Modules of the longest tests, begun first: so all workers end at about the same time.
-LONGEST = ("slurm", "loop", "run", "launch", "self_forcing", "wan", "checkpoint", "docs")
+LONGEST = (
+    *("slurm", "loop", "long_run", "folder_teacher", "meshes", "benchmarks", "run", "launch"),
+    *("self_forcing", "wan", "checkpoint", "stopped_programs", "main", "docs"),
+)
 
 
 def pytest_configure(config):
