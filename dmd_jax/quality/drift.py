@@ -1,8 +1,7 @@
 """Quality against the index of the frame: how long a video stays good (exposure bias, drift).
 
 A student that generates from its own frames is judged far beyond the length of its training. Every
-number is a list with one value a frame. Imports numpy, matplotlib, the feature networks and
-`report`.
+number is a list with one value a frame. Imports numpy, the feature networks and `report`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from PIL import Image
 
 from dmd_jax.data.bouncing_digits import PLACE, centre, inside
@@ -126,11 +123,10 @@ def figure(path: str | Path, rows: Sequence[Mapping], length: int, *, title: str
         length: frames of a training video, marked.
         title: one line above all.
     """
-    with rc_context(report.STYLE):
-        drawing = Figure(figsize=(14, 2.9), dpi=160, facecolor="white", layout="constrained")
-        drawing.suptitle(title, x=0.01, ha="left", size=13, weight="bold")
+    with report.drawing(path, figsize=(14, 2.9), layout="constrained") as page:
+        page.suptitle(title, x=0.01, ha="left", size=13, weight="bold")
         for place, name in enumerate(MEASURES, 1):
-            axes = drawing.add_subplot(1, len(MEASURES), place)
+            axes = page.add_subplot(1, len(MEASURES), place)
             for number, row in enumerate(rows):
                 values = np.array(row["by_frame"][name], float)
                 real = row["name"] == "real"
@@ -148,13 +144,12 @@ def figure(path: str | Path, rows: Sequence[Mapping], length: int, *, title: str
             axes.set_xlabel("frame")
             if name in ("brightness", "speed", "jumps"):
                 axes.set_ylim(0)
-        drawing.legend(
+        page.legend(
             *axes.get_legend_handles_labels(),
             loc="outside lower center",
             ncols=len(rows),
             frameon=False,
         )
-        drawing.savefig(path)
 
 
 def strips(videos: Mapping[str, np.ndarray], every: int) -> dict[str, np.ndarray]:

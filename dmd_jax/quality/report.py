@@ -5,16 +5,20 @@ per image, guidance included) and the numbers of a `Judge`. The row of real imag
 no calls (absent, None or 0). Imports only numpy, Pillow and matplotlib.
 """
 
+from __future__ import annotations
+
+import contextlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = Mapping[str, object]
 
@@ -147,6 +151,25 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int) -> None:
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
 
 
+@contextlib.contextmanager
+def drawing(path: str | Path, **size: object) -> Iterator[Figure]:
+    """A matplotlib Figure in the style of reports, which becomes a PNG file at the end.
+
+    matplotlib is imported here: it would be a sixth of what every command imports at its start.
+
+    Args:
+        path: ends in .png.
+        size: further arguments of the Figure, such as `figsize`.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(dpi=160, facecolor="white", **size)
+        yield figure
+        figure.savefig(path)
+
+
 def gallery(
     path: str | Path, images: Mapping[str, np.ndarray], columns: int, *, title: str
 ) -> None:
@@ -161,18 +184,15 @@ def gallery(
     grids = {name: grid(samples, columns) for name, samples in images.items()}
     height, width, _ = next(iter(grids.values())).shape
     wide = max(5.0, min(12.0, len(grids) * width / 60)) / len(grids)  # inches, of one sampler
-    with rc_context(STYLE):
-        drawing = Figure(
-            figsize=(wide * len(grids), wide * height / width + 0.9), dpi=160, facecolor="white"
-        )
-        drawing.suptitle(title, x=0.02, ha="left", size=13, weight="bold")
+    size = wide * len(grids), wide * height / width + 0.9
+    with drawing(path, figsize=size) as page:
+        page.suptitle(title, x=0.02, ha="left", size=13, weight="bold")
         for place, (name, mosaic) in enumerate(grids.items(), 1):
-            axes = drawing.add_subplot(1, len(grids), place)
+            axes = page.add_subplot(1, len(grids), place)
             axes.set_axis_off()
             axes.set_title(name.replace(", ", "\n"), size=9)  # columns may be narrow
             axes.imshow(mosaic, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        drawing.tight_layout()
-        drawing.savefig(path)
+        page.tight_layout()
 
 
 def figure(
@@ -205,17 +225,15 @@ def figure(
     high = max(2.9, 0.42 * len(images))  # inches, of both drawings
     wide = high * mosaic.shape[1] / mosaic.shape[0]
     width, height = 1.05 + wide + 0.75 + 3.9 + 0.4, high + 1.35
-    with rc_context(STYLE):
-        drawing = Figure(figsize=(width, height), dpi=160, facecolor="white")
+    with drawing(path, figsize=(width, height)) as page:
         left, right = (
-            drawing.add_axes((x / width, 0.55 / height, w / width, high / height))
+            page.add_axes((x / width, 0.55 / height, w / width, high / height))
             for x, w in ((1.05, wide), (1.05 + wide + 0.75, 3.9))
         )
-        drawing.text(0.14 / width, 1 - 0.18 / height, title, va="top", size=13, weight="bold")
+        page.text(0.14 / width, 1 - 0.18 / height, title, va="top", size=13, weight="bold")
         left.imshow(mosaic, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         _name_tiles(left, list(images), labels[order], mosaic.shape)
         _draw_quality(right, rows, metric)
-        drawing.savefig(path)
 
 
 def _name_tiles(
@@ -237,6 +255,8 @@ def _name_tiles(
 
 
 def _draw_quality(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     models = [row for row in rows if row.get("calls")]
     most = max((row["calls"] for row in models), default=0)
     for name, colour in zip(dict.fromkeys(r["name"] for r in models), COLOURS, strict=False):

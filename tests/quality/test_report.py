@@ -152,12 +152,12 @@ def test_gallery_shows_every_sampler_in_a_column_of_its_own(tmp_path):
 def test_titles_of_many_samplers_do_not_overlap(tmp_path, monkeypatch):
     drawn = []
 
-    class Kept(report.Figure):
+    class Kept(Figure):
         def __init__(self, **how):
             super().__init__(**how)
             drawn.append(self)
 
-    monkeypatch.setattr(report, "Figure", Kept)
+    monkeypatch.setattr("matplotlib.figure.Figure", Kept)
     names = [f"teacher, {n} steps" for n in (50, 16, 8, 4)]
     names += [f"student, {n} steps" for n in (4, 2, 1)]
     images = {name: np.zeros((4, 8, 8, 1), np.uint8) for name in names}

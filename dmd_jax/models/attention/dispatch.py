@@ -19,12 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmd_jax.devices.sharding import BATCH, HEADS, P, dividing
-from dmd_jax.models.attention import cudnn, splash, tiled
+from dmd_jax.models.attention import cudnn, tiled
 from dmd_jax.models.attention.masks import TeacherForcing
 from dmd_jax.models.attention.padding import pad
 
+
+def _splash(q, k, v, visible, *, mask):
+    """The kernel for TPU. Its Pallas would be a tenth of what a command imports at its start."""
+    from dmd_jax.models.attention import splash
+
+    return splash.attend(q, k, v, visible, mask=mask)
+
+
 # By the names of platforms: a mesh calls a GPU "cuda", a process "gpu".
-_KERNELS = {"tpu": splash.attend, "gpu": cudnn.attend, "cuda": cudnn.attend}
+_KERNELS = {"tpu": _splash, "gpu": cudnn.attend, "cuda": cudnn.attend}
 
 _in_forward_mode = contextvars.ContextVar("in_forward_mode", default=False)
 
