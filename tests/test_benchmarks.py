@@ -42,6 +42,30 @@ def test_the_gradient_of_a_teacher_in_int8_is_compared(teacher, data_dir, tmp_pa
 
 
 @pytest.mark.slow
+def test_the_ways_of_the_replay_are_timed_after_their_gradients_agree():
+    config = "--config.data.frames=12", "--config.batch_size=2"
+    result = programs.python("benchmarks/replay.py", "--rounds=1", *config)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"^small network, .* from one by one: ", result.stdout, re.M)) == 4
+    rows = re.findall(
+        r"^(one by one|stacked|packed) +(\S+) (G|M)( +[\d.]+){7}$", result.stdout, re.M
+    )
+    assert [row[0] for row in rows] == ["one by one", "stacked", "packed"]
+
+
+def test_ways_of_the_replay_that_differ_are_not_measured(monkeypatch):
+    replay = programs.load_module("benchmarks/replay.py")
+    ways = {"one by one": 1.0, "packed": 1.0 + 1e-4}
+    scaled = {
+        k: lambda causal, net, given, c=c: jax.tree.map(lambda x: c * x, net)
+        for k, c in ways.items()
+    }
+    monkeypatch.setattr(replay, "WAYS", scaled)
+    with pytest.raises(SystemExit, match="error: the gradients differ by"):
+        replay.check()
+
+
+@pytest.mark.slow
 def test_trajectories_of_bouncing_digits_are_written_and_trained_on(tmp_path):
     script = "benchmarks/ode_start.py", f"--out={tmp_path}", "--num=8", "--steps=4"
     result = programs.python(*script)
