@@ -220,14 +220,19 @@ def abstract_discriminator(config, scores):
         scores: {role: abstract Denoiser} of the networks that features may come from.
 
     Raises:
-        ValueError: `model` is missing or does not fit that network, the network has no features, or
-            `weights` is a file.
+        ValueError: `model` is missing or does not fit that network, the network has no features,
+            `weights` is a file, or there is a `compute`.
     """
     spec, role = config.discriminator, config.method.features
     if spec.weights != "random" or "model" not in spec:
         raise ValueError(
             "config.discriminator needs weights='random' and a model, such as "
             "dict(cls=DiscriminatorConfig, blocks=(2,)): its heads are always new"
+        )
+    if "compute" in spec:
+        raise ValueError(
+            "config.discriminator.compute: its heads have no such settings. Remove it; "
+            f"config.{role}.compute is that of the network whose features they read"
         )
     if role not in scores:
         raise ValueError(unknown(f"role config.method.features={role!r}", role, scores))

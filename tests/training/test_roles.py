@@ -55,6 +55,13 @@ def test_weights_of_a_file_are_refused(config):
         build(config, jax.devices()[:1])
 
 
+def test_its_heads_are_neither_int8_nor_with_the_host(config):
+    with config.unlocked():
+        config.discriminator.compute = dict(memory="host")
+    with pytest.raises(ValueError, match=r"its heads have no such settings\. Remove it"):
+        build(config, jax.devices()[:1])
+
+
 def test_features_of_a_role_that_is_not_there_are_refused(config):
     config.method.features = "teachers"
     with pytest.raises(ValueError, match=r"config\.method\.features='teachers'.*'teacher'"):
