@@ -43,10 +43,10 @@ FLAGS = flags.FLAGS
 CONFIGS = (
     *("dmd.py", "dmd.py:one_step", "dmd.py:any_step", "dmd.py:dmd1", "dmd.py:sid", "dmd.py:dmd2"),
     *("dmd.py:f_distill", "dmd.py:reward", "dmd.py:decoupled", "dmd.py:phased", "dmd.py:tdm"),
-    *("dmd.py:consistency", "dmd.py:scm", "dmd.py:meanflow", "dmd.py:rcm", "dmd.py:lora"),
-    *("dmd.py:wan_tiny", "pretrain.py", "pretrain.py:wan_small", "pretrain.py:bouncing_causal"),
-    *("self_forcing.py", "self_forcing.py:frame", "self_forcing.py:consistency"),
-    "self_forcing.py:teacher_forcing",
+    *("dmd.py:sida", "dmd.py:consistency", "dmd.py:scm", "dmd.py:meanflow", "dmd.py:rcm"),
+    *("dmd.py:lora", "dmd.py:wan_tiny", "pretrain.py", "pretrain.py:wan_small"),
+    *("pretrain.py:bouncing_causal", "self_forcing.py", "self_forcing.py:frame"),
+    *("self_forcing.py:consistency", "self_forcing.py:teacher_forcing"),
 )
 
 

@@ -38,6 +38,7 @@ METHODS = {
     "any_step": ("DMD, drawn times of 1 to 8 steps", "any_step", {}, (8, 4, 3, 2, 1)),
     "sid": ("SiD", "sid", {}, (4, 2, 1)),
     "dmd2": ("DMD2", "dmd2", BUDGETS, (4, 2, 1)),
+    "sida": ("SiDA", "sida", BUDGETS, (4, 2, 1)),
     "f_distill": ("f-distill, Jensen-Shannon", "f_distill", BUDGETS, (4, 2, 1)),
     "decoupled": ("Decoupled DMD", "decoupled", BUDGETS, (4, 2, 1)),
     "phased": ("Phased DMD, two experts", "phased", {}, (4,)),

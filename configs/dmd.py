@@ -7,6 +7,7 @@ Variants and their commands:
     python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
     python -m dmd_jax.main --config=configs/dmd.py:any_step    a student for any number of steps
     python -m dmd_jax.main --config=configs/dmd.py:dmd2        a student for 4 steps, with a GAN
+    python -m dmd_jax.main --config=configs/dmd.py:sida        the same, by score identity
     python -m dmd_jax.main --config=configs/dmd.py:f_distill   the same, by Jensen-Shannon
     python -m dmd_jax.main --config=configs/dmd.py:dmd1        a student for 1 step, from pairs too
     python -m dmd_jax.main --config=configs/dmd.py:reward      a student for 4 steps, of high reward
@@ -68,6 +69,7 @@ from dmd_jax.methods.rcm import RCM
 from dmd_jax.methods.reward_dmd import RewardDMD
 from dmd_jax.methods.scm import SCM
 from dmd_jax.methods.sid import SiD
+from dmd_jax.methods.sida import SiDA
 from dmd_jax.models.discriminator import DiscriminatorConfig
 from dmd_jax.models.wan import T2V_1_3B, T2V_14B, T2V_A14B
 from dmd_jax.quality.evaluation import Evaluation
@@ -177,6 +179,13 @@ def _dmd2(config):
     )
     config.steps = 1_540
     config.evaluate.steps = (4,)
+
+
+def _sida(config):
+    _dmd2(config)
+    config.method.cls = SiDA
+    _larger_batches(config)
+    config.steps = 880
 
 
 def _f_distill(config):
@@ -342,6 +351,7 @@ VARIANTS = {
     "dmd1": _dmd1,
     "sid": _sid,
     "dmd2": _dmd2,
+    "sida": _sida,
     "f_distill": _f_distill,
     "reward": _reward,
     "decoupled": _decoupled,

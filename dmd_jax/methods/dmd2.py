@@ -101,7 +101,7 @@ class DMD2(DMD):
         real, fake, t = self.predictions(rollout, nets, batch, time_key, eps_key)
         x0 = jax.lax.stop_gradient(rollout.x0)
         # Gradients at the samples are computed here, explicitly: there they have norms, and there a
-        # sample in which one is not finite can be left out (see `SiD.compare`).
+        # sample in which one is not finite can be left out (see `SiD._matching`).
         gan, logits, push = self._adversarial(rollout, nets, batch, time_key, eps_key)
         weights = jax.lax.stop_gradient(self.weights(logits, t))
 
@@ -110,7 +110,11 @@ class DMD2(DMD):
 
         loss, pull = jax.value_and_grad(matching)(x0)
         observed = self.observe(rollout, real, fake, t)
-        observed |= {"push": square_norms(push), "pull": square_norms(pull)}
+        return self._sum(rollout, loss, pull, gan, push, observed)
+
+    def _sum(self, rollout, loss, pull, gan, push, observed):
+        """`compare` of both terms: their values and their gradients at the samples."""
+        observed = observed | {"push": square_norms(push), "pull": square_norms(pull)}
         if self.balance:
             push = equal_norms(push, pull)
         loss, grad = loss + self.gan_weight * gan, pull + self.gan_weight * push

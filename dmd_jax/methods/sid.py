@@ -28,21 +28,25 @@ class SiD(DMD):
     def compare(
         self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
-        """DMD's `compare`, with the loss's gradient at the samples computed here, explicitly.
+        loss, grad, observed = self._matching(rollout, nets, batch, time_key, eps_key)
+        return with_gradient(rollout.x0, loss, grad), observed
+
+    def _matching(self, rollout, nets, batch, time_key, eps_key):
+        """DMD's `compare`, as (the loss, its gradient at the samples, what `metrics` needs).
 
         A prediction that is not finite gets a gradient of zero from the loss. The backward pass of
         its network can still turn that into NaN (0 * inf), which would reach all weights of the
         generator. At the samples, where each has its own gradient, it can be set to zero.
         """
-        compare = super().compare
 
         def loss_of(x0):
-            return compare(rollout._replace(x0=x0), nets, batch, time_key, eps_key)
+            moved = rollout._replace(x0=x0)
+            return DMD.compare(self, moved, nets, batch, time_key, eps_key)
 
         x0 = jax.lax.stop_gradient(rollout.x0)
         (loss, observed), grad = jax.value_and_grad(loss_of, has_aux=True)(x0)
         usable = expand(observed["usable"], grad)
-        return with_gradient(rollout.x0, loss, jnp.where(usable, grad, 0.0)), observed
+        return loss, jnp.where(usable, grad, 0.0), observed
 
     def distance(
         self, rollout: Rollout, real: Samples, fake: Samples, weight: Real[ArrayLike, "..."] = 1.0
