@@ -26,12 +26,13 @@ Variants and their commands:
 All but the last three are for digits. Training the first three takes 10 TFLOP, 10 and 21, some
 minutes on two CPU cores. Expect, as means of three seeds, an FD-MNIST64 of 0.51 in 4 steps, 0.44 in
 2 and 1.23 in 1 from the first, and 0.81 from `one_step`; the teacher has 0.36 in 50. `dmd2` takes
-16 TFLOP and has 0.40 in 4 steps (three seeds); it and `f_distill` train on real digits too. `lora`
-trains adapters of rank 16 on the teacher's weights. What the others reach in half the work of the
-default, `benchmarks/methods.py` shows and docs/choosing.md tells; `lora`, `dmd1` and `reward` were
-run for some steps only. `consistency`, `scm`, `meanflow` and `rcm` learn from real digits too;
-`reward` from a classifier, the one that also judges it; `dmd1` from pairs of a noise and what its
-teacher makes of it, which have to be made first:
+16 TFLOP and has 0.40 in 4 steps, `sida` as many and has 0.36 (three seeds each); they and
+`f_distill` train on real digits too. `lora` trains adapters of rank 16 on the teacher's weights.
+What the others reach in half the work of the default, `benchmarks/methods.py` shows and
+docs/choosing.md tells; `lora`, `dmd1` and `reward` were run for some steps only. `consistency`,
+`scm`, `meanflow` and `rcm` learn from real digits too; `reward` from a classifier, the one that
+also judges it; `dmd1` from pairs of a noise and what its teacher makes of it, which have to be made
+first:
 
     python -m dmd_jax.ode_pairs --checkpoint=mnist_teacher --guidance=1.5 --num=5000 --out=pairs
 
