@@ -254,6 +254,16 @@ def test_the_kernel_of_a_tpu_hides_what_is_not_visible():
     assert_same(with_gradients(interpreted)(*args, jnp.int32(170)), wanted)
 
 
+@pytest.mark.parametrize("visible", [20, 128, 130, 300])
+def test_the_kernel_of_a_tpu_does_not_read_blocks_of_keys_that_are_hidden(visible):
+    """NaN there would spread to every query: a weight of 0 times NaN is NaN."""
+    q, k, v = inputs(200, 300, batch=2, width=64)
+    wanted = with_gradients(lambda q, k, v: dense(q, k[:, :visible], v[:, :visible]))(q, k, v)
+    hidden = -(-visible // 128) * 128
+    k, v = (x.at[:, hidden:].set(jnp.nan) for x in (k, v))
+    assert_same(with_gradients(interpreted)(q, k, v, jnp.int32(visible)), wanted)
+
+
 # --- The kernel of a CUDA device ------------------------------------------------------------------
 
 

@@ -60,6 +60,33 @@ def _block_size(length, most):
     return next((size for size in sizes if -length % size <= length // 4), 128)
 
 
+def _over_first(kernel, count, shape, blocks):
+    """A kernel without a mask that computes with the first `count` blocks of keys alone.
+
+    The kernel reads from arrays of scalars, which may be traced, what to do for each pair of a
+    block of queries and one of keys: 0 to skip it, and which block to fetch. For a pair that is
+    skipped that is one that was fetched before, so that nothing is moved.
+
+    Args:
+        count: int32 [], 1 or more.
+        shape: lengths of queries and keys, with padding.
+        blocks: the sizes of `splash_attention.BlockSizes`.
+    """
+
+    def scalars(info, block_q, block_k, *, by_keys=False):
+        queries, keys = np.indices((1, shape[0] // block_q, shape[1] // block_k))[1:]
+        run = keys < count
+        fetched = jnp.where(run, queries, 0) if by_keys else jnp.minimum(keys, count - 1)
+        return info._replace(data_next=fetched, block_mask=2 * run.astype(jnp.int32))
+
+    forward = scalars(kernel.fwd_mask_info, blocks["block_q"], blocks["block_kv"])
+    of_queries = scalars(kernel.dq_mask_info, blocks["block_q_dq"], blocks["block_kv_dq"])
+    of_keys = scalars(
+        kernel.dkv_mask_info, blocks["block_q_dkv"], blocks["block_kv_dkv"], by_keys=True
+    )
+    return type(kernel)(forward, of_queries, of_keys, **kernel.kwargs)
+
+
 def attend(q, k, v, visible, *, mask, interpret=False):
     """Attention on one device, in blocks of splash's grid; arguments as of `attention`."""
     (_, queries, heads, width), keys = q.shape, k.shape[1]
@@ -82,6 +109,8 @@ def attend(q, k, v, visible, *, mask, interpret=False):
         block_sizes=splash_attention.BlockSizes(**blocks),
         interpret=interpret,
     )
+    if mask is None and visible is not None:
+        kernel = _over_first(kernel, (visible + block_k - 1) // block_k, shape, blocks)
     segments = None
     if (visible := visible_keys(visible, keys, block_k)) is not None:
         # Attention stays within a segment: all queries are in segment 1, hidden keys in segment 0.
