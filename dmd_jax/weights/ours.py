@@ -45,7 +45,8 @@ def find(path: str | PathLike) -> Path:
     for candidate in (local_path(path), ASSETS / f"{path}.safetensors"):
         if candidate.is_file():
             return candidate
-    if (local_path(path).parent / "checkpoints").is_dir():
+    run = local_path(path).parent
+    if (run / "config.json").is_file() and (run / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"no checkpoint file at {str(path)!r}: a run writes its networks at its end; if it was "
             "stopped before, its command goes on"
