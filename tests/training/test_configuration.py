@@ -341,3 +341,7 @@ def test_a_config_program_that_is_not_there_is_told_with_the_directory(tmp_path,
     message = flag_error(caught.value, of_flags=False)
     assert message.startswith("--config=configs/dmdd.py: there is no such file")
     assert str(tmp_path) in message
+
+
+def test_an_unknown_flag_is_told_how_an_entry_of_the_config_is_set():
+    assert "--config.NAME=VALUE" in flag_error(flags.UnrecognizedFlagError("steps"), of_flags=True)
