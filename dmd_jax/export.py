@@ -59,7 +59,10 @@ def write(checkpoint_path, to, out, *, dtype=None, shift=None, base=None):
     export.require_place(out, to_file=to == "self_forcing")
     net = weights.abstract(checkpoint_path).net
     if not isinstance(net, Wan):
-        raise ValueError(f"{checkpoint_path} holds a {type(net).__name__}: a Wan is wanted")
+        raise ValueError(
+            f"{checkpoint_path} holds a {type(net).__name__}: only a Wan can be exported, because "
+            "other programs have no class for it"
+        )
     net = weights.denoiser(checkpoint_path).net
     if to != "diffusers":
         getattr(export, to)(out, net, dtype=dtype)

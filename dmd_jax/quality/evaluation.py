@@ -131,7 +131,7 @@ def data_judge(
 
 def require_numbers(features: Features, num_classes: int, **counts: int) -> None:
     """Raises ValueError where so many samples cannot be judged, class by class."""
-    least = max(2 * num_classes, features.dim + 1)
+    least = num_classes * max(2, features.dim // num_classes + 1)
     for name, count in counts.items():
         if count % num_classes or count < least:
             raise ValueError(
@@ -142,9 +142,10 @@ def require_numbers(features: Features, num_classes: int, **counts: int) -> None
 
 def require_real(features: Features, test: Images, train: Images, num: int) -> None:
     """Raises ValueError where there are too few real images to judge `num` samples against."""
+    dim = f"{features.name} has {features.dim} features"
     for images, least, why in (
-        (test, features.dim + 1, f"{features.name} has {features.dim} features"),
-        (train, num, f"num={num} of them are judged as if they were samples"),
+        (test, features.dim + 1, f"{dim}; take a larger split, or features='', which judges none"),
+        (train, num, f"num={num} of them are judged as if they were samples; lower num"),
     ):
         if min(len(images), LIMIT) < least:
             raise ValueError(

@@ -184,7 +184,7 @@ def gallery(
     grids = {name: grid(samples, columns) for name, samples in images.items()}
     height, width, _ = next(iter(grids.values())).shape
     wide = max(5.0, min(12.0, len(grids) * width / 60)) / len(grids)  # inches, of one sampler
-    size = wide * len(grids), wide * height / width + 0.9
+    size = wide * len(grids), min(wide * height / width, 9.0) + 0.9
     with drawing(path, figsize=size) as page:
         page.suptitle(title, x=0.02, ha="left", size=13, weight="bold")
         for place, (name, mosaic) in enumerate(grids.items(), 1):

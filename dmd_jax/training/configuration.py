@@ -183,10 +183,15 @@ def flag_error(error, of_flags):
         if line := _program_line(cause):
             return f"in the config: {type(cause).__name__}: {_text(cause)} ({line})"
         cause = cause.__context__
+    if found := re.search(r"Attempted \[.*\]:\s+(.+?)\s+\[Errno 2\]", str(_text(error))):
+        return (
+            f"--config={found[1]}: there is no such file. A path is relative to the working "
+            f"directory, {os.getcwd()}; those of the documentation are in a clone of the repository"
+        )
     if found := re.match(r"flag (--\S+?)=(.*): Failed to parse .* as a ConfigDict", str(error)):
         return f"{found[1]} is a section: set its entries, as in {found[1]}.cls={found[2]}"
     if of_flags:
-        return f"{error} (--help lists the flags)"
+        return f"{error} (--help lists the flags; --config.NAME=VALUE sets an entry of the config)"
     text = str(_text(error))
     if text.startswith("'"):  # a name, or with a second line: did you mean
         text = f"there is no entry {text}".replace("\n", ". ")

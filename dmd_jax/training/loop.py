@@ -423,4 +423,5 @@ def _report(run, trained, frozen, workdir):
         return None
     if jax.process_index() == 0:
         print(text)
+        log.info("this report and %s are in %s", EXPORT, workdir)
     return text

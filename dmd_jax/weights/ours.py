@@ -45,6 +45,12 @@ def find(path: str | PathLike) -> Path:
     for candidate in (local_path(path), ASSETS / f"{path}.safetensors"):
         if candidate.is_file():
             return candidate
+    run = local_path(path).parent
+    if (run / "config.json").is_file() and (run / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"no checkpoint file at {str(path)!r}: a run writes its networks at its end; if it was "
+            "stopped before, its command goes on"
+        )
     shipped = sorted(file.stem for file in ASSETS.glob("*.safetensors"))
     raise FileNotFoundError(f"no checkpoint file at {str(path)!r}; shipped are {shipped}")
 

@@ -149,6 +149,13 @@ def test_gallery_shows_every_sampler_in_a_column_of_its_own(tmp_path):
     assert np.mean(right == 200) > 0.1 > 0.01 > np.mean(right == 60)
 
 
+def test_a_gallery_of_two_classes_is_no_tower(tmp_path):
+    images = {"student, 1 step": np.zeros((16, 8, 8, 3), np.uint8)}
+    report.gallery(tmp_path / "a.png", images, 2, title="Samples of two classes")
+    height, width, _ = read(tmp_path / "a.png").shape
+    assert height < 2 * width
+
+
 def test_titles_of_many_samplers_do_not_overlap(tmp_path, monkeypatch):
     drawn = []
 

@@ -17,6 +17,7 @@ from dmd_jax.training.configuration import (
     defaults,
     differences,
     expand_home,
+    flag_error,
     flatten,
 )
 from dmd_jax.training.optimizer import AdamW, Muon
@@ -328,3 +329,19 @@ def test_length_and_logging_keep_no_two_configs_apart(name):
 
 def test_numbers_of_steps_elsewhere_do_keep_configs_apart():
     assert "method.steps" in differences({"method.steps": 1}, {"method.steps": 2})
+
+
+def test_a_config_program_that_is_not_there_is_told_with_the_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values, argv = flags.FlagValues(), ["", "--config=configs/dmdd.py"]
+    with pytest.raises(OSError) as caught:
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        values(argv)
+        values.config.lock()
+    message = flag_error(caught.value, of_flags=False)
+    assert message.startswith("--config=configs/dmdd.py: there is no such file")
+    assert str(tmp_path) in message
+
+
+def test_an_unknown_flag_is_told_how_an_entry_of_the_config_is_set():
+    assert "--config.NAME=VALUE" in flag_error(flags.UnrecognizedFlagError("steps"), of_flags=True)

@@ -311,14 +311,16 @@ def test_a_longer_run_goes_on_and_one_killed_before_its_report_reports_later(
     assert not (workdir / evaluator.REPORT).exists()  # the old report is not this run's
 
 
-def test_pretraining_runs_to_its_report(data_dir, tmp_path, capsys):
+def test_pretraining_runs_to_its_report(data_dir, tmp_path, capsys, caplog):
     values = {name: v for name, v in programs.SHORT.items() if "teacher" not in name}
     values |= {"data.data_dir": data_dir, "generator_every": 1, "generator.model.depth": 1}
     values |= {"generator.model.patch": 14, "generator.model.dim": 16, "generator.model.heads": 2}
     values |= {"evaluate.steps": (2,), "steps": 6, "evaluate.every": 4}
     config = programs.load_config("configs/pretrain.py")
     config.update_from_flattened_dict(values)
-    start(resolve(config, jax.devices()[:1]), tmp_path / "run")
+    with caplog.at_level("INFO", "dmd_jax"):
+        start(resolve(config, jax.devices()[:1]), tmp_path / "run")
+    assert f"generator.safetensors are in {tmp_path / 'run'}" in caplog.text
     trained = tmp_path / "run" / "generator.safetensors"
     assert samplers.sampler_for(trained) == samplers.ManyStep(50)
     assert "times" not in weights.notes(trained)

@@ -202,7 +202,7 @@ def test_what_is_refused_is_refused_before_the_network_is_read(
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(ValueError, match="is there and holds files: choose another"):
         export.write(student, "original", tmp_path / "out")
-    with pytest.raises(ValueError, match="holds a DiT: a Wan is wanted"):
+    with pytest.raises(ValueError, match="holds a DiT: only a Wan can be exported"):
         export.write(teacher, "original", tmp_path / "new")
     with pytest.raises(ValueError, match="is no folder of a diffusers pipeline"):
         export.write(student, "diffusers", tmp_path / "new", base=tmp_path)

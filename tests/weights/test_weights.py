@@ -103,6 +103,13 @@ def test_no_file_is_an_error_that_names_what_is_shipped(tmp_path):
         weights.denoiser(tmp_path / "nowhere")
 
 
+def test_the_network_of_a_run_that_was_stopped_is_an_error_that_says_so(tmp_path):
+    (tmp_path / "checkpoints" / "590").mkdir(parents=True)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(FileNotFoundError, match="writes its networks at its end"):
+        weights.denoiser(tmp_path / "generator.safetensors")
+
+
 def test_every_differing_path_is_named_with_both_shapes(teacher, tmp_path):
     def change(tensors, head):
         tensors["label/embedding"] = np.zeros((3, 16), np.float32)
