@@ -34,7 +34,7 @@ def quick(monkeypatch):
 def compiled(config, found, monkeypatch):
     """Searches with a compiler that only compares shares; (its answer, what it compiled)."""
 
-    def call(largest_share, limit=100, say=lambda _: None, slower=1):
+    def call(largest_share, limit=100, say=lambda _: None, slower=lambda _: 1):
         seen = []
 
         def planned(changed, chip, devices):
@@ -43,7 +43,7 @@ def compiled(config, found, monkeypatch):
             [at] = [c for c in found if (c.mesh, c.parts, c.remat) == (mesh, parts, remat)]
             seen.append(at)
             step = plan.Step(1, 0, "" if at.share <= largest_share else "RESOURCE_EXHAUSTED")
-            step = dataclasses.replace(step, seconds={"memory": slower * at.seconds})
+            step = dataclasses.replace(step, seconds={"memory": slower(at) * at.seconds})
             return plan.Plan("chip", 4, mesh, 8, parts, 1, {}, 0, {True: step})
 
         monkeypatch.setattr(search, "candidates", lambda *_: found)
@@ -83,6 +83,11 @@ def test_where_everything_fits_and_flops_decide_one_compilation_is_enough(compil
     assert result.fits and seen == [best] == [found[0]]
 
 
+def test_the_fastest_is_returned_whenever_it_was_compiled(compiled, found):
+    best, result, seen = compiled(largest_share=100, slower=lambda c: 3 - (c == found[1]))
+    assert best == found[1] and seen[:3] == found[:3] and result.least_seconds == 2 * best.seconds
+
+
 def test_what_needs_more_than_a_refused_candidate_is_not_compiled(compiled):
     best, result, seen = compiled(largest_share=1)
     assert result.fits and best.share <= 1
@@ -97,7 +102,7 @@ def test_the_search_ends_at_its_limit(compiled):
     best, result, seen = compiled(largest_share=0, limit=3, say=said.append)
     assert len(seen) == 3 and not result.fits and best == seen[-1]
     assert said[-1] == "the limit is reached: other settings may fit"
-    best, result, seen = compiled(largest_share=100, limit=2, say=said.append, slower=10)
+    best, result, seen = compiled(largest_share=100, limit=2, say=said.append, slower=lambda _: 10)
     assert len(seen) == 2 and result.fits and best == seen[0]
     assert said[-1] == "the limit is reached: other candidates may be faster"
 
