@@ -7,8 +7,8 @@ Variants and their commands:
     python -m dmd_jax.main --config=configs/dmd.py:sid         the first, by score identity
     python -m dmd_jax.main --config=configs/dmd.py:any_step    a student for any number of steps
     python -m dmd_jax.main --config=configs/dmd.py:dmd2        a student for 4 steps, with a GAN
-    python -m dmd_jax.main --config=configs/dmd.py:sida        the same, by score identity
-    python -m dmd_jax.main --config=configs/dmd.py:f_distill   the same, by Jensen-Shannon
+    python -m dmd_jax.main --config=configs/dmd.py:sida        dmd2, by score identity
+    python -m dmd_jax.main --config=configs/dmd.py:f_distill   dmd2, by Jensen-Shannon
     python -m dmd_jax.main --config=configs/dmd.py:dmd1        a student for 1 step, from pairs too
     python -m dmd_jax.main --config=configs/dmd.py:reward      a student for 4 steps, of high reward
     python -m dmd_jax.main --config=configs/dmd.py:decoupled   a student for 4 steps, decoupled
@@ -25,8 +25,8 @@ Variants and their commands:
 
 All but the last three are for digits. Training the first three takes 10 TFLOP, 10 and 21, some
 minutes on two CPU cores. Expect, as means of three seeds, an FD-MNIST64 of 0.51 in 4 steps, 0.44 in
-2 and 1.23 in 1 from the first, and 0.81 from `one_step`; the teacher has 0.36 in 50. `dmd2` takes
-16 TFLOP and has 0.40 in 4 steps, `sida` as many and has 0.36 (three seeds each); they and
+2 and 1.23 in 1 from the first, and 0.81 from `one_step`; the teacher has 0.36 in 50. `dmd2` and
+`sida` take 16 TFLOP each, and have 0.40 and 0.36 in 4 steps (three seeds each); they and
 `f_distill` train on real digits too. `lora` trains adapters of rank 16 on the teacher's weights.
 What the others reach in half the work of the default, `benchmarks/methods.py` shows and
 docs/choosing.md tells; `lora`, `dmd1` and `reward` were run for some steps only. `consistency`,

@@ -9,7 +9,8 @@ Prints the memory of a device by role, whether the run fits, its FLOPs, the byte
 an estimate of its time. The exit code is 0 if it fits, 1 if it does not and 2 after an error. For
 TPUs it needs `pip install 'dmd_jax[plan]'`, for GPUs 'dmd_jax[cuda]'. --search=8 compiles up to
 eight other settings of mesh, rematerialisation and parts of the batch, and plans the fastest that
-fits. docs/scale.md explains the table.
+fits; where none does, also with arrays in the memory of the host or in int8. docs/scale.md explains
+the search and the table.
 """
 
 import functools

@@ -31,7 +31,7 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 # Modules of the longest tests, begun first: so all workers end at about the same time.
 LONGEST = (
     *("slurm", "loop", "long_run", "folder_teacher", "meshes", "benchmarks", "run", "launch"),
-    *("self_forcing", "wan", "checkpoint", "stopped_programs", "main", "docs"),
+    *("self_forcing", "wan", "checkpoint", "stopped_programs", "refusals", "main", "docs"),
 )
 
 
@@ -118,6 +118,20 @@ def call(command_line):
         module.define_flags()
         with pytest.raises(SystemExit) as end:
             app.run(module.main)
+        return end.value.code
+
+    return call
+
+
+@pytest.fixture
+def start(command_line):
+    """Calls the program `main` in this process; returns its exit code: None for success."""
+    from dmd_jax import main  # the rooms of training, which most tests do not need
+
+    def call(*args):
+        command_line(*args, "--compilation_cache=")
+        with pytest.raises(SystemExit) as end:
+            main.start()
         return end.value.code
 
     return call

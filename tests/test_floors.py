@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 LIBRARY = Path(__file__).parents[1] / "dmd_jax"
@@ -103,6 +104,14 @@ def test_imports_go_downwards(path):
 def test_the_package_itself_imports_nothing():
     """So that a program can set its devices up before jax is there."""
     assert imports((LIBRARY / "__init__.py").read_text()) == (set(), set())
+
+
+def test_commands_start_without_the_libraries_that_few_of_them_use():
+    """matplotlib, SciPy and Pallas would be about a third of what a command imports."""
+    slow = "matplotlib", "scipy", "jax.experimental.pallas"
+    program = f"import sys; from dmd_jax import {', '.join(COMMANDS)}"
+    ended = programs.python("-c", f"{program}; print([x for x in {slow} if x in sys.modules])")
+    assert ended.stdout == "[]\n", ended.stderr
 
 
 def test_no_room_is_a_drawer():

@@ -237,7 +237,7 @@ def replicate(tree):
 
 
 def fetch(tree):
-    """The arrays of a tree as numpy arrays, on the first host; None on others, which call it too.
+    """The tree with numpy arrays; None for each on all hosts but the first, which call it too.
 
     One array after the other is whole on the devices: all of them may be too large.
     """

@@ -245,6 +245,31 @@ class DMD:
         real, fake, t = self.predictions(rollout, nets, batch, time_key, eps_key)
         return self.distance(rollout, real, fake), self.observe(rollout, real, fake, t)
 
+    def matching(
+        self,
+        rollout: Rollout,
+        nets: Nets,
+        batch: Batch,
+        time_key: OneKey,
+        eps_key: OneKey,
+        weight: Real[ArrayLike, "..."] = 1.0,
+    ) -> tuple[Scalar, Float32[Array, " B *data"], Observed]:
+        """`distance` for given samples, and its gradient there: for methods that add another one.
+
+        Args:
+            weight: of each sample's gradient, [B]; or one number.
+
+        Returns:
+            (the loss, its gradient with respect to rollout.x0, what `metrics` needs).
+        """
+        real, fake, t = self.predictions(rollout, nets, batch, time_key, eps_key)
+
+        def distance(x0):
+            return self.distance(rollout._replace(x0=x0), real, fake, weight)
+
+        loss, grad = jax.value_and_grad(distance)(jax.lax.stop_gradient(rollout.x0))
+        return loss, grad.astype(jnp.float32), self.observe(rollout, real, fake, t)
+
     def predictions(
         self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Float[Array, " B *data"], Float[Array, " B *data"], Float32[Array, " B"]]:

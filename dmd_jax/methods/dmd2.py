@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, PyTree
+from jaxtyping import Array, ArrayLike, Float32, PyTree, Real
 
 from dmd_jax.devices import randomness
 from dmd_jax.diffusion.schedule import Samples
@@ -98,39 +98,33 @@ class DMD2(DMD):
     def compare(
         self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
-        real, fake, t = self.predictions(rollout, nets, batch, time_key, eps_key)
-        x0 = jax.lax.stop_gradient(rollout.x0)
+        keys = time_key, eps_key
         # Gradients at the samples are computed here, explicitly: there they have norms, and there a
-        # sample in which one is not finite can be left out (see `SiD._matching`).
-        gan, logits, push = self._adversarial(rollout, nets, batch, time_key, eps_key)
-        weights = jax.lax.stop_gradient(self.weights(logits, t))
-
-        def matching(x0):
-            return self.distance(rollout._replace(x0=x0), real, fake, weights)
-
-        loss, pull = jax.value_and_grad(matching)(x0)
-        observed = self.observe(rollout, real, fake, t)
-        return self._sum(rollout, loss, pull, gan, push, observed)
-
-    def _sum(self, rollout, loss, pull, gan, push, observed):
-        """`compare` of both terms: their values and their gradients at the samples."""
-        observed = observed | {"push": square_norms(push), "pull": square_norms(pull)}
+        # sample in which one is not finite can be left out (see `SiD.matching`).
+        gan, push, weight = self.adversarial(rollout, nets, batch, *keys)
+        loss, pull, observed = self.matching(rollout, nets, batch, *keys, weight)
+        observed |= {"push": square_norms(push), "pull": square_norms(pull)}
         if self.balance:
             push = equal_norms(push, pull)
         loss, grad = loss + self.gan_weight * gan, pull + self.gan_weight * push
         return with_gradient(rollout.x0, loss, grad), observed
 
-    def _adversarial(self, rollout, nets, batch, time_key, eps_key):
-        """The adversarial term: (its value, the logits, its gradient at the samples)."""
-        schedule = nets["teacher"].schedule
+    def adversarial(
+        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
+    ) -> tuple[Scalar, Float32[Array, " B *data"], Real[ArrayLike, "..."]]:
+        """The adversarial term of given samples (DMD2, section 4.3), before `gan_weight`.
+
+        Returns:
+            (the loss, its gradient with respect to rollout.x0, `weights` by its logits).
+        """
+        schedule, x0 = nets["teacher"].schedule, jax.lax.stop_gradient(rollout.x0)
 
         def diffused(x0):
             moved = rollout._replace(x0=x0)
             return self.diffuse(moved, schedule, batch["index"], time_key, eps_key)[:2]
 
-        paired, x0 = None, jax.lax.stop_gradient(rollout.x0)
+        paired, t = None, diffused(x0)[1]
         if self.relativistic:
-            t = diffused(x0)[1]
             real_t = self._noisy_data(batch, schedule, t, jax.random.fold_in(eps_key, 1))
             paired = _finite(self.logits(nets, real_t, t, batch["cond"]))
 
@@ -140,7 +134,7 @@ class DMD2(DMD):
 
         (gan, logits), push = jax.value_and_grad(loss, has_aux=True)(x0)
         push = keep(push.astype(jnp.float32), finite_samples(push), rollout.mask)
-        return gan, logits, push
+        return gan, push, jax.lax.stop_gradient(self.weights(logits, t))
 
     def _noisy_data(self, batch, schedule, t, key):
         """The real samples of a batch at times t, with noise from `key`."""

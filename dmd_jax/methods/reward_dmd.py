@@ -54,22 +54,15 @@ class RewardDMD(DMD):
     def compare(
         self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
     ) -> tuple[Scalar, Observed]:
-        real, fake, t = self.predictions(rollout, nets, batch, time_key, eps_key)
-        x0 = jax.lax.stop_gradient(rollout.x0)
         # Gradients at the samples are computed here, explicitly: there a sample in which one is not
         # finite can be left out (see `DMD2.compare`).
         reward, push = self._rewarded(rollout, nets)
         weights, usable = reward_weights(reward, self.beta)
         usable = usable & finite_samples(push)
         weights = jnp.where(usable, weights, 0.0)
-
-        def matching(x0):
-            return self.distance(rollout._replace(x0=x0), real, fake, weights)
-
-        loss, pull = jax.value_and_grad(matching)(x0)
+        loss, pull, observed = self.matching(rollout, nets, batch, time_key, eps_key, weights)
         push = keep(push.astype(jnp.float32), usable, rollout.mask)
         loss = loss - self.reward_weight * jnp.mean(jnp.where(usable, reward, 0.0))
-        observed = self.observe(rollout, real, fake, t)
         observed["usable"] = observed["usable"] & usable
         observed |= {"reward": reward, "weight": weights}
         observed |= {"push": square_norms(push), "pull": square_norms(pull)}

@@ -2,22 +2,15 @@
 
 import dataclasses
 
-from dmd_jax.methods import Batch, Nets, Observed, OneKey, Scalar
 from dmd_jax.methods.dmd2 import DMD2
 from dmd_jax.methods.sid import SiD
-from dmd_jax.rollouts.backward_simulation import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class SiDA(SiD, DMD2):
+class SiDA(DMD2, SiD):
     """Adversarial score identity distillation (Zhou et al. 2024, arXiv 2410.14919).
 
-    The generator's loss is that of `SiD` and `gan_weight` times that of `DMD2`'s discriminator.
+    The generator's loss is that of `SiD` and `gan_weight` times that of `DMD2`'s discriminator: in
+    `DMD2.compare`, `matching` is SiD's. docs/methods.md says how the published discriminator
+    differs.
     """
-
-    def compare(
-        self, rollout: Rollout, nets: Nets, batch: Batch, time_key: OneKey, eps_key: OneKey
-    ) -> tuple[Scalar, Observed]:
-        loss, pull, observed = self._matching(rollout, nets, batch, time_key, eps_key)
-        gan, _, push = self._adversarial(rollout, nets, batch, time_key, eps_key)
-        return self._sum(rollout, loss, pull, gan, push, observed)

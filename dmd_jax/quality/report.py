@@ -152,20 +152,20 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int) -> None:
 
 
 @contextlib.contextmanager
-def drawing(path: str | Path, **size: object) -> Iterator[Figure]:
+def drawing(path: str | Path, **how: object) -> Iterator[Figure]:
     """A matplotlib Figure in the style of reports, which becomes a PNG file at the end.
 
     matplotlib is imported here: it would be a sixth of what every command imports at its start.
 
     Args:
         path: ends in .png.
-        size: further arguments of the Figure, such as `figsize`.
+        how: further arguments of the Figure, such as `figsize`.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(dpi=160, facecolor="white", **size)
+        figure = Figure(dpi=160, facecolor="white", **how)
         yield figure
         figure.savefig(path)
 

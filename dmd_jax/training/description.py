@@ -42,9 +42,8 @@ def _role_lines(run):
         base, count = run.bind.bases.get(role), _parameters(tree)
         yield _line(_columns(role, count, "float32"), 4 * count, base and f"adapter of {base}")
     for name, tree in run.frozen.items():
-        int8, host = (
-            stated(run.config, config_role(name)) for stated in (memory.in_int8, memory.in_host)
-        )
+        role = config_role(name)
+        int8, host = memory.in_int8(run.config, role), memory.in_host(run.config, role)
         columns = _columns(name, _parameters(tree), "int8" if int8 else tree.net.config.dtype)
         yield _line(columns, tree_bytes(tree), host and f"layers {IN_HOST}")
     for name, tree in run.others.items():

@@ -4,15 +4,17 @@
 
 Compiling takes minutes, so cheap checks come first: what the config refuses, the bytes that devices
 keep between steps, the time that the FLOPs alone take, and what was refused before. Only where
-nothing fits is memory saved at a price: see `savings`. Imports `plan`.
+nothing fits is memory saved at a price: see `savings`. Imports `plan`, `checks` and the
+configuration.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dmd_jax.devices import sharding
-from dmd_jax.training import plan
+from dmd_jax.training import checks, plan
+from dmd_jax.training.configuration import flatten
 
 REMATS = ("none", "full", "offload")  # each needs less memory of the devices than the one before
 
@@ -72,9 +74,11 @@ def search(config, chip, devices, limit, say=print):
         fits.
 
     Raises:
-        ValueError: the config fits no mesh, or what devices keep between steps is too large.
+        ValueError: the config lacks an entry or fits no mesh, or what devices keep between steps is
+            too large.
     """
-    least, last = [], None
+    checks.entries(config)
+    compiler, least = _Compiler(config, chip, devices, limit, say), []
     for saving in savings(config, devices):
         if saving:
             say("nothing fits; with " + _flags(saving))
@@ -86,82 +90,101 @@ def search(config, chip, devices, limit, say=print):
             say(f"that is not possible: {error}")
             continue
         least.append(min(candidate.kept for candidate in found))
-        best, last, limit = _fastest(config, found, chip, devices, limit, say, last)
-        if best is not None:
+        if (best := compiler.fastest(found)) is not None:
             return best
-        if limit == 0:
+        if compiler.limit == 0:
+            say("the limit is reached: other settings may fit")
             break
+    if compiler.last is not None:
+        return compiler.last
     available = plan.memory(chip, len(devices))
-    if last is None and min(least) > available:
+    if min(least) > available:
         raise ValueError(
             f"networks and optimizers alone take {min(least) / plan.GIB:.2f} GiB a device on the "
             f"best mesh, of {available / plan.GIB:.2f}: take more devices or larger chips"
         )
-    if last is None:
-        raise ValueError("no candidate could be compiled; see the reasons above")
-    return last
+    raise ValueError("no candidate could be compiled; see the reasons above")
 
 
 def savings(config, devices):
     """Overrides that save memory, {path of an entry: value}, in the order in which they are tried.
 
     First none; then optimizers and, with them, frozen networks in the memory of the host, which
-    changes no number; then frozen networks in int8, which does. For GPUs, plans count optimizers as
-    if on the devices, so there they stay.
+    changes no number; then frozen networks in int8, which does. What the config has so already, or
+    has no such entry for, is left out. For GPUs, plans count optimizers as if on the devices, so
+    there they stay.
     """
-    kind = config.method.cls
+    kind, values = config.method.cls, flatten(config)
     frozen = [*kind.frozen, *(role for role in kind.trainable if "adapter" in config[role])]
-    frozen = [role for role in frozen if "compute" in config[role]]
     moments = {f"{role}.optimizer.memory": "host" for role in kind.trainable}
     if devices[0].platform == "gpu":
         moments = {}
     moved = moments | {f"{role}.compute.memory": "host" for role in frozen}
     rounded = moments | {f"{role}.compute.weights_dtype": "int8" for role in frozen}
-    return {}, *(saving for saving in (moments, moved, rounded) if saving)
+    found = [{}]
+    for saving in (moments, moved, rounded):
+        changes = {path: v for path, v in saving.items() if values.get(path, v) != v}
+        if changes not in found:
+            found.append(changes)
+    return found
 
 
-def _fastest(config, found, chip, devices, limit, say, last):
-    """(the fastest that fits or None, the last that was compiled, what is left of `limit`).
+@dataclasses.dataclass
+class _Compiler:
+    """What compiles candidates of a config.
 
-    Both are (Candidate, Plan).
+    Attributes:
+        limit: the most candidates that it may still compile.
+        last: (Candidate, Plan), the last that it compiled; None before.
     """
-    room = [c for c in found if c.kept <= plan.memory(chip, len(devices))]
-    say(f"{len(found)} candidates; {len(found) - len(room)} keep too much between steps")
-    best, refused = None, []
-    for candidate in room:
-        if best is not None and candidate.seconds >= best[1].least_seconds:
-            break  # its FLOPs alone take as long as all of the best
-        if any(map(candidate.needs_all_of, refused)):
-            continue
-        if limit == 0:
-            say("the limit is reached: other candidates may be faster")
-            break
-        limit -= 1
-        result = _compiled(config, candidate, chip, devices, say)
-        if result is None:
-            continue
-        last = candidate, result
-        if not result.fits:
-            refused.append(candidate)
-        elif best is None or result.least_seconds < best[1].least_seconds:
-            best = last
-    return best, last, limit
+
+    config: Any
+    chip: Any
+    devices: Sequence[Any]
+    limit: int
+    say: Callable[[str], None]
+    last: tuple[Candidate, plan.Plan] | None = None
+
+    def fastest(self, found):
+        """(Candidate, Plan) with the least time of those that fit; None if none does."""
+        available = plan.memory(self.chip, len(self.devices))
+        room = [c for c in found if c.kept <= available]
+        self.say(f"{len(found)} candidates; {len(found) - len(room)} keep too much between steps")
+        best, refused = None, []
+        for candidate in room:
+            if best is not None and candidate.seconds >= best[1].least_seconds:
+                break  # its FLOPs alone take as long as all of the best
+            if any(map(candidate.needs_all_of, refused)):
+                continue
+            if self.limit == 0:
+                if best is not None:
+                    self.say("the limit is reached: other candidates may be faster")
+                break
+            result = self._plan(candidate)
+            if result is None:
+                continue
+            if not result.fits:
+                refused.append(candidate)
+            elif best is None or result.least_seconds < best[1].least_seconds:
+                best = candidate, result
+        return best
+
+    def _plan(self, candidate):
+        """The Plan of a candidate; None if the networks cannot be split like that."""
+        self.limit -= 1
+        try:
+            result = plan.plan(changed(self.config, candidate.overrides), self.chip, self.devices)
+        except ValueError as error:
+            self.say(f"{candidate.flags}: {error}")
+            return None
+        self.last = candidate, result
+        hours = f"{result.least_seconds / 3600:.3g} hours at best"
+        self.say(f"{candidate.flags}: {hours if result.fits else 'does not fit'}")
+        return result
 
 
 def _flags(overrides):
     return " ".join(f"--config.{name}={value}" for name, value in overrides.items())
-
-
-def _compiled(config, candidate, chip, devices, say):
-    """The Plan of a candidate; None if the networks cannot be split like that."""
-    try:
-        result = plan.plan(changed(config, candidate.overrides), chip, devices)
-    except ValueError as error:
-        say(f"{candidate.flags}: {error}")
-        return None
-    hours = f"{result.least_seconds / 3600:.3g} hours at best"
-    say(f"{candidate.flags}: {hours if result.fits else 'does not fit'}")
-    return result
 
 
 def changed(config, overrides):
@@ -171,34 +194,40 @@ def changed(config, overrides):
     return copy
 
 
-def candidates(config, chip, devices, saving=()):
+def candidates(config, chip, devices, saving):
     """All settings that the config accepts, in their `order`, each with `saving`. See `search`."""
-    found, reason, saving = [], None, dict(saving)
+    found, reasons, work = [], [], {}
     roles = (*config.method.cls.trainable, *config.method.cls.frozen)
     roles = [role for role in roles if "remat" in config[role].get("compute", {})]
-    work = {}
+
+    def accepted(overrides):
+        """The Run of the config with other values; None if it is refused."""
+        try:
+            return plan.prepare(changed(config, overrides | {"accumulate": 1}), devices)
+        except ValueError as error:
+            reasons.append(error)
+            return None
+
     for mesh in _meshes(len(devices)):
         axes = saving | {f"mesh.{axis}": size for axis, size in mesh.items()}
-        try:
-            run = plan.prepare(changed(config, axes | {"accumulate": 1}), devices)
-        except ValueError as error:
-            reason = reason or error
+        if (run := accepted(axes)) is None:
             continue
         kept = sum(plan.kept(run).values())
         rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
         for remat in REMATS:
             compute = {f"{role}.compute.remat": remat for role in roles}
             if remat not in work:  # FLOPs depend neither on the mesh nor on the parts
-                work[remat] = plan.flops(
-                    plan.prepare(changed(config, axes | compute | {"accumulate": 1}), devices)
-                ).run
+                changed_run = accepted(axes | compute)
+                work[remat] = None if changed_run is None else plan.flops(changed_run).run
+            if work[remat] is None:  # networks or devices that do not have it
+                continue
             seconds = work[remat] / len(devices) / plan.peak_flops(chip, config)
             for parts in _powers_of_two(rows):
                 share = rows / parts / (mesh["context"] * mesh["tensor"])
                 overrides = axes | compute | {"accumulate": parts}
                 found.append(Candidate(overrides, mesh, remat, parts, kept, share, seconds))
     if not found:
-        raise reason
+        raise reasons[0]
     return sorted(found, key=lambda candidate: candidate.order)
 
 

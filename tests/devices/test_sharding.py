@@ -177,10 +177,11 @@ def test_the_constraints_place_what_they_name():
         tokens = sharding.shard_tokens(tree["tokens"])
         return sharding.shard_batch(tree["batch"]), tokens, gather(tree["layer"], RULES)
 
+    adapted = {"kernel": jnp.ones((8, 6)), "B": {"kernel": jnp.ones((4, 16))}}
     tree = {
         "batch": jnp.ones((8, 3)),
         "tokens": jnp.ones((8, 4, 3)),
-        "layer": {"up": {"kernel": jnp.ones((8, 6))}, "down": {"kernel": jnp.ones((8, 7))}},
+        "layer": {"up": adapted, "down": {"kernel": jnp.ones((8, 7))}},
     }
     with jax.set_mesh(make_mesh(data=1, fsdp=2, context=2, tensor=2)):
         batch, tokens, layer = jax.jit(place)(tree)
@@ -190,6 +191,8 @@ def test_the_constraints_place_what_they_name():
     up, down = layer["up"]["kernel"], layer["down"]["kernel"]
     assert up.sharding.shard_shape(up.shape) == (8, 3)
     assert down.sharding.shard_shape(down.shape) == (8, 7)
+    factor = layer["up"]["B"]["kernel"]  # kept over tensor, fsdp and context
+    assert factor.sharding.shard_shape(factor.shape) == (4, 8)
     with jax.set_mesh(make_mesh(data=4, tensor=2)):
         odd = jax.jit(lambda layer: gather(layer, RULES))({"up": {"kernel": jnp.ones((8, 7))}})
     assert odd["up"]["kernel"].shape == (8, 7)

@@ -5,11 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from small_gan import BATCH, KEY, SLOPE, Linear, gradient, networks, noisy
+from small_gan import BATCH, KEY, SLOPE, Featured, Linear, gradient, networks, noisy
+from toys import FLOW, normal
 
+from dmd_jax.diffusion.denoiser import X0, Denoiser
 from dmd_jax.methods.dmd2 import DMD2
 from dmd_jax.methods.sid import SiD
 from dmd_jax.methods.sida import SiDA
+from dmd_jax.rollouts.backward_simulation import Rollout
 
 FIELDS = dict(times=(1.0,), alpha=1.2)
 
@@ -35,6 +38,29 @@ def test_balanced_gradients_have_equal_norms_at_every_sample():
     grad, *_ = gradient(SiDA((2,), gan_weight=0.5, balance=True, **FIELDS))
     norms = [np.linalg.norm(x, axis=1) for x in (grad - plain, plain)]
     np.testing.assert_allclose(norms[0], 0.5 * norms[1], rtol=1e-3)
+
+
+def test_masked_elements_get_no_gradient_and_count_in_no_norm():
+    """Through a teacher that mixes a sample's elements, SiD's gradient would reach them."""
+
+    def mixed(x_t, t, cond):
+        return x_t[:, ::-1]
+
+    nets, mask = networks(), jnp.array([[True, False]] * 6)
+    nets["teacher"] = Denoiser(Featured(mixed, 1.0), FLOW, X0(time_scale=1.0))
+
+    def compared(method):
+        def loss(x0):
+            rollout = Rollout(x0, mask, jnp.float32(1), jnp.float32(0), BATCH["cond"])
+            return method.compare(rollout, nets, BATCH, *jax.random.split(KEY))
+
+        return jax.grad(loss, has_aux=True)(normal(5, 6, 2))
+
+    plain, _ = compared(SiD((2,), **FIELDS))
+    grad, observed = compared(SiDA((2,), gan_weight=0.5, balance=True, **FIELDS))
+    assert (plain[:, 1] == 0).all() and (plain[:, 0] != 0).all() and (grad[:, 1] == 0).all()
+    np.testing.assert_allclose(observed["pull"], np.square(plain[:, 0]), rtol=1e-5)
+    np.testing.assert_allclose(np.abs(grad - plain)[:, 0], 0.5 * np.abs(plain[:, 0]), rtol=1e-3)
 
 
 def test_without_the_adversarial_term_it_is_sid_and_a_broken_discriminator_changes_nothing():

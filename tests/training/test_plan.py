@@ -204,6 +204,29 @@ def test_the_command_refuses_with_one_sentence(call, capsys, monkeypatch):
     monkeypatch.chdir(programs.ROOT)
     assert call(command, "--config=configs/dmd.py", "--topology=cpu") == 2
     assert capsys.readouterr().err.startswith("error: unknown topology 'cpu'")
+    assert call(command, "--config=configs/dmd.py", "--topology=cpu:2", "--search=3") == 2
+    assert "name a TPU or GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "available, code, text", [(GIB, 0, "the fastest that fits:"), (1, 1, "nothing fits; the last:")]
+)
+def test_the_command_plans_what_a_search_found(
+    available, code, text, call, planned, capsys, monkeypatch
+):
+    monkeypatch.chdir(programs.ROOT)
+    monkeypatch.setattr(topologies, "load", lambda *_: (TPU, jax.devices()[:4]))
+    best = types.SimpleNamespace(flags="--config.mesh.fsdp=4")
+
+    def search(config, chip, devices, limit, say):
+        assert (chip, len(devices), limit) == (TPU, 4, 3)
+        return best, dataclasses.replace(planned, available=available)
+
+    monkeypatch.setattr(command, "search", search)
+    args = "--config=configs/dmd.py", "--topology=v5e:2x2", "--search=3"
+    assert call(command, *args) == code
+    printed = capsys.readouterr().out
+    assert f"{text}\n  {best.flags}\n" in printed and "a program may use" in printed
 
 
 libtpu = pytest.mark.skipif(

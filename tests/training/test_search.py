@@ -1,6 +1,7 @@
 """The search compiles few candidates and returns the fastest that fits."""
 
 import dataclasses
+import types
 
 import jax
 import programs
@@ -19,14 +20,21 @@ def config(teacher, data_dir):
 
 @pytest.fixture(scope="module")
 def found(config):
-    return search.candidates(config, CHIP, jax.devices()[:4])
+    return search.candidates(config, CHIP, jax.devices()[:4], {})
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One mesh, and FLOPs of zero in place of those of a traced program."""
+    monkeypatch.setattr(search, "_meshes", lambda _: [dict(data=1, fsdp=4, context=1, tensor=1)])
+    monkeypatch.setattr(plan, "flops", lambda _: types.SimpleNamespace(run=0.0))
 
 
 @pytest.fixture
 def compiled(config, found, monkeypatch):
     """Searches with a compiler that only compares shares; (its answer, what it compiled)."""
 
-    def call(largest_share, limit=100):
+    def call(largest_share, limit=100, say=lambda _: None, slower=lambda _: 1):
         seen = []
 
         def planned(changed, chip, devices):
@@ -35,13 +43,13 @@ def compiled(config, found, monkeypatch):
             [at] = [c for c in found if (c.mesh, c.parts, c.remat) == (mesh, parts, remat)]
             seen.append(at)
             step = plan.Step(1, 0, "" if at.share <= largest_share else "RESOURCE_EXHAUSTED")
-            step = dataclasses.replace(step, seconds={"FLOPs": at.seconds})
+            step = dataclasses.replace(step, seconds={"memory": slower(at) * at.seconds})
             return plan.Plan("chip", 4, mesh, 8, parts, 1, {}, 0, {True: step})
 
         monkeypatch.setattr(search, "candidates", lambda *_: found)
         monkeypatch.setattr(search, "savings", lambda *_: [{}])
         monkeypatch.setattr(plan, "plan", planned)
-        best, result = search.search(config, CHIP, jax.devices()[:4], limit, lambda _: None)
+        best, result = search.search(config, CHIP, jax.devices()[:4], limit, say)
         return best, result, seen
 
     return call
@@ -75,6 +83,11 @@ def test_where_everything_fits_and_flops_decide_one_compilation_is_enough(compil
     assert result.fits and seen == [best] == [found[0]]
 
 
+def test_the_fastest_is_returned_whenever_it_was_compiled(compiled, found):
+    best, result, seen = compiled(largest_share=100, slower=lambda c: 3 - (c == found[1]))
+    assert best == found[1] and seen[:3] == found[:3] and result.least_seconds == 2 * best.seconds
+
+
 def test_what_needs_more_than_a_refused_candidate_is_not_compiled(compiled):
     best, result, seen = compiled(largest_share=1)
     assert result.fits and best.share <= 1
@@ -85,8 +98,13 @@ def test_what_needs_more_than_a_refused_candidate_is_not_compiled(compiled):
 
 
 def test_the_search_ends_at_its_limit(compiled):
-    best, result, seen = compiled(largest_share=0, limit=3)
+    said = []
+    best, result, seen = compiled(largest_share=0, limit=3, say=said.append)
     assert len(seen) == 3 and not result.fits and best == seen[-1]
+    assert said[-1] == "the limit is reached: other settings may fit"
+    best, result, seen = compiled(largest_share=100, limit=2, say=said.append, slower=lambda _: 10)
+    assert len(seen) == 2 and result.fits and best == seen[0]
+    assert said[-1] == "the limit is reached: other candidates may be faster"
 
 
 def test_offloaded_inputs_come_after_recomputed_layers_and_need_no_more(found):
@@ -99,7 +117,7 @@ def test_offloaded_inputs_come_after_recomputed_layers_and_need_no_more(found):
 
 @pytest.mark.parametrize("cheap", ["generator.optimizer.memory", "teacher.compute.memory"])
 def test_memory_is_saved_at_a_price_where_nothing_fits_and_no_more_than_needed(
-    config, monkeypatch, cheap
+    config, monkeypatch, quick, cheap
 ):
     """What a plan would say is given: that it fits once an entry of the config is set."""
     tried = []
@@ -114,14 +132,13 @@ def test_memory_is_saved_at_a_price_where_nothing_fits_and_no_more_than_needed(
     first, *savings = search.savings(config, jax.devices()[:4])
     prices = {name for saving in savings for name in saving}
     monkeypatch.setattr(plan, "plan", planned)
-    monkeypatch.setattr(search, "_meshes", lambda _: [dict(data=1, fsdp=4, context=1, tensor=1)])
     best, result = search.search(config, CHIP, jax.devices()[:4], 100, lambda _: None)
     assert first == {} and tried[0] == set() and result.fits
     fitting = next(saving for saving in savings if cheap in saving)
     assert fitting.items() <= best.overrides.items() and tried[-1] == set(fitting)
 
 
-def test_what_is_kept_on_the_devices_is_less_with_each_saving(config):
+def test_what_is_kept_on_the_devices_is_less_with_each_saving(config, quick):
     devices = jax.devices()[:4]
     kept = [
         min(c.kept for c in search.candidates(config, CHIP, devices, saving))
@@ -139,11 +156,43 @@ def test_what_keeps_more_than_the_chip_has_is_not_compiled(config, found, monkey
         search.search(config, small, jax.devices()[:4], 3, lambda _: None)
 
 
+def named(savings):
+    """The entries that each of them changes."""
+    return [set(saving) for saving in savings]
+
+
 def test_the_state_of_optimizers_stays_on_gpus_whose_plans_count_it_there(config):
-    device = type("Device", (), {"platform": "gpu"})()
-    savings = search.savings(config, [device])
-    assert [set(saving) for saving in savings] == [
-        set(),
-        {"teacher.compute.memory"},
-        {"teacher.compute.weights_dtype"},
-    ]
+    device = types.SimpleNamespace(platform="gpu")
+    wanted = [set(), {"teacher.compute.memory"}, {"teacher.compute.weights_dtype"}]
+    assert named(search.savings(config, [device])) == wanted
+
+
+def test_what_a_config_has_already_or_has_no_entry_for_is_no_saving(teacher, data_dir):
+    saved = {f"{role}.optimizer.memory": "host" for role in ("generator", "fake_score")}
+    config = programs.config(teacher, data_dir, **saved, **{"teacher.compute.memory": "host"})
+    int8 = {"teacher.compute.weights_dtype"}
+    assert named(search.savings(config, jax.devices()[:4])) == [set(), int8]
+    with config.unlocked():
+        del config.teacher["compute"]
+    assert named(search.savings(config, jax.devices()[:4])) == [set()]
+
+
+def test_a_config_that_lacks_a_network_is_refused_by_its_path(teacher, data_dir):
+    config = programs.config(teacher, data_dir)
+    with config.unlocked():
+        del config["teacher"]
+    with pytest.raises(ValueError, match=r"config lacks .*'teacher'"):
+        search.search(config, CHIP, jax.devices()[:4], 3, lambda _: None)
+
+
+def test_a_rematerialisation_that_a_network_does_not_have_is_left_out(config, monkeypatch, quick):
+    prepare = plan.prepare
+
+    def refuse(changed, devices):
+        if changed.generator.compute.remat == "offload":
+            raise ValueError("config.generator: remat='offload'")
+        return prepare(changed, devices)
+
+    monkeypatch.setattr(plan, "prepare", refuse)
+    found = search.candidates(config, CHIP, jax.devices()[:4], {})
+    assert {candidate.remat for candidate in found} == {"none", "full"}
