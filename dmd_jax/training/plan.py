@@ -11,6 +11,7 @@ Times are estimates from the numbers of the chip: no program is faster. Imports 
 import dataclasses
 import math
 import os
+import re
 
 import jax
 import numpy as np
@@ -53,6 +54,14 @@ class Step:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
+    def needed(self):
+        """`total`; of a refused step the bytes that the compiler names, 0 if it names none."""
+        found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", self.refusal)
+        if found is None:
+            return self.total
+        return int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
+
+    @property
     def least_seconds(self):
         """Time of a step in which everything overlaps."""
         return max(self.seconds.values(), default=math.nan)
@@ -92,6 +101,11 @@ class Plan:
     steps: dict[bool, Step]
     caveat: str = ""
     host: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def needed(self):
+        """Bytes that the largest step needs, as far as is known."""
+        return max(step.needed for step in self.steps.values())
 
     @property
     def fits(self):

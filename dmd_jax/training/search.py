@@ -53,10 +53,21 @@ class Candidate:
         axes = (self.mesh[axis] for axis in ("tensor", "context", "data"))
         return self.seconds, REMATS.index(self.remat), self.parts, *axes
 
-    def needs_all_of(self, other):
-        """Whether it needs at least the memory of `other` in every respect."""
-        remat = REMATS.index(self.remat) <= REMATS.index(other.remat)
-        return remat and self.kept >= other.kept and self.share >= other.share
+    def is_hopeless(self, other, needed, available):
+        """Whether it cannot fit, because `other`, which keeps no more, did not.
+
+        It has as many samples on a device; or too many even if all that a step needs fell with
+        them, and nothing falls faster.
+
+        Args:
+            other: a Candidate that was refused.
+            needed: bytes that it needed; 0 if that is not known.
+            available: bytes of a device.
+        """
+        if REMATS.index(self.remat) > REMATS.index(other.remat) or self.kept < other.kept:
+            return False
+        share = self.share / other.share
+        return share >= 1 or share * needed > available
 
 
 def search(config, chip, devices, limit, say=print):
@@ -154,7 +165,7 @@ class _Compiler:
         for candidate in room:
             if best is not None and candidate.seconds >= best[1].least_seconds:
                 break  # its FLOPs alone take as long as all of the best
-            if any(map(candidate.needs_all_of, refused)):
+            if any(candidate.is_hopeless(*refusal, available) for refusal in refused):
                 continue
             if self.limit == 0:
                 if best is not None:
@@ -164,7 +175,7 @@ class _Compiler:
             if result is None:
                 continue
             if not result.fits:
-                refused.append(candidate)
+                refused.append((candidate, result.needed))
             elif best is None or result.least_seconds < best[1].least_seconds:
                 best = candidate, result
         return best

@@ -15,7 +15,7 @@ from dmd_jax.training import gpus, loop, topologies
 from dmd_jax.training import plan as plans
 from dmd_jax.training.cost import cost
 from dmd_jax.training.hlo import Traffic
-from dmd_jax.training.plan import GIB, plan, plan_run, prepare, roofline
+from dmd_jax.training.plan import GIB, Step, plan, plan_run, prepare, roofline
 
 TPU = topologies.CHIPS["v5e"]
 
@@ -198,6 +198,22 @@ def test_networks_join_the_nodes_of_gpus_and_the_slices_of_tpus(kind, islands):
         ]
     )
     assert plans.islands(types.SimpleNamespace(devices=devices.reshape(2, 2))) == islands
+
+
+@pytest.mark.parametrize(
+    ("refusal", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (504.25G) exceeds available HBM (31.25G).",
+            504.25,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory. Used 512.00M of 15.48G hbm.", 0.5),
+        ("RESOURCE_EXHAUSTED: something else", 0),
+    ],
+)
+def test_what_a_refused_step_needs_is_what_the_compiler_names(refusal, gib):
+    assert Step(1, 0, refusal).needed == gib * GIB
 
 
 def test_the_command_refuses_with_one_sentence(call, capsys, monkeypatch):

@@ -34,7 +34,7 @@ def quick(monkeypatch):
 def compiled(config, found, monkeypatch):
     """Searches with a compiler that only compares shares; (its answer, what it compiled)."""
 
-    def call(largest_share, limit=100, say=lambda _: None, slower=lambda _: 1):
+    def call(largest_share, limit=100, say=lambda _: None, slower=lambda _: 1, needed=0):
         seen = []
 
         def planned(changed, chip, devices):
@@ -42,7 +42,8 @@ def compiled(config, found, monkeypatch):
             remat = changed.generator.compute.remat
             [at] = [c for c in found if (c.mesh, c.parts, c.remat) == (mesh, parts, remat)]
             seen.append(at)
-            step = plan.Step(1, 0, "" if at.share <= largest_share else "RESOURCE_EXHAUSTED")
+            refusal = "" if at.share <= largest_share else "RESOURCE_EXHAUSTED"
+            step = plan.Step(1, 0, refusal, total=needed if refusal else 0)
             step = dataclasses.replace(step, seconds={"memory": slower(at) * at.seconds})
             return plan.Plan("chip", 4, mesh, 8, parts, 1, {}, 0, {True: step})
 
@@ -93,8 +94,25 @@ def test_what_needs_more_than_a_refused_candidate_is_not_compiled(compiled):
     assert result.fits and best.share <= 1
     refused = [c for c in seen if c.share > 1]
     assert refused and not any(
-        b.needs_all_of(a) for i, a in enumerate(refused) for b in refused[i + 1 :]
+        b.is_hopeless(a, 0, 1) for i, a in enumerate(refused) for b in refused[i + 1 :]
     )
+
+
+def test_the_bytes_of_a_refusal_spare_candidates_that_are_too_large_even_in_proportion(found):
+    """Twice the memory is needed: half of the samples may fit, and more than half cannot."""
+    other = next(c for c in found if c.share == 2 and c.remat == "none")
+    alike = [c for c in found if c.remat == "none" and c.kept >= other.kept]
+    shares = {c.share for c in alike}
+    spared = {c.share for c in alike if c.is_hopeless(other, needed=20, available=10)}
+    assert spared == {share for share in shares if share > 1} and {0.5, 1} <= shares
+    assert not any(c.is_hopeless(other, 20, 10) for c in found if c.kept < other.kept)
+    assert not any(c.is_hopeless(other, 20, 10) for c in found if c.remat != "none")
+
+
+def test_the_search_reads_these_bytes(compiled, found):
+    """The first needs 100 times too much: nothing else is compiled without rematerialisation."""
+    *_, seen = compiled(largest_share=0.1, needed=100 * CHIP.memory)
+    assert sum(c.remat == "none" for c in seen) == 1 < len(seen)
 
 
 def test_the_search_ends_at_its_limit(compiled):
@@ -112,7 +130,7 @@ def test_offloaded_inputs_come_after_recomputed_layers_and_need_no_more(found):
     order = [search.REMATS.index(c.remat) for c in found]
     assert order == sorted(order)
     full, offload = (next(c for c in found if c.remat == r) for r in ("full", "offload"))
-    assert full.needs_all_of(offload) and not offload.needs_all_of(full)
+    assert full.is_hopeless(offload, 0, 1) and not offload.is_hopeless(full, 0, 1)
 
 
 @pytest.mark.parametrize("cheap", ["generator.optimizer.memory", "teacher.compute.memory"])
