@@ -85,7 +85,7 @@ def _digits(config):
         video=dict(cls=SelfForcing, causal=BLOCKS, compared=12, least_blocks=4),
     )
     config.teacher = dict(weights="bouncing_teacher", compute=compute)
-    # With a constant rate, one run in twelve had half the speed asked for: docs/self_forcing.md.
+    # With a constant rate, two runs in twelve moved too little: docs/self_forcing.md.
     falling = adamw | dict(decay="linear")
     config.generator = dict(weights="bouncing_start", compute=compute, optimizer=falling)
     config.fake_score = dict(weights="bouncing_small", compute=compute, optimizer=adamw)

@@ -54,10 +54,10 @@ class Candidate:
         return self.seconds, REMATS.index(self.remat), self.parts, *axes
 
     def is_hopeless(self, other, needed, available):
-        """Whether it cannot fit, because `other`, which keeps no more, did not.
+        """Whether it is not worth compiling, because `other`, which keeps no more, did not fit.
 
         It has as many samples on a device; or too many even if all that a step needs fell with
-        them, and nothing falls faster.
+        them. A rule of thumb: gathered weights may be smaller on another mesh.
 
         Args:
             other: a Candidate that was refused.

@@ -255,7 +255,7 @@ def test_the_kernel_of_a_tpu_hides_what_is_not_visible():
 
 
 @pytest.mark.parametrize("visible", [20, 128, 130, 300])
-def test_the_kernel_of_a_tpu_does_not_read_blocks_of_keys_that_are_hidden(visible):
+def test_the_kernel_of_a_tpu_does_not_compute_with_blocks_of_keys_that_are_hidden(visible):
     """NaN there would spread to every query: a weight of 0 times NaN is NaN."""
     q, k, v = inputs(200, 300, batch=2, width=64)
     wanted = with_gradients(lambda q, k, v: dense(q, k[:, :visible], v[:, :visible]))(q, k, v)

@@ -42,8 +42,8 @@ def compiled(config, found, monkeypatch):
             remat = changed.generator.compute.remat
             [at] = [c for c in found if (c.mesh, c.parts, c.remat) == (mesh, parts, remat)]
             seen.append(at)
-            refusal = "" if at.share <= largest_share else "RESOURCE_EXHAUSTED"
-            step = plan.Step(1, 0, refusal, total=needed if refusal else 0)
+            refusal = f"RESOURCE_EXHAUSTED. Used {needed / plan.GIB:.2f}G of hbm."
+            step = plan.Step(1, 0, "" if at.share <= largest_share else refusal)
             step = dataclasses.replace(step, seconds={"memory": slower(at) * at.seconds})
             return plan.Plan("chip", 4, mesh, 8, parts, 1, {}, 0, {True: step})
 

@@ -65,7 +65,8 @@ def _over_first(kernel, count, shape, blocks):
 
     The kernel reads from arrays of scalars, which may be traced, what to do for each pair of a
     block of queries and one of keys: 0 to skip it, and which block to fetch. For a pair that is
-    skipped that is one that was fetched before, so that nothing is moved.
+    skipped that is one that was fetched before. Only the gradient of the keys still fetches their
+    hidden blocks, for it writes zeros there.
 
     Args:
         count: int32 [], 1 or more.
